@@ -1,0 +1,63 @@
+# make course   environment, then every notebook executed: pages, executed notebooks and figures in build/
+# make lab      environment, then JupyterLab on the notebooks
+# make test     environment, then every test, the notebooks in profile smoke included (ARGS="-k house" for some of them)
+# make data     draw the pictures of the miniature corpora, where they are not drawn yet
+# make figures  the two figures of the README, in docs/figures/
+# make gates    measure the shipped models on held-out data again
+# make clean    remove what the commands made, but neither .venv nor build/training
+#
+# A real-model profile: DALLEFLAMINGO_PROFILE=colab make course. Another Python: make course PYTHON=/path/to/python3.12.
+# Once .venv is made, nothing here needs a network.
+
+export DALLEFLAMINGO_OUTPUT ?= $(CURDIR)/build
+
+IN_RANGE := import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c "$(IN_RANGE)" 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+
+# Named after what it holds, so that a checkout which only touches the two files does not install again.
+MADE := .venv/made-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: help course lab test data figures gates clean
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+course: data
+	$(BIN)/python -m dalleflamingo.course --out build
+
+lab: data
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
+		$(if $(filter 0,$(shell id -u)),--allow-root)
+
+test: export DALLEFLAMINGO_PROFILE = smoke
+test: export DALLEFLAMINGO_OUTPUT = $(CURDIR)/build/test
+test: export HF_HUB_OFFLINE = 1
+test: data
+	mkdir -p build/test/figures
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 tests notebooks $(ARGS)
+
+data: $(MADE)
+	$(BIN)/python -m dalleflamingo.miniature.corpora
+
+figures: data
+	$(BIN)/python -m dalleflamingo.figures docs/figures
+
+gates: data
+	$(BIN)/python -m dalleflamingo.miniature.gates
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis dist *.egg-info
+	if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name training -exec rm -rf {} +; fi
+
+$(MADE):
+	@test -n "$(PYTHON)" || { echo "There is no Python 3.11, 3.12 or 3.13 on this machine: install one, or name one" \
+		"with 'make PYTHON=/path/to/python'." >&2; exit 1; }
+	@"$(PYTHON)" -c "$(IN_RANGE)" || { echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: leave PYTHON out or name" \
+		"another." >&2; exit 1; }
+	@"$(PYTHON)" -c "import ensurepip, venv" || { echo "$(PYTHON) has no module venv: on Debian and Ubuntu it comes" \
+		"with 'apt install python3-venv'." >&2; exit 1; }
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --only-binary=:all: --constraint constraints.txt --editable '.[course,test]'
+	rm -f .venv/made-*
+	touch $@

@@ -1,0 +1,127 @@
+"""Captions to pictures: Stable Diffusion through the stock diffusers pipeline (§3: 50 DDPM steps, guidance 7.5).
+
+Every picture has a random generator of its own for its first latents and for every stochastic step, so a picture is a
+function of its caption and its seed, not of the batch it was drawn in.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL.Image import Image
+from torch import Tensor
+
+from dalleflamingo.weights import check_weights
+
+
+class Generator:
+    """A Stable Diffusion pipeline: text encoder τ, U-Net ε_φ, VAE and schedule are its own modules."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline):
+        self.pipeline = pipeline
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.vae.enable_slicing()  # decoding a whole batch at 512 pixels is what overflows a small GPU
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        variant: str | None = None,
+        scheduler: str | None = None,
+    ) -> "Generator":
+        """A generator from a folder or a hub, without the safety checker (it blackens some harmless pictures).
+
+        Args:
+            variant: "fp16" downloads the half-size files of a hub's model, for dtype float16.
+            scheduler: a diffusers scheduler by name, "DDIM", "Euler" or "DDIMScheduler"; None keeps the model's own.
+        Raises:
+            RegistryError: the folder's weights are missing or cut short.
+            ValueError: no scheduler of that name fits.
+        """
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            check_weights(name_or_path),
+            dtype=dtype,
+            revision=revision,
+            variant=variant,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        if scheduler is not None:
+            pipeline.scheduler = _scheduler(scheduler, pipeline.scheduler)
+        return cls(pipeline.to(device))
+
+    def render(
+        self,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        batch_size: int = 16,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Image]:
+        """One picture for each (caption, seed).
+
+        Args:
+            captions: N texts; "" draws without a caption. Each distinct one is encoded once.
+            seeds: N non-negative integers.
+            guidance_scale: 1 or less is without guidance.
+            batch_size: pictures drawn at once: memory and speed, never the result.
+            progress: called with the number of pictures just drawn, as `tqdm.update` is.
+        Returns:
+            N RGB pictures.
+        Raises:
+            ValueError: if there are not as many seeds as captions.
+        """
+        if len(captions) != len(seeds):
+            raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds: give every picture one of each")
+        self._warn_of_long(captions)
+        embedding = self._encode(dict.fromkeys([*captions, ""]), batch_size)
+        pictures: list[Image] = []
+        for start in range(0, len(captions), batch_size):
+            batch = captions[start : start + batch_size]
+            pictures += self.pipeline(
+                prompt_embeds=torch.stack([embedding[caption] for caption in batch]),  # (B, T, D)
+                negative_prompt_embeds=torch.stack([embedding[""]] * len(batch)),
+                generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[start : start + batch_size]],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+            ).images
+            if progress is not None:
+                progress(len(batch))
+        return pictures
+
+    @torch.no_grad()
+    def _encode(self, captions: Sequence[str], batch_size: int) -> dict[str, Tensor]:
+        """Text embeddings τ(w) of distinct captions, each (T, D)."""
+        captions, encoded = list(captions), {}
+        for start in range(0, len(captions), batch_size):
+            batch = captions[start : start + batch_size]
+            embeds, _ = self.pipeline.encode_prompt(batch, self.pipeline.device, 1, do_classifier_free_guidance=False)
+            encoded.update(zip(batch, embeds, strict=True))
+        return encoded
+
+    def _warn_of_long(self, captions: Sequence[str]) -> None:
+        tokenizer = self.pipeline.tokenizer
+        limit = tokenizer.model_max_length
+        for caption in dict.fromkeys(captions):
+            ids = tokenizer(caption).input_ids
+            if len(ids) > limit:
+                read = tokenizer.decode(ids[: limit - 1], skip_special_tokens=True)
+                message = f"{caption!r} has {len(ids)} tokens, the generator reads {limit}: it is drawn as {read!r}"
+                warnings.warn(message, stacklevel=3)
+
+
+def _scheduler(name: str, shipped):
+    """The scheduler of that name, with the noise schedule and the settings that the model was shipped with."""
+    kinds = {kind.__name__: kind for kind in shipped.compatibles}
+    kinds.pop("DPMSolverSDEScheduler", None)  # takes its noise from no generator of ours: not a function of the seed
+    for full_name in (name, f"{name}Scheduler", f"{name}DiscreteScheduler"):
+        if full_name in kinds:
+            return kinds[full_name].from_config(shipped.config)
+    raise ValueError(f"no scheduler named {name!r} fits this model; choose one of {', '.join(sorted(kinds))}")

@@ -1,0 +1,88 @@
+"""The miniature BLIP: ViT encoder and text decoder of `BlipForConditionalGeneration`, pretrained on web, finetuned on coco."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+
+from .clip import DrawBatch, pixels
+
+
+def make_blip(tokenizer: BertTokenizer, width: int = 128, image_layers: int = 4, text_layers: int = 3) -> BlipForConditionalGeneration:
+    """About 1.7 M parameters with random weights; 8 × 8 patches of 8 pixels."""
+    size = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4}
+    text = size | {
+        "num_hidden_layers": text_layers,
+        "encoder_hidden_size": width,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 96,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "projection_dim": width,
+    }
+    vision = size | {"num_hidden_layers": image_layers, "image_size": 64, "patch_size": 8, "projection_dim": width}
+    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=width, image_text_hidden_size=width)
+    return BlipForConditionalGeneration(config)
+
+
+class BlipRecipe:
+    """Eq. 1: the next word's cross-entropy, teacher-forced.
+
+    Args:
+        draw_batch: (rng, n) -> (n, 64, 64, 3) uint8 pictures and their n captions.
+        tokenizer: of `train_wordpiece`.
+        model: to start from; a new one if None.
+    """
+
+    steps, batch_size = 5000, 64
+    weight_decay, warmup, average = 0.05, 200, 0.998
+
+    def __init__(self, name: str, draw_batch: DrawBatch, tokenizer: BertTokenizer, learning_rate: float = 1e-3):
+        self.name, self.draw_batch, self.tokenizer, self.learning_rate = name, draw_batch, tokenizer, learning_rate
+        self.model = make_blip(tokenizer)
+        self.modules = {"blip": self.model}
+        self.compilable = [self.model.vision_model]  # not the decoder: its sentences differ in length
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        return self.model.parameters()
+
+    def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
+        """`pixel_values` (B, 3, 64, 64); `input_ids` and `labels` (B, T): [DEC] words [SEP], padding not scored."""
+        pictures, captions = self.draw_batch(rng, self.batch_size)
+        tokens = self.tokenizer(captions, padding="longest", return_tensors="pt")
+        input_ids = tokens.input_ids
+        input_ids[:, 0] = self.tokenizer.bos_token_id  # BLIP's decoder begins with [DEC] where BERT has [CLS]
+        labels = input_ids.masked_fill(tokens.attention_mask == 0, -100)
+        labels[:, 0] = -100
+        return {"pixel_values": pixels(pictures), "input_ids": input_ids, "attention_mask": tokens.attention_mask, "labels": labels}
+
+    def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        seen = self.model.vision_model(batch["pixel_values"]).last_hidden_state  # (B, 65, width)
+        said = self.model.text_decoder(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            encoder_hidden_states=seen,
+            labels=batch["labels"],
+        )
+        return {"loss": said.loss}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def export(self, folder: Path) -> None:
+        """A folder for `BlipForConditionalGeneration` and `BlipProcessor`: tensors in float16, loaded in float32."""
+        model = make_blip(self.tokenizer)
+        model.load_state_dict(self.model.state_dict())
+        model.half().save_pretrained(folder)
+        model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = torch.float32
+        model.config.save_pretrained(folder)
+        images = BlipImageProcessor(size={"height": 64, "width": 64})
+        BlipProcessor(images, self.tokenizer).save_pretrained(folder)

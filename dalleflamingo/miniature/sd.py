@@ -1,0 +1,122 @@
+"""The miniature Stable Diffusion: U-Net on 16 × 16 × 4 latents, conditioned on CLIP's text tower, ε-prediction.
+
+One thing differs from SD on purpose. SD's noise schedule ends at ᾱ_T = 0.0047: a trace of the picture's mean leaks
+through at every timestep of training and is missing when sampling starts from pure noise, so plain grounds come out in
+wrong colours. DDPM's linear schedule ends at ᾱ_T = 4e-5 and, sampled from its very end (`trailing`), does not.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import trange
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..scene_graph import Scene
+from .captions import alt_text
+from .vae import to_pixels
+from .world import draw, sample_scene
+
+BANK = 40_000  # pictures whose latents are computed once; their captions are told anew each time
+UNCONDITIONAL_SHARE = 0.12  # of captions replaced by "", which makes classifier-free guidance possible (Ho & Salimans 2022)
+LARGEST_SNR = 5.0  # of the loss weight min(SNR, 5) / SNR (Hang et al. 2023)
+
+
+def make_unet(text_width: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 96, 128),
+        layers_per_block=1,
+        cross_attention_dim=text_width,
+        attention_head_dim=4,  # the number of heads, as diffusers reads it
+        norm_num_groups=16,
+    )
+
+
+def make_scheduler() -> DDPMScheduler:
+    return DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, timestep_spacing="trailing")
+
+
+def web_scene(index: int) -> Scene:
+    """The scene of latent `index` of the bank; every other one holds a single thing."""
+    rng = np.random.default_rng([7, index])
+    return sample_scene(rng, count=1 if index % 2 else None)
+
+
+@torch.no_grad()
+def latent_bank(vae: AutoencoderKL, file: Path, count: int = BANK) -> Tensor:
+    """(count, 4, 16, 16) latents, unscaled, of `web_scene(0 … count − 1)`; computed where `file` does not hold them yet."""
+    if not file.exists():
+        batches = [
+            vae.encode(to_pixels(np.stack([draw(web_scene(i)) for i in range(first, first + 100)])).to(vae.device)).latent_dist.mean
+            for first in trange(0, count, 100, desc="latents", mininterval=10)
+        ]
+        save_file({"latents": torch.cat(batches).half().cpu()}, file)
+    return load_file(file)["latents"]
+
+
+class SdRecipe:
+    """Eq. 3: the noise that was added, predicted from the noised latent, the timestep and the text.
+
+    Args:
+        vae: trained; frozen here.
+        text_encoder: CLIP's text tower; frozen here, as in SD.
+        tokenizer: of the text encoder.
+        bank: file that keeps the latents.
+    """
+
+    name = "sd"
+    steps, batch_size, learning_rate = 6000, 48, 1e-3
+    weight_decay, warmup, average = 0.01, 100, 0.998
+
+    def __init__(self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, bank: Path):
+        self.latents = latent_bank(vae, bank)
+        vae.register_to_config(scaling_factor=float(1 / self.latents[:2000].float().std()))
+        self.vae, self.text_encoder, self.tokenizer = vae, text_encoder.requires_grad_(False), tokenizer
+        self.scheduler = make_scheduler()
+        self.unet = make_unet(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
+        self.modules = {"unet": self.unet}
+        self.compilable = [self.unet]
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        return self.unet.parameters()
+
+    def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
+        """`latents` (B, 4, 16, 16), scaled; `input_ids` (B, 77). Single things first, fewer and fewer of them."""
+        one_thing = 0.3 + 0.5 * max(0.0, 1 - 2 * step / self.steps)
+        index = 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + (rng.random(self.batch_size) < one_thing)
+        captions = ["" if rng.random() < UNCONDITIONAL_SHARE else alt_text(web_scene(i), rng) for i in index]
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return {"latents": self.latents[index].float() * self.vae.config.scaling_factor, "input_ids": tokens.input_ids}
+
+    def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        device = self.unet.device
+        latents = batch["latents"].to(device, memory_format=torch.channels_last)
+        with torch.no_grad():
+            states = self.text_encoder(batch["input_ids"].to(device)).last_hidden_state  # (B, 77, width)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=device)
+        noised = self.scheduler.add_noise(latents, noise, timesteps)
+        error = F.mse_loss(self.unet(noised, timesteps, states).sample, noise, reduction="none").mean((1, 2, 3))  # (B,)
+        kept = self.scheduler.alphas_cumprod.to(device)[timesteps]
+        weight = (LARGEST_SNR * (1 - kept) / kept).clamp(max=1.0)  # min(SNR, γ) / SNR
+        return {"loss": (weight * error).mean(), "mse": error.mean().detach()}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def export(self, folder: Path) -> None:
+        """A folder for `StableDiffusionPipeline`: tensors in float16; diffusers loads them in float32 unless told otherwise."""
+        pipeline = StableDiffusionPipeline(
+            self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler, None, None, requires_safety_checker=False
+        )
+        pipeline.to(dtype=torch.float16).save_pretrained(folder)

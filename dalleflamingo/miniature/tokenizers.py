@@ -1,0 +1,104 @@
+"""The two tokenizers of the miniature, learned from the world's captions, which split words differently.
+
+BLIP reads WordPiece (BERT's: `##` marks a piece that continues a word), Stable Diffusion reads CLIP's byte pairs
+(`</w>` marks a piece that ends a word). The map between such vocabularies is the bridge of §4.1. Both are written as
+ordinary `transformers` folders. The same texts give the same files, in whatever order they come: every base symbol gets
+its id before training, because the trainer breaks ties between equally frequent pairs by id.
+"""
+
+import json
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import BertTokenizer, CLIPTokenizer
+
+BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 … 4
+START, END = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Path:
+    """Learn BLIP's WordPiece vocabulary, lower-cased, and write it as a `BertTokenizer` folder.
+
+    Ids: `[PAD] [UNK] [CLS] [SEP] [MASK]`, the characters, the characters as `##` pieces, the learned pieces, and
+    `[DEC]` last, as in BLIP. A decoder sentence begins with `[DEC]` (`bos_token`), ends with `[SEP]` (`eos_token`).
+
+    Args:
+        texts: the captions to learn from.
+        vocab_size: number of ids, special tokens included; fewer if the texts hold fewer different words.
+        folder: where to write; made if missing.
+    Returns:
+        the folder.
+    Raises:
+        ValueError: if `vocab_size` has no room for the single characters.
+    """
+    texts = list(texts)
+    stock = BertTokenizer().backend_tokenizer
+    lowered = (stock.normalizer.normalize_str(text) for text in texts)
+    words = {word for text in lowered for word, _ in stock.pre_tokenizer.pre_tokenize_str(text)}
+    first = sorted(set(string.ascii_lowercase).union(*words))
+    later = sorted(set(string.ascii_lowercase).union(*(word[1:] for word in words)))
+    base = [*BERT_SPECIALS, *first, *(f"##{character}" for character in later)]
+    _require_room(vocab_size, len(base) + 1, f"{len(first)} characters, {len(later)} as ## pieces, 6 special tokens")
+
+    learner = _learner(models.WordPiece(unk_token="[UNK]"), stock)
+    learner.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size - 1, special_tokens=base, show_progress=False)
+    )
+    vocabulary = learner.get_vocab()
+    vocabulary["[DEC]"] = len(vocabulary)
+    tokenizer = BertTokenizer(vocab=vocabulary, bos_token="[DEC]", eos_token="[SEP]", model_max_length=512)
+    return _write(tokenizer, folder)
+
+
+def train_clip_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path, max_length: int = 77) -> Path:
+    """Learn Stable Diffusion's byte-pair vocabulary, lower-cased, and write it as a `CLIPTokenizer` folder.
+
+    Ids, as in CLIP: the 256 bytes, the 256 bytes ending a word, one id per merge, `<|startoftext|>`, and last
+    `<|endoftext|>`, which also pads: CLIP finds the end of a sentence as the first highest id. Nothing is ever unknown.
+
+    Args:
+        texts: the captions to learn from.
+        vocab_size: number of ids, special tokens included; fewer if the texts hold fewer different words.
+        folder: where to write; made if missing.
+        max_length: length of a padded sentence in tokens.
+    Returns:
+        the folder.
+    Raises:
+        ValueError: if `vocab_size` has no room for the 512 byte symbols and the two special tokens.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    base = [*letters, *(letter + END_OF_WORD for letter in letters)]
+    _require_room(vocab_size, len(base) + 2, "256 bytes, 256 bytes ending a word, 2 special tokens")
+
+    learner = _learner(models.BPE(end_of_word_suffix=END_OF_WORD), CLIPTokenizer().backend_tokenizer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2, special_tokens=base, end_of_word_suffix=END_OF_WORD, show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    vocabulary = learner.get_vocab()
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    vocabulary |= {START: len(vocabulary), END: len(vocabulary) + 1}
+    return _write(CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length), folder)
+
+
+def _learner(model: models.Model, stock: Tokenizer) -> Tokenizer:
+    """A tokenizer to train that cuts text into words exactly as the stock one will."""
+    learner = Tokenizer(model)
+    learner.normalizer, learner.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
+    return learner
+
+
+def _require_room(vocab_size: int, needed: int, what: str) -> None:
+    if vocab_size < needed:
+        raise ValueError(f"vocab_size is {vocab_size}, but {needed} ids are needed before anything is learned ({what})")
+
+
+def _write(tokenizer: BertTokenizer | CLIPTokenizer, folder: str | Path) -> Path:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.txt, or vocab.json and merges.txt, for people to read
+    return folder

@@ -1,0 +1,129 @@
+"""A picture world of 64 × 64 pixels whose truth is known: what stands in a picture, in which colour, size and order.
+
+Things are drawn once as sprites (kind × colour × size), from the primitives in `drawings.py`; a picture is a
+ground with one to three sprites laid on it. `sample_scene` invents a scene, `draw` draws it.
+"""
+
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..scene_graph import COLOURS, GROUNDS, KINDS, SIZES, Scene, Thing
+from .drawings import DRAWINGS, INK, PAPER
+
+IMAGE_SIZE = 64
+PIXELS = {"small": 20, "large": 28}  # side of a thing's square
+_LATTICE = 4  # things lie on whole latents of the autoencoder (factor 4), which spares the generator a sixteenfold variety
+RGB = {
+    "red": (222, 40, 44), "orange": (250, 140, 24), "yellow": (252, 224, 50), "green": (36, 158, 66),
+    "blue": (36, 92, 220), "purple": (136, 52, 176), "pink": (250, 138, 190), "white": (252, 252, 252),
+}  # fmt: skip
+GROUND_RGB = {
+    "grass": (172, 206, 138), "sand": (234, 214, 172), "snow": (224, 232, 240), "water": (142, 192, 214), "night": (98, 100, 150),
+}  # fmt: skip
+_OVERSAMPLING = 8
+
+
+def draw(scene: Scene) -> np.ndarray:
+    """(64, 64, 3) uint8 picture of a scene.
+
+    Raises:
+        ValueError: if a thing does not lie wholly inside the picture.
+    """
+    picture = _ground(scene.ground).copy()  # float32
+    for thing in scene.things:
+        colour, opacity = _sprite(thing.kind, thing.colour, thing.size)
+        side = PIXELS[thing.size]
+        left, top = round(thing.x - side / 2), round(thing.y - side / 2)
+        if not (0 <= left <= IMAGE_SIZE - side and 0 <= top <= IMAGE_SIZE - side):
+            raise ValueError(f"{thing} reaches outside the {IMAGE_SIZE} × {IMAGE_SIZE} picture: move its centre inwards")
+        patch = picture[top : top + side, left : left + side]
+        patch *= 1 - opacity
+        patch += colour * opacity
+    return np.rint(picture).astype(np.uint8)
+
+
+def sample_scene(rng: np.random.Generator, kinds: tuple[str, ...] = KINDS, count: int | None = None) -> Scene:
+    """A scene of `count` things (1–3, with odds 4 : 4 : 2 if None), all of different kinds."""
+    count = count or int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]))
+    names = rng.choice(kinds, size=count, replace=False)
+    sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=count)]
+    things = tuple(
+        Thing(str(name), COLOURS[rng.integers(len(COLOURS))], size, *place)
+        for name, size, place in zip(names, sizes, _places(rng, sizes), strict=True)
+    )
+    return Scene(GROUNDS[rng.integers(len(GROUNDS))], things)
+
+
+def _places(rng: np.random.Generator, sizes: list[str]) -> list[tuple[float, float]]:
+    """Centres (x, y) such that nothing overlaps: anywhere for one, two halves for two, a half and two quarters for three."""
+    half = IMAGE_SIZE / 2
+    whole, first, second = (0, IMAGE_SIZE), (0, half), (half, IMAGE_SIZE)
+    middle = (half - 20, half + 20)
+    if len(sizes) == 1:
+        slots = [(whole, whole)]
+    elif len(sizes) == 2:
+        slots = [(first, middle), (second, middle)]
+    else:
+        slots = [(first, first), (second, first), (middle, second)]
+    if rng.random() < 0.5:
+        slots = [(vertical, horizontal) for horizontal, vertical in slots]
+    if rng.random() < 0.5:
+        slots = [tuple((IMAGE_SIZE - high, IMAGE_SIZE - low) for low, high in slot) for slot in slots]
+    order = rng.permutation(len(slots))
+    return [tuple(_within(rng, axis, PIXELS[size]) for axis in slots[i]) for i, size in zip(order, sizes, strict=True)]
+
+
+def _within(rng: np.random.Generator, axis: tuple[float, float], side: int) -> float:
+    """A centre such that a sprite of this side stays between the two ends of `axis`, its corner on the lattice."""
+    low, high = (int(end) // _LATTICE for end in axis)
+    return float(rng.integers(low, high - side // _LATTICE + 1) * _LATTICE + side / 2)
+
+
+@cache
+def _sprite(kind: str, colour: str, size: str) -> tuple[np.ndarray, np.ndarray]:
+    """Colour (S, S, 3) in 0–255 and opacity (S, S, 1) in 0–1, float32, antialiased by oversampling."""
+    side = PIXELS[size] * _OVERSAMPLING
+    shape = Image.new("RGBA", (side, side))
+    pen = ImageDraw.Draw(shape)
+    main = RGB[colour]
+    tones = {"main": main, "shade": tuple(int(0.7 * c) for c in main), "paper": PAPER, "ink": INK}
+    outline = round(1.25 * _OVERSAMPLING)
+    for primitive, points, tone in DRAWINGS[kind]:
+        scaled = [(x * (side - 1) / 100, y * (side - 1) / 100) for x, y in points]
+        if primitive == "ellipse":
+            pen.ellipse([*scaled[0], *scaled[1]], fill=tones[tone], outline=INK, width=outline)
+        elif primitive == "polygon":
+            pen.polygon(scaled, fill=tones[tone])
+            pen.line([*scaled, scaled[0], scaled[1]], fill=INK, width=outline, joint="curve")
+        elif primitive == "dot":
+            pen.ellipse([*scaled[0], *scaled[1]], fill=tones[tone])
+        else:  # "line"
+            pen.line(scaled, fill=tones[tone], width=round(1.6 * outline), joint="curve")
+    pixels = np.asarray(shape, np.float32).reshape(PIXELS[size], _OVERSAMPLING, PIXELS[size], _OVERSAMPLING, 4)
+    opacity = pixels[..., 3:] / 255
+    weight = opacity.mean((1, 3))
+    return (pixels[..., :3] * opacity).mean((1, 3)) / np.maximum(weight, 1e-6), weight
+
+
+@cache
+def _ground(name: str) -> np.ndarray:
+    """(64, 64, 3) float32: a plain colour with a quiet pattern of its own, the same in every picture."""
+    ground = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), GROUND_RGB[name])
+    pen = ImageDraw.Draw(ground)
+    lighter = tuple(min(255, c + 22) for c in GROUND_RGB[name])
+    darker = tuple(c - 18 for c in GROUND_RGB[name])
+    for row in range(4):
+        for column in range(4):
+            x, y = 16 * column + (row % 2) * 8 + 3, 16 * row + 7
+            if name == "grass":
+                pen.line([(x, y), (x + 1, y - 3)], fill=darker)
+                pen.line([(x + 3, y), (x + 2, y - 3)], fill=darker)
+            elif name == "water":
+                pen.line([(x, y), (x + 2, y - 1), (x + 5, y)], fill=lighter)
+            elif name == "night":
+                pen.rectangle([x, y, x + 1, y + 1], fill=(236, 230, 170))
+            else:
+                pen.rectangle([x, y, x + 1, y], fill=darker if name == "sand" else (255, 255, 255))
+    return np.asarray(ground, np.float32)

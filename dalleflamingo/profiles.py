@@ -1,0 +1,99 @@
+"""How big an experiment is: one word, `DALLEFLAMINGO_PROFILE`, takes every notebook from a laptop to a GPU.
+
+`smoke` and `mini` run the miniature models on a CPU, `colab` and `paper` the real ones (§3.1: ten captions an image,
+nucleus sampling; NoCaps validation has 4,500 images). A profile holds numbers and registry names; it loads nothing.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+VARIABLE = "DALLEFLAMINGO_PROFILE"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The size of one run.
+
+    Attributes:
+        name: what `DALLEFLAMINGO_PROFILE` is set to.
+        images: input images of an experiment.
+        candidates: K captions sampled for each image, hence pictures drawn for each image.
+        steps: denoising steps of the generator.
+        guidance_scale: of classifier-free guidance; 1 turns it off.
+        image_size: side of a generated picture, in pixels.
+        dtype: "float32" or "float16", the weights' type on a GPU; see `torch_dtype`.
+        captioner, generator, clip, dino, dataset: names in `registry.ENTRIES`.
+        batch_size: pictures drawn at once; bounded by memory, without influence on any picture.
+    """
+
+    name: str
+    images: int
+    candidates: int
+    steps: int
+    guidance_scale: float
+    image_size: int
+    dtype: str
+    captioner: str
+    generator: str
+    clip: str
+    dino: str
+    dataset: str
+    batch_size: int
+
+    @property
+    def device(self) -> str:
+        """"cuda" where this machine has it, else "cpu"."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` for `from_pretrained`; float32 on a CPU, which is slow at half precision or lacks it."""
+        return getattr(torch, self.dtype) if self.device == "cuda" else torch.float32
+
+
+_MINIATURE = dict(
+    guidance_scale=4.0,
+    image_size=64,
+    dtype="float32",
+    captioner="miniature/blip",
+    generator="miniature/sd",
+    clip="miniature/clip",
+    dino="miniature/dino",
+    dataset="miniature/nocaps",
+)
+_REAL = dict(
+    guidance_scale=7.5,
+    image_size=512,
+    dtype="float16",
+    captioner="blip-large",
+    generator="sd-v1-4",
+    clip="clip-vit-l-14",
+    dino="dino-vitb8",
+    dataset="nocaps",
+)
+
+PROFILES: dict[str, Profile] = {
+    profile.name: profile
+    for profile in (
+        Profile(name="smoke", images=4, candidates=2, steps=4, batch_size=8, **_MINIATURE),
+        Profile(name="mini", images=24, candidates=5, steps=20, batch_size=16, **_MINIATURE),
+        Profile(name="colab", images=24, candidates=5, steps=50, batch_size=4, **_REAL),
+        Profile(name="paper", images=4500, candidates=10, steps=50, batch_size=8, **_REAL),
+    )
+}
+
+
+def current() -> Profile:
+    """The profile named by `DALLEFLAMINGO_PROFILE`; "mini" where it is unset or empty.
+
+    Raises:
+        ValueError: the name is of no profile; the message lists them.
+    """
+    name = os.environ.get(VARIABLE) or "mini"
+    if name not in PROFILES:
+        raise ValueError(
+            f"{VARIABLE}={name!r} is not a profile: set it to one of {', '.join(PROFILES)}, or unset it for mini"
+        )
+    return PROFILES[name]

@@ -1,0 +1,137 @@
+"""A run folder: finished work on disk, in whole parts, so that a run killed at any moment goes on where it was.
+
+    run.json            the settings; another run does not mix its rows into this folder
+    parts/00000.parquet rows of a few images, written when all their pictures are
+    pictures/*.png
+    candidates.parquet  the table, at the end
+    skipped.json        inputs that could not be read, at the end
+
+A file appears under its name only when it is complete: it is written beside it and renamed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL.Image import Image
+
+_PER_TENSOR = 64  # values of each weight tensor that go into a model's digest; training changes every tensor
+
+
+class RunFolderError(ValueError):
+    """The folder belongs to another run; the message says how the two differ and what to do."""
+
+
+class RunFolder:
+    """A folder of one run, new or to be continued.
+
+    Args:
+        settings: JSON values that every row depends on.
+        schema: columns of the rows; (image_id, candidate) names a row.
+    Raises:
+        RunFolderError: the folder was made with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, object], schema: pa.Schema):
+        self.folder, self.schema = Path(folder), schema
+        for name in ("parts", "pictures"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._agree(settings)
+
+    def save_picture(self, name: str, picture: Image) -> str:
+        """Save as PNG; returns the path relative to the folder."""
+        relative = f"pictures/{name}.png"
+        _whole(self.folder / relative, lambda path: picture.save(path, format="PNG"))
+        return relative
+
+    def add(self, rows: list[dict]) -> None:
+        """Keep rows as a new part; their pictures must have been saved."""
+        number = max((int(path.stem) for path in self._parts()), default=-1) + 1
+        table = pa.Table.from_pylist(rows, self.schema)
+        _whole(self.folder / f"parts/{number:05d}.parquet", lambda path: pq.write_table(table, path))
+
+    def rows(self) -> pd.DataFrame:
+        """All kept rows whose pictures are there. A damaged part is removed, with a line that says so."""
+        tables = [self.schema.empty_table(), *(table for path in self._parts() if (table := _read(path)) is not None)]
+        rows = pa.concat_tables(tables).to_pandas()
+        pictures = {f"pictures/{path.name}" for path in (self.folder / "pictures").glob("*.png")}
+        whole = rows[rows.picture.isin(pictures).groupby(rows.image_id).transform("all").astype(bool)]
+        return whole.drop_duplicates(["image_id", "candidate"], keep="last", ignore_index=True)
+
+    def finish(self, table: pd.DataFrame, skipped: list[dict]) -> Path:
+        """Write the table and the list of skipped inputs; returns the table's path."""
+        _whole(self.folder / "skipped.json", lambda path: path.write_text(json.dumps(skipped, indent=1) + "\n"))
+        arrow = pa.Table.from_pandas(table, self.schema, preserve_index=False)
+        _whole(self.folder / "candidates.parquet", lambda path: pq.write_table(arrow, path))
+        return self.folder / "candidates.parquet"
+
+    def _parts(self) -> list[Path]:
+        return sorted(path for path in (self.folder / "parts").glob("*.parquet") if path.stem.isdigit())
+
+    def _agree(self, settings: Mapping[str, object]) -> None:
+        path = self.folder / "run.json"
+        now = json.loads(json.dumps(settings))
+        if path.exists():
+            there = _load_settings(path)
+            differing = [key for key in now | there if now.get(key) != there.get(key)]
+            if differing:
+                lines = "\n".join(f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing)
+                raise RunFolderError(
+                    f"{self.folder} holds a run with other settings:\n{lines}\nGive another run_folder, or delete this "
+                    "one to start again. (The code after a model's class is a digest of its weights.)"
+                )
+        elif self._parts():
+            raise RunFolderError(f"{self.folder} holds parts but no run.json to say of which run: give another folder")
+        else:
+            _whole(path, lambda part: part.write_text(json.dumps({"settings": now}, indent=1) + "\n"))
+
+
+def describe(model: object) -> str:
+    """A model's class and a digest of its weights and settings, so that a run is not continued by a retrained model."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key, value in sorted(vars(model).items()):
+        for name, part in getattr(value, "components", {key: value}).items():  # a diffusers pipeline has components
+            if isinstance(part, torch.nn.Module):
+                for parameter_name, tensor in part.named_parameters():
+                    digest.update(f"{name}.{parameter_name}{tuple(tensor.shape)}".encode())
+                    digest.update(tensor.detach().flatten()[:_PER_TENSOR].float().cpu().numpy().tobytes())
+            elif isinstance(part, torch.Tensor):
+                digest.update(part.cpu().numpy().tobytes())
+            elif hasattr(part, "add_noise"):  # a scheduler
+                config = {setting: part.config[setting] for setting in part.config if not setting.startswith("_")}
+                digest.update(f"{type(part).__name__}{json.dumps(config, sort_keys=True, default=str)}".encode())
+            elif isinstance(part, (str, int, float, bool)):
+                digest.update(f"{name}={part!r}".encode())
+    return f"{type(model).__name__} {digest.hexdigest()}"
+
+
+def _load_settings(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text())["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{path} is not the settings of a run ({type(error).__name__}: {error}): give another run_folder"
+        ) from error
+
+
+def _read(path: Path) -> pa.Table | None:
+    try:
+        return pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk or the permissions, not the content
+            raise
+        print(f"{path} is damaged ({error}); its images are made again")
+        path.unlink()
+        return None
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)

@@ -1,0 +1,39 @@
+"""What all tests share: the folder of real data, and a loud count of the tests that went without it."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+VARIABLE = "DALLEFLAMINGO_REAL_DATA"
+ABSENT = "real data absent"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")   # before any test imports transformers, which reads it once
+# How fast a machine is says nothing about the code; in CI the same examples every time, so that red means a change.
+hypothesis.settings.register_profile("course", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("course")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data that DALLEFLAMINGO_REAL_DATA names; without it the test is skipped and counted.
+
+    It holds `coco-karpathy`, `coco-photos`, `nocaps` and `magic-predictions`.
+    """
+    named = os.environ.get(VARIABLE)
+    if not named:
+        pytest.skip(f"{ABSENT}: {VARIABLE} is not set")
+    if not Path(named).is_dir():
+        pytest.fail(f"{VARIABLE}={named!r} is not a folder: name the folder of real data, or unset it")
+    return Path(named).resolve()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if ABSENT in str(report.longrepr)]
+    if skipped:
+        terminalreporter.section("real data")
+        terminalreporter.line(
+            f"{len(skipped)} tests on real data did NOT run: {VARIABLE} is not set. It names a folder that holds "
+            "coco-karpathy, coco-photos, nocaps and magic-predictions."
+        )

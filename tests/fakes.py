@@ -1,0 +1,96 @@
+"""Stand-ins for captioner, generator and similarity: instant, and functions of picture, caption and seed alone."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dalleflamingo import datasets, reconstruct
+from dalleflamingo.decoding import Nucleus
+from dalleflamingo.intervals import derive_seed
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "white": (250, 250, 250)}
+SETTINGS = dict(candidates=3, steps=2, guidance_scale=4.0, strategy=Nucleus(0.9), seed=5, chunk=3, batch_size=4)
+
+
+class Captioner:
+    """Names some colour, by corner and seed. Logs each image that it is shown by the red of its corner."""
+
+    def __init__(self, log: Path | None = None, delay: float = 0, temper: str = "even"):
+        self.temper = temper
+        self._hidden = (log, delay)
+        self.batches: list[list[tuple[int, ...]]] = []
+
+    def sample(self, images, seeds, strategy, min_words=5, max_words=30):
+        log, delay = self._hidden
+        corners = [image.getpixel((0, 0)) for image in images]
+        self.batches.append(corners)
+        if log:
+            with log.open("a") as file:
+                file.writelines(f"{corner[0]}\n" for corner in corners)
+        time.sleep(delay * len(images))
+        return [[self._caption(corner, seed) for seed in row] for corner, row in zip(corners, seeds, strict=True)]
+
+    def _caption(self, corner, seed):
+        digest = derive_seed("caption", str(corner), seed)
+        return f"a {list(COLOURS)[digest % 4]} thing {digest % 1000}"
+
+
+class Generator:
+    """Draws the colour that the caption names, with noise from the seed."""
+
+    def __init__(self, delay: float = 0):
+        self._hidden = delay
+        self.calls = []
+
+    def render(self, captions, seeds, steps=50, guidance_scale=7.5, batch_size=16, progress=None):
+        self.calls.append(dict(captions=captions, seeds=seeds, steps=steps, guidance=guidance_scale, batch=batch_size))
+        return [self._draw(caption, seed, progress) for caption, seed in zip(captions, seeds, strict=True)]
+
+    def _draw(self, caption, seed, progress):
+        time.sleep(self._hidden)
+        progress(1)
+        noise = np.random.default_rng(seed).integers(-20, 20, (16, 16, 3))
+        return Image.fromarray((np.array(COLOURS[caption.split()[1]]) + noise).clip(0, 255).astype(np.uint8))
+
+
+class MeanColour:
+    name = "colour"
+    higher_is_better = True
+
+    def __init__(self):
+        self.embedded = []
+
+    def embed(self, images):
+        self.embedded.append(len(images))
+        return torch.tensor(np.array([np.asarray(image).mean((0, 1)) - 128 for image in images]), dtype=torch.float32)
+
+
+class Corner(MeanColour):
+    name = "corner"
+
+    def embed(self, images):
+        return torch.tensor(np.array([image.getpixel((0, 0)) for image in images]), dtype=torch.float32)
+
+
+def dataset(folder: Path, n: int = 10) -> datasets.Dataset:
+    """n pictures; the red of a picture's corner is its image id."""
+    folder.mkdir(exist_ok=True)
+    examples = []
+    for i in range(n):
+        image_id, path = 200 - 3 * i, folder / f"{i}.png"
+        array = np.full((16, 16, 3), list(COLOURS.values())[i % 4], np.uint8)
+        array[0, 0] = (image_id, 7, 7)
+        if not path.exists():
+            Image.fromarray(array).save(path)
+        domain = [None, "in-domain", "out-domain"][i % 3]
+        examples.append(datasets.Example(image_id, path, (f"a thing {i}",), domain))
+    return datasets.Dataset("coloured things", tuple(examples))
+
+
+def run(run_folder: Path, pictures: Path, log: Path | None = None, delay: float = 0, n: int = 10, **settings):
+    """The whole way with fakes."""
+    models = Captioner(log, delay), Generator(delay), [MeanColour(), Corner()]
+    return reconstruct.image_text_image(dataset(pictures, n), *models, run_folder, **SETTINGS | settings)

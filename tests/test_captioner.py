@@ -1,0 +1,198 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers import BlipForConditionalGeneration, BlipProcessor
+
+from dalleflamingo.captioner import Captioner, Nucleus, Temperature, TopK, count_words
+from dalleflamingo.decoding import GumbelNoise, WordLimits
+
+PHOTOS = tiny.pictures(7)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tiny.blip(tmp_path_factory.mktemp("blip")))
+
+
+@pytest.fixture(scope="module")
+def captioner(folder):
+    return Captioner.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def stock(folder):
+    return BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+# A candidate is a function of (picture, seed)
+
+
+def test_candidate_depends_on_its_picture_and_seed_alone(captioner):
+    seeds = [[10 * b + k for k in range(3)] for b in range(7)]
+    together = captioner.sample(PHOTOS, seeds)
+    assert len({caption for row in together for caption in row}) > 15
+    alone = [[captioner.sample([photo], [[s]])[0][0] for s in row] for photo, row in zip(PHOTOS, seeds, strict=True)]
+    assert alone == together
+    backwards = captioner.sample(PHOTOS[::-1], [row[::-1] for row in seeds[::-1]])
+    assert [row[::-1] for row in backwards[::-1]] == together
+    uneven = captioner.sample(PHOTOS, [row[: b % 4] for b, row in enumerate(seeds)])
+    assert uneven == [row[: b % 4] for b, row in enumerate(together)]
+
+
+def test_seed_and_picture_both_matter(captioner):
+    (one, other, again), (elsewhere, *_) = captioner.sample(PHOTOS[:2], [[5, 6, 5], [5]])
+    assert one == again
+    assert len({one, other, elsewhere}) == 3
+
+
+def test_each_picture_is_encoded_once_for_all_its_candidates(captioner):
+    encoded = []
+    hook = captioner.model.vision_model.register_forward_hook(lambda _, args, out: encoded.append(len(out[0])))
+    try:
+        captioner.sample(PHOTOS[:3], [list(range(10))] * 3)
+    finally:
+        hook.remove()
+    assert sum(encoded) == 3
+
+
+# The distribution is the strategy's
+
+PROBABILITIES = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
+KEPT = {
+    Nucleus(0.8): [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0],  # 0.7 is not enough, the third token completes it
+    TopK(2): [0.4 / 0.7, 0.3 / 0.7, 0, 0, 0],
+    Temperature(0.5): list((PROBABILITIES**2 / (PROBABILITIES**2).sum()).numpy()),
+}
+
+
+@pytest.mark.parametrize(("strategy", "expected"), KEPT.items(), ids=[str(strategy) for strategy in KEPT])
+def test_gumbel_max_draws_from_the_filtered_softmax(strategy, expected):
+    draws = 20_000
+    logits = PROBABILITIES.log().expand(draws, -1) + 3.0
+    noisy = GumbelNoise(range(draws))(None, strategy.warper()(None, logits))
+    assert _p_value(noisy.argmax(-1), expected) > 1e-3
+
+
+def test_consecutive_words_are_independent_draws():
+    draws = 20_000
+    logits, noise = PROBABILITIES.log().expand(draws, -1), GumbelNoise(range(draws))
+    first, second = noise(None, logits).argmax(-1), noise(None, logits).argmax(-1)
+    assert _p_value(first * 5 + second, torch.outer(PROBABILITIES, PROBABILITIES).flatten().numpy()) > 1e-3
+
+
+def test_first_word_is_distributed_as_the_models_nucleus(captioner, stock, monkeypatch):
+    draws = 4_000
+    written, generate = [], captioner.model.text_decoder.generate
+    monkeypatch.setattr(
+        captioner.model.text_decoder, "generate", lambda **k: written.append(generate(**k)) or written[-1]
+    )
+    captioner.sample(PHOTOS[:1], [range(draws)], Nucleus(0.9), min_words=0, max_words=1)
+    pixel_values = captioner.processor(images=PHOTOS[:1], return_tensors="pt").pixel_values
+    start = torch.tensor([[stock.config.text_config.bos_token_id]])
+    with torch.no_grad():
+        probability = stock(pixel_values, start).logits[0, -1].double().softmax(-1).numpy()
+    order = np.argsort(-probability)
+    nucleus = order[: np.searchsorted(np.cumsum(probability[order]), 0.9) + 1]
+    expected = np.zeros_like(probability)
+    expected[nucleus] = probability[nucleus] / probability[nucleus].sum()
+    assert 5 < len(nucleus) < len(probability) - 5
+    assert _p_value(written[0][:, 1], expected) > 1e-3
+
+
+def _p_value(drawn, expected):
+    """How probable so large a deviation is; nothing may be drawn that has no probability."""
+    expected = np.asarray(expected, dtype=float)
+    counts = np.bincount(drawn.numpy(), minlength=len(expected))
+    assert counts[expected == 0].sum() == 0
+    possible = expected > 0
+    expected = expected[possible] / expected[possible].sum()
+    return chisquare(counts[possible], expected * counts.sum()).pvalue
+
+
+# Words, not WordPieces
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", 0), ("a bird.", 2), (" , - ", 0), ("black-and-white", 3), ("it's 2 o_o", 5)]
+)
+def test_a_word_is_a_run_of_letters_and_digits(text, words):
+    assert count_words(text) == words
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(limits=st.tuples(st.integers(0, 8), st.integers(1, 8)).map(sorted), seed=st.integers(0, 2**31 - 1))
+def test_captions_keep_their_word_limits(captioner, limits, seed):
+    low, high = limits
+    seeds = range(seed, seed + 12)
+    (captions,) = captioner.sample(PHOTOS[:1], [seeds], Temperature(2.0), min_words=low, max_words=max(high, 1))
+    assert all(low <= count_words(caption) <= max(high, 1) for caption in captions), captions
+
+
+def test_both_word_limits_are_reached_but_not_forced(captioner):
+    (captions,) = captioner.sample(PHOTOS[:1], [range(100)], Temperature(2.0), min_words=3, max_words=6)
+    assert {count_words(caption) for caption in captions} == {3, 4, 5, 6}
+
+
+def test_beam_search_keeps_the_word_limits(captioner):
+    for words in (2, 5):
+        captions = captioner.describe(PHOTOS, min_words=words, max_words=words)
+        assert [count_words(caption) for caption in captions] == [words] * 7
+
+
+def test_limits_count_words_and_pass_the_surplus_probability_to_the_end(captioner):
+    tokenizer, size = captioner.processor.tokenizer, captioner.model.config.text_config.vocab_size
+    id = tokenizer.get_vocab()
+    rows = ["bird ##s ##s ##s", "bird red tree ,", "bird red tree"]
+    ids = torch.tensor([[size - 2, *tokenizer.convert_tokens_to_ids((row + " [PAD]" * 4).split()[:4])] for row in rows])
+    scores = torch.linspace(-2, 2, size).repeat(3, 1)
+    limited = WordLimits(tokenizer, size, prompt_length=1, end=id["[SEP]"], min_words=2, max_words=3)(ids, scores)
+    assert limited[0, id["[SEP]"]] == -torch.inf, "one word in four pieces is one word"
+    torch.testing.assert_close(limited[:, : id["[SEP]"]], scores[:, : id["[SEP]"]])
+    for row, allowed, forbidden in [(0, "red ##s ,", "[SEP]"), (1, ", [SEP]", "red ##s"), (2, ", ##s [SEP]", "red t")]:
+        assert all(limited[row, id[token]] > -torch.inf for token in allowed.split())
+        assert all(limited[row, id[token]] == -torch.inf for token in forbidden.split())
+    torch.testing.assert_close(limited[1:].logsumexp(-1), scores[1:].logsumexp(-1))
+    torch.testing.assert_close(limited[1:, id[","]], scores[1:, id[","]])
+
+
+# Beam search is the stock model's
+
+
+@pytest.mark.parametrize("prompt", ["", "a bird of"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_describe_equals_stock_generate_where_limits_do_not_bite(folder, stock, beams, prompt):
+    captioner = Captioner.from_pretrained(folder, prompt=prompt)
+    processor = BlipProcessor.from_pretrained(folder)
+    inputs = processor(images=PHOTOS, text=[prompt] * 7, return_tensors="pt") if prompt else processor(
+        images=PHOTOS, return_tensors="pt"
+    )
+    ids = stock.generate(**inputs, num_beams=beams, do_sample=False, max_length=64)
+    expected = [text.removeprefix(prompt).strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    assert len(set(expected)) > 3
+    assert captioner.describe(PHOTOS, beams=beams, min_words=0, max_words=64) == expected
+
+
+# Errors teach
+
+
+def test_seeds_for_another_number_of_pictures_are_refused(captioner):
+    with pytest.raises(ValueError, match="2 pictures but 1 rows of seeds"):
+        captioner.sample(PHOTOS[:2], [[1]])
+
+
+def test_impossible_word_limits_are_refused(captioner):
+    with pytest.raises(ValueError, match="min_words=6, max_words=5"):
+        captioner.sample(PHOTOS[:1], [[1]], min_words=6, max_words=5)
+
+
+def test_no_pictures_and_no_seeds_give_no_captions(captioner):
+    assert captioner.sample([], []) == captioner.describe([]) == []
+    assert captioner.sample(PHOTOS[:2], [[], []]) == [[], []]

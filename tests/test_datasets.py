@@ -1,0 +1,329 @@
+"""Readers and writers: parity with pycocotools, the real files, round trips, and errors that name file and remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools.coco import COCO
+
+from dalleflamingo import datasets
+from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage
+
+IMAGES = [{"id": 7, "file_name": "b.png", "scene": {"ground": "grass"}}, {"id": 3, "file_name": "a.png"}]
+CAPTIONS = [
+    {"id": 0, "image_id": 3, "caption": "a red bird "},
+    {"id": 1, "image_id": 7, "caption": "a boat"},
+    {"id": 2, "image_id": 3, "caption": "bird"},
+]
+
+
+def _file(folder: Path, payload) -> Path:
+    path = folder / "captions.json"
+    path.write_text(json.dumps(payload))
+    return path
+
+
+def _coco(folder: Path, images=IMAGES, annotations=CAPTIONS) -> Path:
+    return _file(folder, {"images": images, "annotations": annotations})
+
+
+def _many(n: int) -> Dataset:
+    return Dataset("many", tuple(Example(i * i, Path(f"{i}.png")) for i in range(n)))
+
+
+def test_coco_keeps_image_order_caption_order_and_the_rest_of_the_record(tmp_path):
+    found = datasets.read_coco(_coco(tmp_path), tmp_path / "images", name="tiny")
+    assert found.name == "tiny"
+    assert found[0] == Example(7, tmp_path / "images/b.png", ("a boat",), None, {"scene": {"ground": "grass"}})
+    assert found[1] == Example(3, tmp_path / "images/a.png", ("a red bird ", "bird"))
+
+
+def test_karpathy_splits_gather_restval_into_train_and_keep_the_folder(tmp_path):
+    def record(cocoid, split, folder):
+        sentences = [{"raw": f"caption {cocoid}", "tokens": ["caption"], "sentid": cocoid}]
+        where = {"filepath": folder, "filename": f"{cocoid}.jpg"}
+        return {"cocoid": cocoid, **where, "split": split, "sentences": sentences}
+
+    records = [
+        record(1, "train", "train2014"),
+        record(2, "restval", "val2014"),
+        record(3, "val", "val2014"),
+        record(4, "test", "val2014"),
+    ]
+    path = _file(tmp_path, {"images": records, "dataset": "coco"})
+    for split, ids in {"train": [1, 2], "val": [3], "test": [4]}.items():
+        assert [e.image_id for e in datasets.read_karpathy(path, tmp_path, split)] == ids
+    assert datasets.read_karpathy(path, tmp_path, "test")[0] == Example(4, tmp_path / "val2014/4.jpg", ("caption 4",))
+    with pytest.raises(DatasetError, match="splits are train, val, test, not 'restval'"):
+        datasets.read_karpathy(path, tmp_path, "restval")
+
+
+def test_nocaps_domains_are_read_and_split_in_the_order_of_the_tables(tmp_path):
+    domains = datasets.DOMAINS[::-1] * 2
+    images = [{"id": i, "file_name": f"{i}.png", "domain": domain} for i, domain in enumerate(domains)]
+    path = _coco(tmp_path, images, [{"image_id": 5, "caption": "a kite"}])
+    found = datasets.read_nocaps(path, tmp_path)
+    by_domain = found.by_domain()
+    assert list(by_domain) == ["in-domain", "near-domain", "out-domain"]
+    assert [e.image_id for e in by_domain["out-domain"]] == [0, 3]
+    assert by_domain["in-domain"][1].references == ("a kite",)
+    images[0]["domain"] = "overseas"
+    with pytest.raises(DatasetError, match="image 0 has domain 'overseas'; expected in-domain, near-domain"):
+        datasets.read_nocaps(_coco(tmp_path, images, []), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        ([{"image_id": 1, "caption": "x"}], 'a list of 1, the first one an object .*expected an object whose "images"'),
+        ({"info": {}}, "an object with the keys 'info'"),
+        ({"images": IMAGES}, 'whose "annotations" is a list'),
+        ({"images": ["a.png"], "annotations": []}, 'whose "images" is a list of objects'),
+        ({"images": [{"id": "7"}], "annotations": []}, '"id" in every record, of type int'),
+        ({"images": [{"id": True}], "annotations": []}, '"id" in every record, of type int'),
+        ({"images": [{"id": 7, "file_name": None}], "annotations": []}, '"file_name" in every record, of type str'),
+        ({"images": IMAGES, "annotations": [{"image_id": 7}]}, '"caption" in every record, of type str'),
+        ({"images": IMAGES * 2, "annotations": []}, "image id 7 occurs 2 times"),
+        ({"images": IMAGES, "annotations": CAPTIONS + CAPTIONS[1:2]}, "annotation id 1 occurs 2 times"),
+        ({"images": IMAGES[:1], "annotations": CAPTIONS}, "'a red bird ' is of image 3, which is not among the 1"),
+    ],
+)
+def test_json_of_another_shape_is_refused_with_its_file_and_what_was_expected(tmp_path, payload, message):
+    path = _file(tmp_path, payload)
+    with pytest.raises(DatasetError, match=message) as refusal:
+        datasets.read_coco(path, tmp_path)
+    assert str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<!DOCTYPE html><title>404</title>", "begins '<!DOCTYPE html>.*web page"),
+        (json.dumps({"images": IMAGES}).encode()[:40], "is not JSON .*40 characters .*cut short"),
+        (b"", "is not JSON .*0 characters"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"\x89PNG\r\n\x1a\n\xff", "not JSON but binary"),
+    ],
+)
+def test_a_file_that_is_not_json_is_named_with_what_it_begins_with(tmp_path, content, message):
+    path = tmp_path / "captions.json"
+    path.write_bytes(content)
+    for read in (lambda: datasets.read_coco(path, tmp_path), lambda: datasets.read_results(path)):
+        with pytest.raises(DatasetError, match=message) as refusal:
+            read()
+        assert str(path) in str(refusal.value)
+
+
+def test_a_missing_file_or_a_folder_instead_of_a_file_is_named(tmp_path):
+    with pytest.raises(DatasetError, match="there is no file .*nowhere.json"):
+        datasets.read_nocaps(tmp_path / "nowhere.json", tmp_path)
+    with pytest.raises(DatasetError, match="not JSON but a folder"):
+        datasets.read_karpathy(tmp_path, tmp_path, "test")
+
+
+@given(st.lists(st.lists(st.text(st.characters()), max_size=3), max_size=4))
+def test_any_caption_survives_writing_and_reading(tmp_path_factory, captions):
+    folder = tmp_path_factory.mktemp("round")
+    domains = (None, *datasets.DOMAINS)
+    examples = tuple(
+        Example(10 * i, folder / f"{i}.png", tuple(c), domains[i], {"scene": {"things": c}})
+        for i, c in enumerate(captions)
+    )
+    datasets.write_coco(folder / "a.json", examples)
+    assert datasets.read_coco(folder / "a.json", folder).examples == examples
+    assert datasets.read_nocaps(folder / "a.json", folder).examples == examples
+    results = {i: caption for i, c in enumerate(captions) for caption in c}
+    datasets.write_results(folder / "r.json", results)
+    assert datasets.read_results(folder / "r.json") == results
+    assert not list(folder.glob("*.unfinished"))
+
+
+def test_subfolders_survive_a_round_trip_when_the_images_folder_is_named(tmp_path):
+    examples = (Example(1, tmp_path / "val2014/1.jpg"), Example(2, tmp_path / "train2014/2.jpg"))
+    datasets.write_coco(tmp_path / "a.json", examples, images=tmp_path)
+    assert datasets.read_coco(tmp_path / "a.json", tmp_path).examples == examples
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    datasets.write_results(tmp_path / "r.json", {1: "kept"})
+    with pytest.raises(TypeError):
+        datasets.write_results(tmp_path / "r.json", {1: object()})
+    assert datasets.read_results(tmp_path / "r.json") == {1: "kept"}
+
+
+def test_pycocotools_reads_what_we_write(tmp_path):
+    found = datasets.read_coco(_coco(tmp_path), tmp_path)
+    datasets.write_coco(tmp_path / "ours.json", found)
+    datasets.write_results(tmp_path / "results.json", {3: "a bird", 7: "a boat"})
+    stock = COCO(str(tmp_path / "ours.json"))
+    for example in found:
+        assert [a["caption"] for a in stock.imgToAnns[example.image_id]] == list(example.references)
+    predictions = stock.loadRes(str(tmp_path / "results.json"))
+    assert {i: predictions.imgToAnns[i][0]["caption"] for i in predictions.getImgIds()} == {3: "a bird", 7: "a boat"}
+
+
+
+def test_results_with_two_captions_for_one_image_are_refused(tmp_path):
+    path = _file(tmp_path, [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}])
+    with pytest.raises(DatasetError, match="image_id 1 occurs 2 times"):
+        datasets.read_results(path)
+    with pytest.raises(DatasetError, match="expected COCO results"):
+        datasets.read_results(_coco(tmp_path))
+
+
+def test_a_subset_is_chosen_by_its_seed_nested_and_in_file_order():
+    many = _many(50)
+    small, large = many.subset(4, seed=1), many.subset(24, seed=1)
+    assert len(small) == 4 and len(large) == 24
+    assert set(small.examples) < set(large.examples)
+    assert list(large) == [e for e in many if e in set(large.examples)]
+    assert small != many.subset(4, seed=2)
+    assert many.subset(50, seed=1) == many
+
+
+def test_a_subset_depends_on_ids_not_on_file_order():
+    many = _many(50)
+    turned = Dataset("many", many.examples[::-1])
+    assert set(turned.subset(5).examples) == set(many.subset(5).examples)
+
+
+@pytest.mark.parametrize("n", [0, 4, -1])
+def test_a_subset_that_cannot_be_is_refused(n):
+    with pytest.raises(DatasetError, match=f"a subset of {n} was asked of many: ask for 1 to 3"):
+        _many(3).subset(n)
+
+
+def test_two_examples_of_one_id_make_no_data_set():
+    with pytest.raises(DatasetError, match="data set twins: image id 5 occurs 2 times"):
+        Dataset("twins", (Example(5, Path("a")), Example(5, Path("b"))))
+
+
+def test_a_slice_is_a_data_set():
+    assert _many(5)[1:3] == Dataset("many", _many(5).examples[1:3])
+
+
+def test_a_folder_of_pictures_keeps_its_ids_when_a_picture_is_added(tmp_path):
+    for name in ("b.PNG", "c.jpg", ".hidden.png", "notes.txt"):
+        (tmp_path / name).touch()
+    before = datasets.read_folder(tmp_path)
+    assert [e.path.name for e in before] == ["b.PNG", "c.jpg"]
+    (tmp_path / "a.webp").touch()
+    after = datasets.read_folder(tmp_path)
+    assert [e.path.name for e in after] == ["a.webp", "b.PNG", "c.jpg"]
+    assert [e.image_id for e in after[1:]] == [e.image_id for e in before]
+    assert len({e.image_id for e in after}) == 3
+
+
+def test_an_empty_folder_is_refused_with_what_it_should_hold(tmp_path):
+    with pytest.raises(DatasetError, match="holds no pictures but no files at all: put files ending in .jpg"):
+        datasets.read_folder(tmp_path)
+    (tmp_path / "IMG_1.HEIC").touch()
+    with pytest.raises(DatasetError, match="but 1 other files, such as IMG_1.HEIC"):
+        datasets.read_folder(tmp_path)
+    with pytest.raises(DatasetError, match="there is no folder .*nowhere"):
+        datasets.read_folder(tmp_path / "nowhere")
+
+
+def _picture(path: Path) -> bytes:
+    Image.effect_noise((64, 64), 80).convert("RGB").save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"<html>", lambda b: b[:60] + b"?" * 900],
+    ids=["empty", "truncated", "html", "overwritten"],
+)
+def test_a_corrupted_picture_is_named_with_a_reason_and_a_remedy(tmp_path, suffix, spoil):
+    path = tmp_path / f"broken.{suffix}"
+    path.write_bytes(spoil(_picture(path)))
+    broken = Dataset("broken", (Example(1, path),))
+    with pytest.raises(UnreadableImage) as refusal:
+        broken.open(broken[0])
+    assert refusal.value.path == path and refusal.value.remedy in str(refusal.value)
+    assert str(path) in str(refusal.value) and f"{path.stat().st_size:,} bytes" in str(refusal.value)
+
+
+def test_a_missing_picture_is_unreadable_too(tmp_path):
+    lost = Dataset("lost", (Example(1, tmp_path / "lost.png"),))
+    with pytest.raises(UnreadableImage, match="lost.png: there is no such file; download or draw it"):
+        lost.open(lost[0])
+
+
+def test_pictures_open_as_rgb_upright_and_over_white(tmp_path):
+    Image.new("RGBA", (2, 1), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    clear = datasets.open_picture(tmp_path / "clear.png")
+    assert clear.mode == "RGB" and clear.getpixel((0, 0)) == (255, 255, 255)
+
+    sideways = Image.new("RGB", (2, 1), "red")
+    sideways.putpixel((1, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees clockwise to see it upright", as telephones write it
+    sideways.save(tmp_path / "phone.png", exif=exif)
+    upright = datasets.open_picture(tmp_path / "phone.png")
+    assert upright.size == (1, 2) and upright.getpixel((0, 1)) == (0, 0, 255)
+
+    for mode in ("L", "P", "LA", "1", "CMYK"):
+        file = tmp_path / f"{mode}.tif"
+        Image.new("L", (2, 2), "white").convert("RGB").convert(mode).save(file)
+        opened = datasets.open_picture(file)
+        assert opened.mode == "RGB" and opened.getpixel((1, 1)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_real_karpathy_ground_truth_equals_what_pycocotools_finds(real_data, split):
+    path = real_data / "coco-karpathy" / f"coco_karpathy_{split}_gt.json"
+    found = datasets.read_coco(path, Path("val2014"))
+    assert len(found) == 5000 and sum(len(e.references) for e in found) == 25010
+    stock = COCO(str(path))
+    for example in found:
+        assert [a["caption"] for a in stock.imgToAnns[example.image_id]] == list(example.references)
+        assert example.path == Path(f"val2014/COCO_val2014_{example.image_id:012d}.jpg")
+
+
+def test_real_karpathy_ground_truth_survives_a_round_trip(real_data, tmp_path):
+    found = datasets.read_coco(real_data / "coco-karpathy/coco_karpathy_test_gt.json", tmp_path, "gt")
+    datasets.write_coco(tmp_path / "copy.json", found)
+    assert datasets.read_coco(tmp_path / "copy.json", tmp_path, "gt") == found
+
+
+def test_real_nocaps_header_has_pictures_without_captions_or_domains(real_data):
+    found = datasets.read_nocaps(real_data / "nocaps/nocaps_val_image_info.json", Path("images"))
+    assert len(found) == 4500
+    assert found[0].path == Path("images/0013ea2087020901.jpg")
+    assert found[0].extra["open_images_id"] == "0013ea2087020901"
+    assert {e.references for e in found} == {()} and {e.domain for e in found} == {None} and found.by_domain() == {}
+    assert len(found.subset(2000, seed=0)) == 2000
+
+
+def test_all_51_real_photographs_open_with_their_size_and_five_captions(real_data):
+    photos = []
+    for split in ("train2017", "val2017"):
+        root = real_data / "coco-photos"
+        whole = datasets.read_coco(root / f"captions_{split}.json", root / split)
+        photos += [(whole, example) for example in whole if example.path.exists()]
+    assert len(photos) == 51
+    for whole, example in photos:
+        picture = whole.open(example)
+        assert picture.mode == "RGB" and picture.size == (example.extra["width"], example.extra["height"])
+        assert len(example.references) == 5
+
+
+def test_a_folder_of_real_photographs_is_a_data_set(real_data):
+    found = datasets.read_folder(real_data / "clipscore-example/images")
+    assert [e.path.name for e in found] == ["image1.jpg", "image2.jpg"]
+    assert min(found.open(found[0]).size) > 100
+
+
+def test_real_predictions_of_another_shape_are_refused_and_in_coco_shape_are_read(real_data, tmp_path):
+    path = real_data / "magic-predictions/magic_result.json"
+    with pytest.raises(DatasetError, match="magic_result.json: expected \"image_id\" in every record"):
+        datasets.read_results(path)
+    published = json.loads(path.read_text())
+    captions = {int(r["image_name"][-16:-4]): r["prediction"] for r in published}
+    datasets.write_results(tmp_path / "magic.json", captions)
+    assert datasets.read_results(tmp_path / "magic.json") == captions and len(captions) == 4982

@@ -1,0 +1,230 @@
+"""The house keeps its word: one list of pins, clean notebooks, small files, a README whose links lead somewhere."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from graphlib import TopologicalSorter
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODULES = sorted((ROOT / "dalleflamingo").rglob("*.py"))
+CUDA = re.compile(r"^(nvidia|cuda|triton)\b")   # torch pins these itself, and only where there is CUDA
+
+
+# ── the environment ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pins() -> dict[str, str]:
+    """{canonical name: version} of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    split = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in split}
+
+
+def direct_requirements() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"]
+    return [Requirement(text) for text in PROJECT["dependencies"] + extras["course"] + extras["test"]]
+
+
+def closure(roots: list[Requirement]) -> set[str]:
+    """Names of all that `roots` bring along on Python 3.11, 3.12 and 3.13, from the installed packages' own words."""
+    seen, queue = set(), [(root.name, frozenset(root.extras)) for root in roots]
+    while queue:
+        name, extras = queue.pop()
+        if (canonicalize_name(name), extras) in seen:
+            continue
+        seen.add((canonicalize_name(name), extras))
+        try:
+            requires = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:   # of another Python version, so not installed here
+            continue
+        for requirement in map(Requirement, requires):
+            if any(_applies(requirement, extra, minor) for extra in extras | {""} for minor in (11, 12, 13)):
+                queue.append((requirement.name, frozenset(requirement.extras)))
+    return {name for name, _ in seen}
+
+
+def _applies(requirement: Requirement, extra: str, minor: int) -> bool:
+    python = {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.0", "extra": extra}
+    return requirement.marker is None or requirement.marker.evaluate(python)
+
+
+def pip_arguments_of_make() -> list[str]:
+    [line] = [line for line in (ROOT / "Makefile").read_text().splitlines() if "-m pip install" in line]
+    return shlex.split(line.split("pip install")[1].replace("--only-binary=:all:", ""))
+
+
+def test_conda_and_make_install_the_same_list():
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    [from_pip] = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
+    assert [word for line in from_pip for word in line.split()] == pip_arguments_of_make()
+
+    from_conda = {entry.split()[0]: entry for entry in dependencies if isinstance(entry, str)}
+    assert set(from_conda) == {"python", "pip", "openjdk"}, "a library that conda brings would not have its pin"
+    assert from_conda["python"] == f"python {PROJECT['requires-python']}"
+
+
+def test_every_requirement_has_a_pin_that_it_allows():
+    pinned = pins()
+    for requirement in direct_requirements():
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version is not None, f"constraints.txt does not pin {requirement.name}"
+        assert requirement.specifier.contains(version), f"{requirement} does not allow the pin, {version}"
+
+
+def test_pins_cover_all_that_comes_along_and_nothing_else():
+    needed = {name for name in closure(direct_requirements()) if not CUDA.match(name)}
+    assert set(pins()) == needed
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not in the environment that make makes")
+def test_this_environment_holds_the_pinned_versions():
+    installed = {canonicalize_name(found.name): found.version for found in metadata.distributions()}
+    wrong = {name: (installed[name], pin) for name, pin in pins().items() if installed.get(name, pin) != pin}
+    assert not wrong, f"(installed, pinned): {wrong}"
+
+
+def test_a_library_without_data_says_how_to_get_it(tmp_path):
+    shutil.copytree(ROOT / "dalleflamingo", tmp_path / "dalleflamingo")   # as `pip install .` does: no data beside it
+    outside = {key: value for key, value in os.environ.items() if key != "DALLEFLAMINGO_DATA"}
+    outside["PYTHONPATH"] = str(tmp_path)
+    script = "import dalleflamingo.registry as r; print(r.__file__, flush=True); r.locate('miniature/blip')"
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, env=outside, cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.startswith(str(tmp_path))
+    assert "RegistryError" in run.stderr and "git clone" in run.stderr and "DALLEFLAMINGO_DATA" in run.stderr
+
+
+# ── the code ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_ruff_has_nothing_to_say():
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", "."]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of this package that `path` imports, anywhere in it."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found & {name_of(module) for module in MODULES}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_imports_run_one_way():
+    graph = {name_of(path): imports_of(path) - {name_of(path)} for path in MODULES if path.name != "__init__.py"}
+    TopologicalSorter(graph).prepare()   # raises CycleError, which names the cycle
+
+
+def test_only_the_miniature_imports_the_miniature():
+    """Everyone else knows it by the files in data/miniature only, as they know the real models."""
+    for path in MODULES:
+        if "miniature" not in path.parts:
+            reached = {name for name in imports_of(path) if name.startswith("dalleflamingo.miniature")}
+            assert not reached, f"{path.name} imports {reached}"
+
+
+# ── the notebooks ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def code_cells(path: Path) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def test_the_course_begins_with_the_question_and_holds_finding_one():
+    assert {"00_the_question", "01_tokenizer_mapping", "03_image_text_image"} <= {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stripped(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert "widgets" not in notebook["metadata"]
+    for number, cell in enumerate(code_cells(path), start=1):
+        assert cell["outputs"] == [] and cell["execution_count"] is None, f"code cell {number} keeps what a run left"
+        assert "execution" not in cell["metadata"], f"code cell {number} keeps the times of a run"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_asserts_its_values(path):
+    code = "\n".join(re.sub(r"(?m)^\s*[%!].*$", "", source(cell)) for cell in code_cells(path))
+    asserts = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Assert)]
+    assert any(not isinstance(node.test, ast.Constant) for node in asserts)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_code_cells_fit_a_screen(path):
+    for number, cell in enumerate(code_cells(path), start=1):
+        lines = source(cell).splitlines()
+        assert len(lines) <= 20, f"code cell {number} has {len(lines)} lines"
+        assert max(map(len, lines), default=0) <= 88, f"code cell {number}: {max(lines, key=len)}"
+
+
+# ── the files ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def files_under_git() -> list[Path]:
+    """Tracked files, and new ones that git would take."""
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"not a git checkout ({error})")
+    return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_file_is_above_16_mb_and_all_data_within_48_mb():
+    sizes = {path.relative_to(ROOT): path.stat().st_size / 1e6 for path in files_under_git()}
+    assert not {path: size for path, size in sizes.items() if size > 16}
+    assert sum(size for path, size in sizes.items() if path.parts[0] == "data") <= 48
+
+
+def test_links_of_the_pages_lead_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        targets = re.findall(r"\]\(([^)\s]+)|(?:src|href)=\"([^\"]+)\"", page.read_text(encoding="utf-8"))
+        for target in {link.split("#")[0] for pair in targets for link in pair}:
+            if target and "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links {target}, which is not there"
+
+
+# ── the summary ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_skipped_real_data_is_counted_aloud(tmp_path):
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    tests = "def test_a(real_data): pass\n\ndef test_b(real_data): pass\n\ndef test_c(): pass\n"
+    (tmp_path / "test_three.py").write_text(tests)
+    without = {key: value for key, value in os.environ.items() if key != "DALLEFLAMINGO_REAL_DATA"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
+    run = subprocess.run(command, env=without, cwd=tmp_path, capture_output=True, text=True)
+    assert "2 tests on real data did NOT run" in run.stdout
+    assert "1 passed, 2 skipped" in run.stdout.splitlines()[-1]

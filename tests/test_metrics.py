@@ -1,0 +1,249 @@
+"""Caption metrics against pycocoevalcap, published scores and hand-made cases."""
+
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocoevalcap.bleu.bleu import Bleu as StockBleu
+from pycocoevalcap.cider.cider import Cider as StockCider
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+from dalleflamingo import metrics, ngrams, scene_graph, words
+
+needs_java = pytest.mark.skipif(words.default_tokenizer() != words.PTB, reason="no Java")
+
+REFERENCES = {
+    7: ["A red bird sits on a boat.", "a bird on the blue boat", "There's a bird, sitting on a boat!"],
+    "b": ["two cats near a house", "A cat and another cat stand by a house."],
+    9: ["a kite above the trees"],
+}
+PREDICTIONS = {9: "a kite flies above a tree", 7: "a red bird on a boat", "b": "a dog"}
+
+
+def stock(scorer, references, predictions):
+    """pycocoevalcap's own value and per-item scores, on captions whose words are split already."""
+    keys = list(predictions)
+    gold = {i: references[key] for i, key in enumerate(keys)}
+    return scorer.compute_score(gold, {i: [predictions[key]] for i, key in enumerate(keys)})
+
+
+@pytest.fixture
+def without_java(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words.default_tokenizer.cache_clear()
+    yield tmp_path
+    words.default_tokenizer.cache_clear()
+
+
+def published(real_data):
+    folder = real_data / "magic-predictions"
+    records = json.loads((folder / "magic_result.json").read_text())
+    scores = json.loads((folder / "expected_scores.json").read_text())["magic_result.json"]
+    references = {record["image_name"]: record["captions"] for record in records}
+    return references, {record["image_name"]: record["prediction"] for record in records}, scores
+
+
+@needs_java
+def test_published_system_gets_its_published_scores(real_data):
+    references, predictions, expected = published(real_data)
+    scores = metrics.evaluate(references, predictions)
+    for order in range(1, 5):
+        assert round(scores[f"BLEU-{order}"].value, 3) == expected[f"Bleu_{order}"]
+    assert round(scores["CIDEr"].value, 3) == expected["CIDEr"]
+    assert scores["CIDEr"].n == expected["images"] and scores["CIDEr"].tokenizer == words.PTB
+
+    ids, captions = list(predictions), list(predictions.values())
+    per_item = [scores["CIDEr"].per_item[i] for i in ids]
+    np.testing.assert_allclose(metrics.Cider(references).score(ids, captions), per_item, atol=1e-6)
+    bleu = metrics.BleuTable(references, ids, captions)
+    stats = expected["bleu_stats"]
+    counted = [stats["testlen"], stats["reflen"], *stats["guess"], *stats["correct"]]
+    assert bleu.statistics.sum(axis=0).tolist() == counted
+
+
+@needs_java
+def test_without_java_published_scores_come_out_to_the_third_digit(real_data):
+    references, predictions, expected = published(real_data)
+    split = words.tokenize(references, words.PYTHON)
+    guess = dict(zip(predictions, words.tokenize({0: list(predictions.values())}, words.PYTHON)[0], strict=True))
+    assert stock(StockCider(), split, guess)[0] == pytest.approx(expected["CIDEr"], abs=1e-3)
+    real = words.tokenize(references, words.PTB)
+    same = [a == b for i in references for a, b in zip(real[i], split[i], strict=True)]
+    assert len(same) > 24_000 and np.mean(same) > 0.999
+
+
+@needs_java
+@pytest.mark.parametrize("caption", [
+    "A man, can't ride.", "Café #3 & co. cannot: (two) \"x\" [a] 1/2 — it's 7:30 a.m.!", "don't you'll they're I'm",
+    "o'clock rock'n'roll black-and-white and/or $5.50 1,000 …", "...", "the dogs' bowls", "U.S. Mr. Smith",
+])  # fmt: skip
+def test_words_are_those_of_pycocoevalcaps_tokenizer(caption):
+    expected = PTBTokenizer().tokenize({0: [{"caption": caption}]})
+    assert words.tokenize({0: [caption]}, words.PTB) == expected
+
+
+@pytest.mark.parametrize(("caption", "split"), [
+    ("A man, can't ride.", "a man ca n't ride"),
+    ("It's Mr. Smith's black-and-white U.S. cat!", "it 's mr. smith 's black-and-white u.s. cat"),
+    ("cannot (two) \N{LEFT DOUBLE QUOTATION MARK}x\N{RIGHT DOUBLE QUOTATION MARK} 7:30 1,000",
+     "can not -lrb- two -rrb- x 7:30 1,000"),
+    ("we\N{RIGHT SINGLE QUOTATION MARK}ll go at 5 o'clock", "we 'll go at 5 o'clock"),
+    ("...", ""),
+])  # fmt: skip
+def test_imitated_words_are_those_of_the_ptb_tokenizer(caption, split):
+    assert words.tokenize({0: [caption]}, words.PYTHON) == {0: [split]}
+    if words.default_tokenizer() == words.PTB:
+        assert words.tokenize({0: [caption]}, words.PTB) == {0: [split]}
+
+
+@pytest.mark.parametrize("tokenizer", [pytest.param(words.PTB, marks=needs_java), words.PYTHON])
+def test_line_breaks_and_empty_captions_never_shift_the_others(tokenizer):
+    captions = {"a": ["one\ntwo", "", "three\r\nfour"], "b": ["five\u2028six\x0bseven\x85eight"], "c": ["nine", " "]}
+    assert words.tokenize(captions, tokenizer) == {
+        "a": ["one two", "", "three four"], "b": ["five six seven eight"], "c": ["nine", ""]
+    }  # fmt: skip
+
+
+@needs_java
+def test_words_do_not_depend_on_the_locale(monkeypatch):
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dfile.encoding=US-ASCII")
+    assert words.tokenize({0: ["Ein Café, 東京"]}, words.PTB) == {0: ["ein café 東京"]}
+
+
+@needs_java
+def test_all_captions_cost_one_java_process(monkeypatch):
+    calls, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: calls.append(a) or run(*a, **k))
+    words.tokenize({i: [f"caption {i}"] * 3 for i in range(700)}, words.PTB)
+    assert len(calls) == 1
+
+
+def test_failing_java_is_an_error_not_an_empty_caption(monkeypatch, tmp_path):
+    broken = tmp_path / "java"
+    broken.write_text("#!/bin/sh\necho out of heap >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(RuntimeError, match="exit status 1.*out of heap"):
+        words.tokenize({0: ["a cat"]}, words.PTB)
+
+
+def test_missing_java_is_said_and_named_in_the_score(without_java):
+    with pytest.warns(UserWarning, match="no Java found.*install"):
+        score = metrics.cider(REFERENCES, PREDICTIONS)
+    assert score.tokenizer == words.PYTHON and score.value > 0 and words.PYTHON in str(score)
+
+
+def test_java_that_only_advertises_itself_is_no_java(without_java):
+    stub = without_java / "java"
+    stub.write_text("#!/bin/sh\nexit 1\n")
+    stub.chmod(0o755)
+    with pytest.warns(UserWarning, match="no Java found"):
+        assert words.default_tokenizer() == words.PYTHON
+
+
+def test_scores_are_pycocoevalcaps_whatever_the_order_and_type_of_ids():
+    scores = metrics.evaluate(REFERENCES, PREDICTIONS)
+    gold = words.tokenize(REFERENCES)
+    guess = dict(zip(PREDICTIONS, words.tokenize({0: list(PREDICTIONS.values())})[0], strict=True))
+    cider, each = stock(StockCider(), gold, guess)
+    assert scores["CIDEr"].value == pytest.approx(cider) and list(scores["CIDEr"].per_item) == list(PREDICTIONS)
+    assert list(scores["CIDEr"].per_item.values()) == pytest.approx(list(each))
+    bleus, each = stock(StockBleu(4), gold, guess)
+    for order in range(1, 5):
+        assert metrics.bleu(REFERENCES, PREDICTIONS, order).value == pytest.approx(bleus[order - 1])
+        assert list(scores[f"BLEU-{order}"].per_item.values()) == pytest.approx(list(each[order - 1]))
+    assert all(score.higher_is_better and score.n == 3 for score in scores.values())
+
+
+# Few words, so that n-grams repeat, are shared between images and clip; lengths down to none.
+text = st.lists(st.sampled_from("a the red blue cat boat on".split()), max_size=7).map(" ".join)
+corpora = st.lists(st.tuples(st.lists(text.filter(bool), min_size=1, max_size=4), text), min_size=2, max_size=8)
+
+
+@settings(deadline=None, max_examples=80)
+@given(corpora, st.randoms(use_true_random=False))
+def test_any_resample_scores_as_pycocoevalcap_scores_that_corpus(corpus, random):
+    references = {f"i{n}": refs for n, (refs, _) in enumerate(corpus)}
+    ids = list(references) * 2  # two candidates an image: its own and another's
+    captions = [caption for _, caption in corpus] + [corpus[n - 1][1] for n in range(len(corpus))]
+    drawn = random.choices(range(len(corpus)), k=len(corpus))
+    rows = np.array([drawn, [n + len(corpus) for n in drawn]])  # (2, n)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (metrics, ngrams):
+            patch.setattr(module, "default_tokenizer", lambda: words.PYTHON)
+        cider = metrics.Cider(references).table(ids, captions)
+        bleu = metrics.BleuTable(references, ids, captions)
+    gold = [references[f"i{n}"] for n in drawn]
+    for picks, cider_value, bleu_values in zip(rows, cider.corpus(rows), bleu.corpus(rows), strict=True):
+        guess = [captions[row] for row in picks]
+        expected, _ = stock(StockCider(), gold, dict(enumerate(guess)))
+        assert cider_value == pytest.approx(expected, abs=1e-6)
+        assert bleu_values == pytest.approx(stock(StockBleu(4), gold, dict(enumerate(guess)))[0], abs=1e-9)
+    own = {f"i{n}": captions[n] for n in range(len(corpus))}
+    assert cider.scores()[: len(corpus)] == pytest.approx(stock(StockCider(), references, own)[1], abs=1e-6)
+    assert bleu.scores()[: len(corpus)].T == pytest.approx(np.array(stock(StockBleu(4), references, own)[1]), abs=1e-9)
+
+
+def test_score_of_a_candidate_does_not_depend_on_the_other_candidates():
+    cider = metrics.Cider(REFERENCES)
+    ids = [7, 7, 9, "b", 7]
+    captions = ["a bird", "a red bird on a boat", "a kite", "two cats", "a boat"]
+    together = cider.score(ids, captions)
+    apart = [cider.score([i], [caption])[0] for i, caption in zip(ids, captions, strict=True)]
+    assert together == pytest.approx(apart, abs=1e-12) and together[1] > together[0] > 0
+
+
+def test_few_images_are_scored_with_the_rarity_of_a_larger_corpus():
+    corpus = metrics.Cider(REFERENCES)
+    alone = metrics.cider({7: REFERENCES[7]}, {7: PREDICTIONS[7]}, document_frequencies=corpus)
+    assert alone.value == pytest.approx(metrics.cider(REFERENCES, PREDICTIONS).per_item[7])
+    with pytest.warns(UserWarning, match="one image is 0 by definition"):
+        assert metrics.cider({7: REFERENCES[7]}, {7: PREDICTIONS[7]}).value == 0
+    with pytest.warns(UserWarning, match="one image is 0 by definition"):
+        assert metrics.Cider({7: REFERENCES[7]}).score([7], [PREDICTIONS[7]]) == 0
+
+
+def test_empty_caption_scores_zero():
+    scores = metrics.evaluate(REFERENCES, PREDICTIONS | {9: ""})
+    assert scores["CIDEr"].per_item[9] == 0 and scores["BLEU-1"].per_item[9] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("references", "predictions", "error", "message"), [
+    (REFERENCES, {}, ValueError, "no predictions"),
+    (REFERENCES, PREDICTIONS | {8: "a cat", "9": "a cat"}, ValueError, r"no references for 2.*\[8, '9'\].*same.*type"),
+    (REFERENCES, {7: "a bird"}, ValueError, r"no prediction for 2 of 3.*\['b', 9\].*for i in predictions"),
+    (REFERENCES | {7: []}, PREDICTIONS, ValueError, "7 has no caption"),
+    (REFERENCES | {7: "a bird"}, PREDICTIONS, TypeError, "7 are one string.*list"),
+    (REFERENCES, PREDICTIONS | {7: None}, TypeError, "7 is None"),
+    (REFERENCES, PREDICTIONS | {7: ["a bird"]}, TypeError, r"7 is \['a bird'\] \(list\)"),
+    ({7: ["."]}, {7: "a"}, ValueError, "no reference holds a word"),
+])  # fmt: skip
+def test_mismatched_captions_are_named(references, predictions, error, message):
+    with pytest.raises(error, match=message):
+        metrics.evaluate(references, predictions)
+
+
+def test_candidates_of_unknown_images_are_named():
+    cider = metrics.Cider(REFERENCES)
+    with pytest.raises(ValueError, match=r"no references for 1.*\[8\].*3 images"):
+        cider.score([7, 8, 8], ["a", "b", "c"])
+    with pytest.raises(ValueError, match="2 image ids for 1 captions"):
+        cider.score([7, 8], ["a"])
+    with pytest.raises(ValueError, match="no references: give"):
+        metrics.Cider({})
+    with pytest.raises(ValueError, match="different images"):
+        cider.table([7, 9], ["a bird", "a kite"]).corpus(np.array([[0], [1]]))
+
+
+def test_scene_graph_f1_is_one_for_the_truth_and_less_for_each_wrong_fact():
+    scene = scene_graph.Scene("grass", (scene_graph.Thing("cat", "red", "small", 20, 20),))
+    captions = ["a small red cat on the grass", "a small blue cat on the grass", "a large blue boat on the water"]
+    scores = metrics.scene_graph_f1(captions, [scene] * 3)
+    assert scores[0] == 1 and scores[0] > scores[1] > scores[2] == 0
+    with pytest.raises(ValueError, match="shorter"):
+        metrics.scene_graph_f1(captions, [scene])

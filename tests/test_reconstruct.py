@@ -1,0 +1,307 @@
+"""The run there and back: what is in the table, and that nothing that was computed is ever lost or mixed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from dalleflamingo import datasets, intervals, profiles, reconstruct, registry, runs
+from dalleflamingo.decoding import TopK
+
+HERE = Path(__file__).parent
+
+
+def equal(a: pd.DataFrame, b: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """(run folder, table) of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("clean")
+    return folder / "run", fakes.run(folder / "run", folder / "pictures")
+
+
+def test_each_row_is_its_own_seed_caption_picture_and_similarity(clean):
+    folder, table = clean
+    dataset = fakes.dataset(folder.parent / "pictures")
+    assert list(table) == [*reconstruct.COLUMNS, "colour", "corner"]
+    assert table.image_id.tolist() == [e.image_id for e in dataset for _ in range(3)]
+    assert table.candidate.tolist() == [0, 1, 2] * 10
+    assert table.domain.isna().sum() == 12 and table.domain[3] == "in-domain"
+    source = {example.image_id: dataset.open(example) for example in dataset}
+    for row in table.itertuples():
+        assert row.seed == intervals.derive_seed(5, row.image_id, row.candidate)
+        assert row.caption == fakes.Captioner()._caption(source[row.image_id].getpixel((0, 0)), row.seed)
+        with Image.open(folder / row.picture) as kept:
+            drawn = fakes.Generator()._draw(row.caption, row.seed, lambda count: None)
+            assert kept.format == "PNG" and np.array_equal(np.asarray(kept), np.asarray(drawn))
+        a, b = fakes.MeanColour().embed([source[row.image_id], drawn])
+        assert row.colour == pytest.approx(torch.cosine_similarity(a, b, dim=0).item(), abs=1e-6)
+    assert table.seed.is_unique and table.picture.is_unique and table.colour.nunique() > 20
+
+
+def test_returned_table_is_the_parquet_file(clean):
+    folder, table = clean
+    equal(pd.read_parquet(folder / "candidates.parquet"), table)
+    assert table.attrs == {"run_folder": str(folder), "skipped": []}
+    assert json.loads((folder / "skipped.json").read_text()) == []
+
+
+def test_settings_reach_the_models_and_sources_are_embedded_once(tmp_path):
+    captioner, generator, colour = fakes.Captioner(), fakes.Generator(), fakes.MeanColour()
+    reconstruct.image_text_image(
+        fakes.dataset(tmp_path / "p", 5), captioner, generator, [colour], tmp_path / "run", **fakes.SETTINGS
+    )
+    assert [len(batch) for batch in captioner.batches] == [3, 2]
+    assert [(c["steps"], c["guidance"], c["batch"]) for c in generator.calls] == [(2, 4.0, 4)] * 2
+    assert colour.embedded == [3, 9, 2, 6]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_run_killed_at_random_moments_ends_with_the_same_table(clean, tmp_path):
+    folder, table = clean
+    pictures, run = folder.parent / "pictures", tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, HERE / "killed_run.py", run, pictures, "8", "11"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "RECORD" in done.stdout, done.stderr
+    record = json.loads(done.stdout.split("RECORD ")[1].splitlines()[0])
+    assert sum(attempt["killed"] for attempt in record) >= 3 and record[-1]["status"] == 0
+    assert any(0 < attempt["kept"] < 10 for attempt in record), record  # killed midway, not only at the ends
+    assert [attempt["again"] for attempt in record] == [[]] * len(record)  # what was kept is not computed again
+    equal(pd.read_parquet(run / "candidates.parquet"), table)
+    assert files(run / "pictures") == files(folder / "pictures")
+
+
+def test_finished_run_computes_nothing_again(clean):
+    folder, table = clean
+    captioner = fakes.Captioner()
+    again = reconstruct.image_text_image(
+        fakes.dataset(folder.parent / "pictures"), captioner, fakes.Generator(), [fakes.MeanColour(), fakes.Corner()],
+        folder, **fakes.SETTINGS,
+    )  # fmt: skip
+    assert captioner.batches == []
+    equal(again, table)
+
+
+def test_an_error_midway_says_what_is_kept_and_the_next_call_goes_on(clean, tmp_path, monkeypatch, capsys):
+    def fails_in_the_third_chunk(self, images, seeds, strategy):
+        if len(self.batches) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(self, images, seeds, strategy)
+
+    sample = fakes.Captioner.sample
+    with monkeypatch.context() as patch:
+        patch.setattr(fakes.Captioner, "sample", fails_in_the_third_chunk)
+        with pytest.raises(torch.OutOfMemoryError):
+            fakes.run(tmp_path / "run", clean[0].parent / "pictures")
+    assert "6 of 10 images are kept" in capsys.readouterr().out
+    equal(fakes.run(tmp_path / "run", clean[0].parent / "pictures"), clean[1])
+    assert "(6 were there already" in capsys.readouterr().out
+
+
+def test_chunks_and_batches_change_nothing(clean, tmp_path):
+    equal(fakes.run(tmp_path / "run", clean[0].parent / "pictures", chunk=4, batch_size=1), clean[1])
+
+
+def test_run_over_more_images_reuses_those_that_are_there(clean, tmp_path):
+    pictures = clean[0].parent / "pictures"
+    log = tmp_path / "log.txt"
+    few = fakes.run(tmp_path / "run", pictures, n=4, chunk=8, log=log)
+    equal(few, clean[1][:12])
+    equal(fakes.run(tmp_path / "run", pictures, chunk=8, log=log), clean[1])
+    seen = [int(line) for line in log.read_text().split()]
+    assert len(seen) == len(set(seen)) == 10
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    lambda path: path.write_bytes(path.read_bytes()[:100]),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.unlink(),
+], ids=["end cut off", "cut short", "empty", "gone"])  # fmt: skip
+def test_damaged_part_is_made_again_and_no_other(clean, tmp_path, damage):
+    pictures, log = clean[0].parent / "pictures", tmp_path / "log.txt"
+    fakes.run(tmp_path / "run", pictures)
+    damage(tmp_path / "run/parts/00001.parquet")
+    equal(fakes.run(tmp_path / "run", pictures, log=log), clean[1])
+    assert [int(line) for line in log.read_text().split()] == clean[1].image_id.unique()[3:6].tolist()
+
+
+def test_image_whose_pictures_are_gone_is_made_again(clean, tmp_path):
+    pictures, log = clean[0].parent / "pictures", tmp_path / "log.txt"
+    table = fakes.run(tmp_path / "run", pictures)
+    (tmp_path / "run" / table.picture[4]).unlink()
+    equal(fakes.run(tmp_path / "run", pictures, log=log), clean[1])
+    assert log.read_text().split() == [str(table.image_id[4])]
+    assert files(tmp_path / "run/pictures") == files(clean[0] / "pictures")
+
+
+def test_unreadable_images_are_named_skipped_and_listed_and_come_in_once_repaired(clean, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    whole = {example.path: example.path.read_bytes() for example in fakes.dataset(pictures)}
+    broken = [pictures / "1.png", pictures / "7.png"]
+    broken[0].write_bytes(whole[broken[0]][:60])
+    broken[1].write_text("<html>404</html>")
+
+    table = fakes.run(tmp_path / "run", pictures)
+    bad = [197, 179]
+    equal(table, clean[1][~clean[1].image_id.isin(bad)].reset_index(drop=True))
+    listed = json.loads((tmp_path / "run/skipped.json").read_text())
+    assert listed == table.attrs["skipped"] and [entry["image_id"] for entry in listed] == bad
+    assert [entry["path"] for entry in listed] == [str(path) for path in broken]
+    out = capsys.readouterr().out
+    assert all(f"Skipped image {i}" in out for i in bad) and "1.png" in out and "2 skipped" in out
+
+    broken[0].write_bytes(whole[broken[0]])
+    broken[1].write_bytes(whole[broken[1]])
+    repaired = fakes.run(tmp_path / "run", pictures)
+    equal(repaired, clean[1])
+    assert repaired.attrs["skipped"] == json.loads((tmp_path / "run/skipped.json").read_text()) == []
+
+
+def test_not_one_readable_image_is_an_error(tmp_path):
+    for example in fakes.dataset(tmp_path / "p", 2):
+        example.path.write_text("no picture")
+    with pytest.raises(datasets.DatasetError, match=r"not one of 2 images.*0\.png"):
+        fakes.run(tmp_path / "run", tmp_path / "p", n=2)
+    with pytest.raises(datasets.DatasetError, match="things is empty"):
+        fakes.run(tmp_path / "run", tmp_path / "p", n=0)
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"candidates": 4}, "candidates: 3 there, 4 now"),
+    ({"guidance_scale": 7.5, "steps": 3}, r"steps: 2 there, 3 now\n  guidance_scale: 4.0 there, 7.5 now"),
+    ({"strategy": TopK(10)}, r"strategy: 'Nucleus\(p=0.9\)' there, 'TopK\(k=10\)' now"),
+    ({"seed": 6}, "seed: 5 there, 6 now"),
+])  # fmt: skip
+def test_other_settings_are_refused_by_name_and_touch_nothing(clean, change, named):
+    folder, _ = clean
+    before = files(folder / "parts") | {"run.json": (folder / "run.json").read_bytes()}
+    with pytest.raises(runs.RunFolderError, match=f"(?s){named}.*another run_folder, or delete") as caught:
+        fakes.run(folder, folder.parent / "pictures", **change)
+    assert str(caught.value).count(" there, ") == len(change)
+    assert files(folder / "parts") | {"run.json": (folder / "run.json").read_bytes()} == before
+
+
+def test_other_models_and_data_are_refused(clean):
+    folder, _ = clean
+    dataset = fakes.dataset(folder.parent / "pictures")
+    models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour(), fakes.Corner()]
+    for other, named in [
+        ((dataset, fakes.Captioner(temper="odd"), *models[1:]), "captioner"),
+        ((dataset, *models[:2], models[2][:1]), "similarities"),
+        ((datasets.Dataset("other things", dataset.examples), *models), "dataset"),
+    ]:
+        with pytest.raises(runs.RunFolderError, match=f"settings:\n  {named}: .* now\nGive"):
+            reconstruct.image_text_image(*other, folder, **fakes.SETTINGS)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "JSONDecodeError"), ("[]", "TypeError"), (None, "no run.json")])
+def test_folder_without_readable_settings_is_refused(tmp_path, content, message):
+    fakes.run(tmp_path / "run", tmp_path / "p", n=3)
+    if content is None:
+        (tmp_path / "run/run.json").unlink()
+    else:
+        (tmp_path / "run/run.json").write_text(content)
+    with pytest.raises(runs.RunFolderError, match=message):
+        fakes.run(tmp_path / "run", tmp_path / "p", n=3)
+
+
+def test_unusable_candidates_and_similarities_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least 1 candidate"):
+        fakes.run(tmp_path / "run", tmp_path / "p", candidates=0)
+    models = fakes.Captioner(), fakes.Generator(), [fakes.Corner(), fakes.Corner()]
+    with pytest.raises(ValueError, match=r"\['corner', 'corner'\].*different names"):
+        reconstruct.image_text_image(fakes.dataset(tmp_path / "p"), *models, tmp_path / "run", **fakes.SETTINGS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_retrained_model_is_another_model():
+    holder = fakes.Captioner()
+    holder.model = torch.nn.Linear(3, 2)
+    before = runs.describe(holder)
+    assert runs.describe(holder) == before and before.startswith("Captioner ")
+    with torch.no_grad():
+        holder.model.bias[1] += 1e-4
+    assert runs.describe(holder) != before
+
+
+def test_first_rank_goes_to_the_most_alike_and_of_equals_to_the_first_row():
+    table = pd.DataFrame({
+        "image_id": [9, 9, 9, 4, 4, 4],
+        "candidate": [0, 1, 2, 0, 1, 2],
+        "clip": [0.5, 0.5, 0.1, -0.2, 0.3, 0.0],
+    })  # fmt: skip
+    assert reconstruct.rank(table, "clip")["rank"].tolist() == [1, 2, 3, 3, 1, 2]
+    assert reconstruct.select(table, "clip").to_dict("list") == {
+        "image_id": [9, 4], "candidate": [0, 1], "clip": [0.5, 0.3]
+    }  # fmt: skip
+    assert "rank" not in table
+
+
+def test_selected_candidates_are_those_whose_gain_is_measured(clean):
+    table = clean[1].assign(score=np.random.default_rng(0).normal(size=30))
+    gain = intervals.ranked_minus_random(table, "colour", "score", resamples=10)["all"].value
+    selected = reconstruct.select(table, "colour").set_index("image_id").score
+    assert gain == pytest.approx((selected - table.groupby("image_id").score.mean()).mean())
+
+
+def test_ranking_by_what_was_not_measured_is_refused(clean):
+    with pytest.raises(KeyError, match="'dino'.*colour, corner"):
+        reconstruct.rank(clean[1], "dino")
+    with pytest.raises(ValueError, match="'colour' holds 30 NaN"):
+        reconstruct.select(clean[1].assign(colour=float("nan")), "colour")
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens, the generator reads")
+def test_model_folders_go_there_and_back_whatever_the_chunk(tmp_path, monkeypatch):
+    for name, make in dict(blip=tiny.blip, sd=tiny.stable_diffusion, clip=tiny.clip, dino=tiny.dino).items():
+        (tmp_path / name).mkdir()
+        make(tmp_path / name)
+    monkeypatch.setattr(registry, "locate", lambda name: str(tmp_path / name.removeprefix("miniature/")))
+    captioner, generator, similarities = reconstruct.load_models(profiles.PROFILES["smoke"])
+    dataset = fakes.dataset(tmp_path / "p", 3)
+
+    def run(name, chunk, batch_size):
+        settings = dict(candidates=2, steps=2, guidance_scale=2.0, chunk=chunk, batch_size=batch_size)
+        return reconstruct.image_text_image(dataset, captioner, generator, similarities, tmp_path / name, **settings)
+
+    table, other = run("together", 3, 6), run("apart", 1, 1)
+    equal(table.drop(columns=["clip", "dino"]), other.drop(columns=["clip", "dino"]))
+    np.testing.assert_allclose(table[["clip", "dino"]], other[["clip", "dino"]], atol=1e-4)
+    assert table["clip"].between(-1, 1).all() and table.dino.nunique() > 3
+    with torch.no_grad():
+        generator.pipeline.unet.conv_in.bias[0] += 0.01
+    with pytest.raises(runs.RunFolderError, match="settings:\n  generator: .* now\nGive"):
+        run("together", 3, 6)
+
+
+def test_own_pictures_by_command(tmp_path, monkeypatch, capsys):
+    fakes.dataset(tmp_path / "mine", 3)
+    monkeypatch.setenv(profiles.VARIABLE, "smoke")
+    models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()]
+    monkeypatch.setattr(reconstruct, "load_models", lambda profile: models)
+    assert reconstruct.main([str(tmp_path / "mine"), "--out", str(tmp_path / "run")]) == 0
+    assert len(pd.read_parquet(tmp_path / "run/candidates.parquet")) == 3 * 2
+    assert "6 candidates of 3 images (0 were there already, 0 skipped)" in capsys.readouterr().out
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        reconstruct.main([str(tmp_path / "empty"), "--out", str(tmp_path / "run")])
+    assert stopped.value.code == 2 and "holds no pictures" in capsys.readouterr().err

