@@ -4,7 +4,7 @@
 # make data     draw the pictures of the miniature corpora, where they are not drawn yet
 # make figures  the two figures of the README, in docs/figures/
 # make gates    measure the shipped models on held-out data again
-# make clean    remove what the commands made, but neither .venv nor build/training
+# make clean    remove what the commands made, but not .venv, build/training and build/runs, which took long
 #
 # A real-model profile: DALLEFLAMINGO_PROFILE=colab make course. Another Python: make course PYTHON=/path/to/python3.12.
 # Once .venv is made, nothing here needs a network.
@@ -48,7 +48,7 @@ gates: data
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis dist *.egg-info
-	if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name training -exec rm -rf {} +; fi
+	if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name training ! -name runs -exec rm -rf {} +; fi
 
 $(MADE):
 	@test -n "$(PYTHON)" || { echo "There is no Python 3.11, 3.12 or 3.13 on this machine: install one, or name one" \

@@ -72,9 +72,17 @@ def paired_bootstrap(
     Raises:
         ValueError: if there are no items, or the statistic is not finite on the sample or a resample.
     """
-    value = float(statistic(np.arange(_at_least_one(n))))
-    drawn = [float(statistic(indices)) for block in _resamples(n, resamples, seed) for indices in block]
-    return _percentiles(value, np.array(drawn), n, seed, level)
+    return paired_bootstraps(lambda indices: np.array([statistic(indices)]), n, resamples, seed, level)[0]
+
+
+def paired_bootstraps(
+    statistics: Callable[[np.ndarray], np.ndarray], n: int, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> list[Interval]:
+    """`paired_bootstrap` of M statistics at once, which may share their work: indices -> (M,) gives M intervals."""
+    values = np.asarray(statistics(np.arange(_at_least_one(n))), dtype=float)
+    drawn = [statistics(indices) for block in _resamples(n, resamples, seed) for indices in block]
+    columns = np.array(drawn, dtype=float).T
+    return [_percentiles(float(value), column, n, seed, level) for value, column in zip(values, columns, strict=True)]
 
 
 def mean_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:

@@ -85,7 +85,8 @@ def parse(caption: str) -> CaptionGraph:
     "a small red cat to the left of a car on the grass" → cat (small, red), car; (cat, left, car); grass.
     A kind that was named before is the same thing again ("a kite above the cat").
     """
-    graph, colour, size, relation, index_of = CaptionGraph(), None, None, None, {}
+    graph, index_of = CaptionGraph(), {}
+    latest = colour = size = relation = None
     for word in re.findall(r"[a-z]+", caption.lower()):
         word = SYNONYMS.get(word, word)
         if word in COLOURS:
@@ -94,7 +95,7 @@ def parse(caption: str) -> CaptionGraph:
             size = word
         elif word in GROUNDS:
             graph.ground = word
-        elif word in RELATIONS and graph.things:
+        elif word in RELATIONS and latest is not None:
             relation = (latest, word)
         elif word in KINDS:
             latest = index_of.setdefault(word, len(graph.things))

@@ -74,7 +74,7 @@ def _ptb(lines: list[str]) -> list[str]:
     text = "\n".join([*lines, _END]) + "\n"
     done = subprocess.run([*command, "-encoding", "utf-8"], input=text.encode(errors="replace"), capture_output=True)
     split = done.stdout.decode().split("\n")[:-1]
-    if done.returncode or len(split) != len(lines) + 1 or split[-1] != _END:
+    if len(split) != len(lines) + 1 or split[-1] != _END:
         raise RuntimeError(
             f"the PTB tokenizer gave {len(split)} lines for {len(lines) + 1} (exit status {done.returncode}): "
             f"{done.stderr.decode(errors='replace').strip()[-500:]}{os.linesep}Does `java -version` work, and is there "

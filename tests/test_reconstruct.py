@@ -125,6 +125,7 @@ def test_run_over_more_images_reuses_those_that_are_there(clean, tmp_path):
     few = fakes.run(tmp_path / "run", pictures, n=4, chunk=8, log=log)
     equal(few, clean[1][:12])
     equal(fakes.run(tmp_path / "run", pictures, chunk=8, log=log), clean[1])
+    equal(fakes.run(tmp_path / "run", pictures, n=4, log=log), few)
     seen = [int(line) for line in log.read_text().split()]
     assert len(seen) == len(set(seen)) == 10
 

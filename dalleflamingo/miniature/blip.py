@@ -1,9 +1,10 @@
-"""The miniature BLIP: ViT encoder and text decoder of `BlipForConditionalGeneration`, pretrained on web, finetuned on coco."""
+"""The miniature BLIP: `BlipForConditionalGeneration`, pretrained on web, finetuned on coco."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 from torch import Tensor
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
@@ -11,7 +12,9 @@ from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 from .clip import DrawBatch, pixels
 
 
-def make_blip(tokenizer: BertTokenizer, width: int = 128, image_layers: int = 4, text_layers: int = 3) -> BlipForConditionalGeneration:
+def make_blip(
+    tokenizer: BertTokenizer, width: int = 128, image_layers: int = 4, text_layers: int = 3
+) -> BlipForConditionalGeneration:
     """About 1.7 M parameters with random weights; 8 × 8 patches of 8 pixels."""
     size = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4}
     text = size | {
@@ -30,6 +33,41 @@ def make_blip(tokenizer: BertTokenizer, width: int = 128, image_layers: int = 4,
     vision = size | {"num_hidden_layers": image_layers, "image_size": 64, "patch_size": 8, "projection_dim": width}
     config = BlipConfig(text_config=text, vision_config=vision, projection_dim=width, image_text_hidden_size=width)
     return BlipForConditionalGeneration(config)
+
+
+@torch.no_grad()
+def start_from_clip(model: BlipForConditionalGeneration, clip: open_clip.CLIP, sample: Tensor) -> None:
+    """Give BLIP's image encoder the weights of CLIP's, as BLIP itself started from a trained ViT (Li et al. 2022, §4.1).
+
+    CLIP normalises its embedded patches (`ln_pre`), BLIP does not: the norm is folded into the embeddings, with one
+    standard deviation for all patches, the mean over a `sample` (B, 3, 64, 64) of pictures.
+    """
+    theirs, ours, norm = clip.visual, model.vision_model, clip.visual.ln_pre
+
+    def centred(x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True)
+
+    patches = theirs.conv1(sample).flatten(2).mT + theirs.positional_embedding[1:]  # (B, 64, width)
+    gain = norm.weight / centred(patches).square().mean(-1).add(norm.eps).sqrt().mean()
+    first = norm(theirs.class_embedding + theirs.positional_embedding[0])  # the class token is the same in all pictures
+    embeddings = ours.embeddings
+    embeddings.class_embedding.copy_(first)
+    embeddings.position_embedding[0, 0].zero_()
+    embeddings.position_embedding[0, 1:].copy_(centred(theirs.positional_embedding[1:]) * gain + norm.bias)
+    embeddings.patch_embedding.weight.copy_(centred(theirs.conv1.weight.movedim(0, -1)).mul(gain).movedim(-1, 0))
+    embeddings.patch_embedding.bias.zero_()
+    for layer, block in zip(ours.encoder.layers, theirs.transformer.resblocks, strict=True):
+        layer.self_attn.qkv.weight.copy_(block.attn.in_proj_weight)
+        layer.self_attn.qkv.bias.copy_(block.attn.in_proj_bias)
+        for part, source in (
+            (layer.self_attn.projection, block.attn.out_proj),
+            (layer.layer_norm1, block.ln_1),
+            (layer.layer_norm2, block.ln_2),
+            (layer.mlp.fc1, block.mlp.c_fc),
+            (layer.mlp.fc2, block.mlp.c_proj),
+        ):
+            part.load_state_dict(source.state_dict())
+    ours.post_layernorm.load_state_dict(theirs.ln_post.state_dict())
 
 
 class BlipRecipe:
@@ -61,7 +99,12 @@ class BlipRecipe:
         input_ids[:, 0] = self.tokenizer.bos_token_id  # BLIP's decoder begins with [DEC] where BERT has [CLS]
         labels = input_ids.masked_fill(tokens.attention_mask == 0, -100)
         labels[:, 0] = -100
-        return {"pixel_values": pixels(pictures), "input_ids": input_ids, "attention_mask": tokens.attention_mask, "labels": labels}
+        return {
+            "pixel_values": pixels(pictures),
+            "input_ids": input_ids,
+            "attention_mask": tokens.attention_mask,
+            "labels": labels,
+        }
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}

@@ -28,7 +28,17 @@ _RELATIONS = {
 }
 _SIZES = {"small": ("small", "little"), "large": ("large", "big")}
 _SECOND_NAMES = {"cat": "kitten", "boat": "ship", "cup": "mug", "chair": "stool"}
-_FIRST_WORDS = ("photo", "picture", "image", "free stock photo", "buy now", "best price", "wallpaper", "click to see", "new")
+_FIRST_WORDS = (
+    "photo",
+    "picture",
+    "image",
+    "free stock photo",
+    "buy now",
+    "best price",
+    "wallpaper",
+    "click to see",
+    "new",
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,9 @@ def alt_text(scene: Scene, rng: np.random.Generator) -> str:
     return caption
 
 
-def _sentence(scene: Scene, annotator: Annotator, rng: np.random.Generator, relation: Callable[[Thing, Thing], str]) -> str:
+def _sentence(
+    scene: Scene, annotator: Annotator, rng: np.random.Generator, relation: Callable[[Thing, Thing], str]
+) -> str:
     order = [scene.things[i] for i in rng.permutation(len(scene.things))]
     names = [_name(thing, annotator, rng) for thing in order]
     parts = [annotator.opening, names[0]]
@@ -104,7 +116,7 @@ def _sentence(scene: Scene, annotator: Annotator, rng: np.random.Generator, rela
 
 
 def _name(thing: Thing, annotator: Annotator, rng: np.random.Generator) -> str:
-    """"a small red cat", with the article that its first sound wants."""
+    """ "a small red cat", with the article that its first sound wants."""
     words = [_SIZES[thing.size][annotator.wording]] if rng.random() < annotator.size else []
     words += [thing.colour, _noun(thing, annotator)]
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 
 class Checkpoint:
-    """Modules, optimizer moments and moving average of the weights, in one safetensors file that is replaced as a whole.
+    """Modules, optimizer moments and moving average of the weights, in one file that is replaced as a whole.
 
     Args:
         run: folder of the run.
@@ -38,13 +38,19 @@ class Checkpoint:
             parameter.copy_(average)
 
     def save(self, step: int, minutes: float) -> None:
-        tensors = {f"{name}.{key}": value for name, module in self.modules.items() for key, value in module.state_dict().items()}
+        tensors = {
+            f"{name}.{key}": value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
         for i, parameter in enumerate(self.parameters):
             tensors |= {f"optimizer.{i}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         tensors |= {f"average.{i}": value for i, value in enumerate(self.average)}
         tensors = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
         partial = self.file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"step": str(step), "minutes": str(minutes), "followed": str(self.followed)})
+        save_file(
+            tensors, partial, metadata={"step": str(step), "minutes": str(minutes), "followed": str(self.followed)}
+        )
         os.replace(partial, self.file)
 
     def load(self) -> tuple[int, float]:
@@ -54,9 +60,13 @@ class Checkpoint:
         tensors = load_file(self.file)
         for name, module in self.modules.items():
             prefix = f"{name}."
-            module.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+            module.load_state_dict(
+                {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            )
         for i, parameter in enumerate(self.parameters if self.optimizer else []):
-            moments = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"optimizer.{i}.")}
+            moments = {
+                key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"optimizer.{i}.")
+            }
             if moments:
                 self.optimizer.state[parameter] = moments
         self.average = [tensors[f"average.{i}"].to(average.device) for i, average in enumerate(self.average)]
@@ -74,7 +84,9 @@ def load_trained(recipe, run: Path) -> tuple[int, float]:
     """
     checkpoint = Checkpoint(run, recipe)
     if not checkpoint.file.exists():
-        raise FileNotFoundError(f"{checkpoint.file} is missing: train it first, `python -m dalleflamingo.miniature.train {run.name}`")
+        raise FileNotFoundError(
+            f"{checkpoint.file} is missing: train it first, `python -m dalleflamingo.miniature.train {run.name}`"
+        )
     done = checkpoint.load()
     checkpoint.use_average()
     return done

@@ -78,7 +78,11 @@ def nocaps_scene(rng: np.random.Generator, domain: str) -> Scene:
 def annotation_files(root: Path = ROOT) -> dict[str, Path]:
     """Split → annotation file, of all corpora."""
     coco = {split: root / "coco/annotations" / f"captions_{split}.json" for split in SIZES["coco"]}
-    return {"web": root / "web/annotations/captions_web.json", **coco, "nocaps": root / "nocaps/annotations/nocaps_val.json"}
+    return {
+        "web": root / "web/annotations/captions_web.json",
+        **coco,
+        "nocaps": root / "nocaps/annotations/nocaps_val.json",
+    }
 
 
 def write_annotations(root: Path = ROOT) -> None:
@@ -101,7 +105,9 @@ def _write(file: Path, scenes: list[Scene], captions: Callable, split: str, doma
     images, annotations = [], []
     for i, scene in enumerate(scenes):
         image_id = _SEEDS[split] * 1_000_000 + i
-        images.append({"id": image_id, "file_name": f"{image_id:012d}.png", "width": 64, "height": 64, "scene": scene.as_dict()})
+        images.append(
+            {"id": image_id, "file_name": f"{image_id:012d}.png", "width": 64, "height": 64, "scene": scene.as_dict()}
+        )
         if domains:
             images[-1]["domain"] = domains[i]
         for caption in captions(scene):
@@ -120,7 +126,9 @@ def draw_pictures(root: Path = ROOT) -> int:
     drawn = 0
     for file in annotation_files(root).values():
         if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: restore it by `git checkout -- {file}`, or invent it anew by --write")
+            raise FileNotFoundError(
+                f"{file} is missing: restore it by `git checkout -- {file}`, or invent it anew by --write"
+            )
         folder = file.parent.parent / "images"
         folder.mkdir(exist_ok=True)
         records = json.loads(file.read_text())["images"]

@@ -8,11 +8,12 @@ logged; `after_step(step)`; `export(folder)`.
 
 from pathlib import Path
 
+import numpy as np
 from transformers import BertTokenizer, CLIPTokenizer
 
-from .blip import BlipRecipe
+from .blip import BlipRecipe, start_from_clip
 from .checkpoints import load_trained
-from .clip import ClipRecipe, text_encoder
+from .clip import ClipRecipe, pixels, text_encoder
 from .corpora import annotation_files, labelled_batches, texts, web_batch
 from .dino import DinoRecipe
 from .recogniser import RecogniserRecipe
@@ -52,7 +53,11 @@ def sd() -> SdRecipe:
 
 
 def blip_web() -> BlipRecipe:
-    return BlipRecipe("blip-web", web_batch, wordpiece())
+    """Its image encoder starts from the trained CLIP's."""
+    recipe, eyes = BlipRecipe("blip-web", web_batch, wordpiece()), clip()
+    load_trained(eyes, RUNS / "clip")
+    start_from_clip(recipe.model, eyes.model, pixels(web_batch(np.random.default_rng(0), 64)[0]))
+    return recipe
 
 
 def blip() -> BlipRecipe:

@@ -23,7 +23,9 @@ from .vae import to_pixels
 from .world import draw, sample_scene
 
 BANK = 40_000  # pictures whose latents are computed once; their captions are told anew each time
-UNCONDITIONAL_SHARE = 0.12  # of captions replaced by "", which makes classifier-free guidance possible (Ho & Salimans 2022)
+UNCONDITIONAL_SHARE = (
+    0.12  # of captions replaced by "", which makes classifier-free guidance possible (Ho & Salimans 2022)
+)
 LARGEST_SNR = 5.0  # of the loss weight min(SNR, 5) / SNR (Hang et al. 2023)
 
 
@@ -43,7 +45,9 @@ def make_unet(text_width: int) -> UNet2DConditionModel:
 
 
 def make_scheduler() -> DDPMScheduler:
-    return DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, timestep_spacing="trailing")
+    return DDPMScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, timestep_spacing="trailing"
+    )
 
 
 def web_scene(index: int) -> Scene:
@@ -54,13 +58,15 @@ def web_scene(index: int) -> Scene:
 
 @torch.no_grad()
 def latent_bank(vae: AutoencoderKL, file: Path, count: int = BANK) -> Tensor:
-    """(count, 4, 16, 16) latents, unscaled, of `web_scene(0 … count − 1)`; computed where `file` does not hold them yet."""
+    """(count, 4, 16, 16) latents, unscaled, of `web_scene(0 … count − 1)`; computed if `file` is missing."""
     if not file.exists():
         batches = [
-            vae.encode(to_pixels(np.stack([draw(web_scene(i)) for i in range(first, first + 100)])).to(vae.device)).latent_dist.mean
+            vae.encode(
+                to_pixels(np.stack([draw(web_scene(i)) for i in range(first, first + 100)])).to(vae.device)
+            ).latent_dist.mean
             for first in trange(0, count, 100, desc="latents", mininterval=10)
         ]
-        save_file({"latents": torch.cat(batches).half().cpu()}, file)
+        save_file({"latents": torch.cat(batches).half().cpu().contiguous()}, file)
     return load_file(file)["latents"]
 
 
@@ -75,7 +81,7 @@ class SdRecipe:
     """
 
     name = "sd"
-    steps, batch_size, learning_rate = 6000, 48, 1e-3
+    steps, batch_size, learning_rate = 6000, 32, 1e-3
     weight_decay, warmup, average = 0.01, 100, 0.998
 
     def __init__(self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, bank: Path):
@@ -93,7 +99,9 @@ class SdRecipe:
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """`latents` (B, 4, 16, 16), scaled; `input_ids` (B, 77). Single things first, fewer and fewer of them."""
         one_thing = 0.3 + 0.5 * max(0.0, 1 - 2 * step / self.steps)
-        index = 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + (rng.random(self.batch_size) < one_thing)
+        index = 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + (
+            rng.random(self.batch_size) < one_thing
+        )
         captions = ["" if rng.random() < UNCONDITIONAL_SHARE else alt_text(web_scene(i), rng) for i in index]
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return {"latents": self.latents[index].float() * self.vae.config.scaling_factor, "input_ids": tokens.input_ids}
@@ -115,8 +123,17 @@ class SdRecipe:
         pass
 
     def export(self, folder: Path) -> None:
-        """A folder for `StableDiffusionPipeline`: tensors in float16; diffusers loads them in float32 unless told otherwise."""
+        """A folder for `StableDiffusionPipeline`: tensors in float16, loaded in float32."""
         pipeline = StableDiffusionPipeline(
-            self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler, None, None, requires_safety_checker=False
+            self.vae,
+            self.text_encoder,
+            self.tokenizer,
+            self.unet,
+            self.scheduler,
+            None,
+            None,
+            requires_safety_checker=False,
         )
         pipeline.to(dtype=torch.float16).save_pretrained(folder)
+        self.text_encoder.config.dtype = torch.float32  # transformers, unlike diffusers, would load what the files hold
+        self.text_encoder.config.save_pretrained(Path(folder) / "text_encoder")

@@ -32,18 +32,24 @@ def train(recipe, run: Path, checkpoint_every: int = 100, seed: int = 0, device:
     for module in recipe.modules.values():
         module.to(device)
     parameters = list(recipe.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+    )
     checkpoint = Checkpoint(run, recipe, optimizer)
     first, minutes = checkpoint.load()
     started, recent = time.time(), []
     progress = trange(first, recipe.steps, initial=first, total=recipe.steps, desc=recipe.name, mininterval=10)
     for step in progress:
-        torch.manual_seed(seed * 1_000_003 + step)  # a step's noise and data follow from its number: resuming needs no RNG state
+        torch.manual_seed(
+            seed * 1_000_003 + step
+        )  # a step's noise and data follow from its number: resuming needs no RNG state
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * schedule(step, recipe.steps, recipe.warmup)
         losses = recipe.loss(recipe.batch(np.random.default_rng([seed, step]), step), step)
         if not torch.isfinite(losses["loss"]):
-            raise FloatingPointError(f"{recipe.name}: loss {losses['loss'].item()} at step {step}; the checkpoint in {run} is good")
+            raise FloatingPointError(
+                f"{recipe.name}: loss {losses['loss'].item()} at step {step}; the checkpoint in {run} is good"
+            )
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -74,7 +80,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="length of training (default: the recipe's)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks (wants a C++ compiler; faster on long runs)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the networks (wants a C++ compiler; faster on long runs)"
+    )
     parser.add_argument("--init-from", type=Path, help="a run whose weights to start from, with a new schedule")
     parser.add_argument("--run", type=Path, help=f"where the run is kept (default: {RUNS}/MODEL)")
     arguments = parser.parse_args()

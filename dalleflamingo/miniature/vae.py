@@ -1,4 +1,4 @@
-"""SD's autoencoder in small: 64 × 64 × 3 pictures to 16 × 16 × 4 latents (factor 4), as `diffusers.AutoencoderKL`."""
+"""SD's autoencoder in small, 64 × 64 × 3 pictures to 16 × 16 × 4 latents, as `diffusers.AutoencoderKL`."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def make_vae() -> AutoencoderKL:
 
 
 class VaeRecipe:
-    """L1 on pixels and on their differences (edges are what tells a kind), and a light KL so that latents stay near N(0, 1)."""
+    """L1 on pixels and on their differences (edges tell the kind), and a light KL to keep latents near N(0, 1)."""
 
     name, steps, batch_size = "vae", 6000, 16
     learning_rate, weight_decay, warmup, average = 2e-3, 0.0, 200, 0.998
@@ -43,7 +43,9 @@ class VaeRecipe:
         return self.vae.parameters()
 
     def batch(self, rng: np.random.Generator, step: int) -> dict:
-        return {"pixels": to_pixels(np.stack([draw(sample_scene(rng)) for _ in range(self.batch_size)])).to(self.vae.device)}
+        return {
+            "pixels": to_pixels(np.stack([draw(sample_scene(rng)) for _ in range(self.batch_size)])).to(self.vae.device)
+        }
 
     def loss(self, batch: dict, step: int) -> dict[str, Tensor]:
         pixels = batch["pixels"]
@@ -53,7 +55,11 @@ class VaeRecipe:
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()  # per latent number
         squared = error.square().mean()
-        return {"loss": error.abs().mean() + 0.5 * edges + 1e-3 * kl + squared, "psnr": 10 * torch.log10(4 / squared.detach()), "kl": kl.detach()}
+        return {
+            "loss": error.abs().mean() + 0.5 * edges + 1e-3 * kl + squared,
+            "psnr": 10 * torch.log10(4 / squared.detach()),
+            "kl": kl.detach(),
+        }
 
     def after_step(self, step: int) -> None:
         pass

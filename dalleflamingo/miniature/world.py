@@ -14,13 +14,16 @@ from .drawings import DRAWINGS, INK, PAPER
 
 IMAGE_SIZE = 64
 PIXELS = {"small": 20, "large": 28}  # side of a thing's square
-_LATTICE = 4  # things lie on whole latents of the autoencoder (factor 4), which spares the generator a sixteenfold variety
+_LATTICE = (
+    4  # things lie on whole latents of the autoencoder (factor 4), which spares the generator a sixteenfold variety
+)
 RGB = {
     "red": (222, 40, 44), "orange": (250, 140, 24), "yellow": (252, 224, 50), "green": (36, 158, 66),
     "blue": (36, 92, 220), "purple": (136, 52, 176), "pink": (250, 138, 190), "white": (252, 252, 252),
 }  # fmt: skip
 GROUND_RGB = {
-    "grass": (172, 206, 138), "sand": (234, 214, 172), "snow": (224, 232, 240), "water": (142, 192, 214), "night": (98, 100, 150),
+    "grass": (172, 206, 138), "sand": (234, 214, 172), "snow": (224, 232, 240), "water": (142, 192, 214),
+    "night": (98, 100, 150),
 }  # fmt: skip
 _OVERSAMPLING = 8
 
@@ -37,7 +40,9 @@ def draw(scene: Scene) -> np.ndarray:
         side = PIXELS[thing.size]
         left, top = round(thing.x - side / 2), round(thing.y - side / 2)
         if not (0 <= left <= IMAGE_SIZE - side and 0 <= top <= IMAGE_SIZE - side):
-            raise ValueError(f"{thing} reaches outside the {IMAGE_SIZE} × {IMAGE_SIZE} picture: move its centre inwards")
+            raise ValueError(
+                f"{thing} reaches outside the {IMAGE_SIZE} × {IMAGE_SIZE} picture: move its centre inwards"
+            )
         patch = picture[top : top + side, left : left + side]
         patch *= 1 - opacity
         patch += colour * opacity
@@ -57,7 +62,7 @@ def sample_scene(rng: np.random.Generator, kinds: tuple[str, ...] = KINDS, count
 
 
 def _places(rng: np.random.Generator, sizes: list[str]) -> list[tuple[float, float]]:
-    """Centres (x, y) such that nothing overlaps: anywhere for one, two halves for two, a half and two quarters for three."""
+    """Centres (x, y) such that nothing overlaps: one anywhere, two in halves, three in quarters and a half."""
     half = IMAGE_SIZE / 2
     whole, first, second = (0, IMAGE_SIZE), (0, half), (half, IMAGE_SIZE)
     middle = (half - 20, half + 20)

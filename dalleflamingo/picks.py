@@ -1,0 +1,202 @@
+"""Picks, ways to choose one caption for each image, and what each is worth: ranked first, at random, the best there is.
+
+A *pick* is an (S, n) array of row positions: S ways to choose one candidate for each of n images. Its score is the mean
+over S corpora of a corpus metric, computed anew on every bootstrap sample, n-gram statistics included; each domain is a
+corpus of its own. The pick "random" holds at least 20 draws, so balanced that every candidate is drawn equally often:
+for CIDEr and scene-graph F1, which are means over images, it is the exact expectation.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from dalleflamingo import scene_graph
+from dalleflamingo.datasets import DOMAINS, Dataset
+from dalleflamingo.intervals import Interval, mean_interval, paired_bootstraps, within_group_spearman
+from dalleflamingo.metrics import BleuTable, Cider, scene_graph_f1
+
+SIMILARITIES = ("clip", "dino")
+DRAWS = 20  # at least so many random picks, and shuffles
+RESAMPLES = 2000
+ALL = "all"
+
+
+class Judged:
+    """A candidate table held against the human captions, its n-grams counted once.
+
+    Args:
+        table: as from `reconstruct.image_text_image`: K candidates for each of n images.
+        dataset: its images, with their references, and their scenes where the world is the miniature.
+        beam: image id -> the caption by beam search, judged beside the candidates.
+    Attributes:
+        table: with new columns `cider` (idf from all n images) and `bleu4`, each × 100 as published tables are, and in
+            the miniature `f1`, the scene-graph F1 in [0, 1], and `right`: no wrong kind, colour or relation.
+        rows: (n, K) positions in the table, a row an image. domain: (n,) object.
+        metrics: name -> a function of a pick, (S, n) -> (S,), higher is better.
+        tokenizer: which one split the words.
+    Raises:
+        ValueError: an image has no references, is not in the data set, or has another number of candidates.
+    """
+
+    def __init__(self, table: pd.DataFrame, dataset: Dataset, beam: Mapping[int, str] | None = None):
+        examples = {example.image_id: example for example in dataset}
+        number, ids = pd.factorize(table["image_id"])
+        counts = np.bincount(number)
+        mute = [i for i in ids if i not in examples or not examples[i].references]
+        if mute or len(set(counts)) != 1:
+            raise ValueError(
+                f"{len(mute)} of {len(ids)} images have no human captions in {dataset.name} (such as {mute[:3]}), and "
+                f"there are {sorted(set(counts.tolist()))} candidates an image: to judge captions, every image needs "
+                "human ones, and as many candidates as the others"
+            )
+        self.rows = np.argsort(number, kind="stable").reshape(len(ids), counts[0])
+        self.domain = np.array([examples[i].domain for i in ids], dtype=object)
+        self.beam = None if beam is None else len(table) + np.arange(len(ids))  # (n,) positions behind the table's
+        image_ids = [*table["image_id"], *(ids if beam else [])]
+        captions = [*table["caption"], *(beam[i] for i in ids if beam)]
+        references = {i: list(examples[i].references) for i in ids}
+        cider, bleu = Cider(references).table(image_ids, captions), BleuTable(references, image_ids, captions)
+        self.tokenizer = bleu.tokenizer
+        self.metrics: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+            "cider": lambda pick: 100 * cider.corpus(pick),
+            "bleu4": lambda pick: 100 * bleu.corpus(pick)[..., 3],
+        }
+        columns = {"cider": 100 * cider.scores(), "bleu4": 100 * bleu.scores()[:, 3]}
+        if all("scene" in examples[i].extra for i in ids):
+            scenes = {i: scene_graph.Scene.from_dict(examples[i].extra["scene"]) for i in ids}
+            columns["f1"] = f1 = scene_graph_f1(captions, [scenes[i] for i in image_ids])
+            pairs = zip(captions, image_ids, strict=True)
+            columns["right"] = np.array([scene_graph.is_right(caption, scenes[i]) for caption, i in pairs])
+            self.metrics["f1"] = lambda pick: f1[pick].mean(axis=-1)
+        self.table = table.assign(**{name: values[: len(table)] for name, values in columns.items()})
+
+    def picks(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """Every choice that is compared, (S, n) each.
+
+        "clip 1" … "clip K": the candidate ranked there, of equals the first row first, as in `reconstruct.rank`.
+        "random". "clip shuffled": ranked first by the similarities that belong to another image, so nothing is gained
+        by it but by chance. "oracle": the best by scene-graph F1. "beam": the caption by beam search.
+        """
+        n, k = self.rows.shape
+        rng, images = np.random.default_rng(seed), np.arange(n)
+        mixed = [rng.permuted(self.rows, axis=1).T for _ in range(-(-DRAWS // k))]
+        picks = {"random": np.concatenate(mixed)}
+        for by in similarities(self.table):
+            order = self._order(by)  # (n, K) candidates, best first
+            picks |= {f"{by} {rank + 1}": self.rows[images, order[:, rank]][None] for rank in range(k)}
+            others = np.array([_others(rng, n) for _ in range(DRAWS)])  # (DRAWS, n)
+            picks[f"{by} shuffled"] = self.rows[images, order[others, 0]]
+        if "f1" in self.metrics:
+            picks["oracle"] = self.rows[images, self._order("f1")[:, 0]][None]
+        if self.beam is not None:
+            picks["beam"] = self.beam[None]
+        return picks
+
+    def _order(self, by: str) -> np.ndarray:
+        values = self.table[by].to_numpy(float)[self.rows]
+        if np.isnan(values).any():
+            raise ValueError(f"column {by!r} holds {int(np.isnan(values).sum())} NaN: such candidates have no rank")
+        return np.argsort(-values, axis=1, kind="stable")
+
+
+def measure(judged: Judged, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
+    """Score of every pick, and its gain over the random one, in all and by domain.
+
+    Returns:
+        columns domain, metric, pick, n (images); value, low, high: the score with its 95 % interval; gain, gain_low,
+        gain_high: that minus the random pick's, paired over images; seed, of the bootstrap, another for each domain.
+    """
+    picks = judged.picks(seed)
+    stack, starts = np.concatenate(list(picks.values())), np.cumsum([0, *map(len, picks.values())][:-1])
+    sizes, random = np.array([len(pick) for pick in picks.values()]), list(picks).index("random")
+    rows = []
+    for number, (domain, inside) in enumerate(_members(judged.domain).items()):
+
+        def statistics(indices: np.ndarray, chosen: np.ndarray = stack[:, inside]) -> np.ndarray:
+            corpora = chosen[:, indices]
+            scores = np.array([metric(corpora) for metric in judged.metrics.values()])  # (metrics, all corpora)
+            scores = np.add.reduceat(scores, starts, axis=1) / sizes  # (metrics, picks)
+            return np.stack([scores, scores - scores[:, random, None]]).ravel()
+
+        found = iter(paired_bootstraps(statistics, len(inside), resamples, seed + number))
+        names = [(metric, pick) for metric in judged.metrics for pick in picks]
+        absolute, paired = [next(found) for _ in names], list(found)
+        for (metric, pick), score, gain in zip(names, absolute, paired, strict=True):
+            rows.append({
+                "domain": domain, "metric": metric, "pick": pick, "n": score.n,
+                "value": score.value, "low": score.low, "high": score.high,
+                "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "seed": score.seed,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def correlate(table: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+    """Claim 1: Spearman's correlation of similarity and caption score among the candidates of an image, averaged.
+
+    An image whose candidates all score alike has none for that pair; it is left out and counted. The last row is the
+    mean over the pairs that an image has.
+
+    Returns:
+        columns ranked_by, metric ("all" in the last row), rho, low, high, n (images), undefined (images).
+    """
+    pairs = [(by, metric) for by in similarities(table) for metric in ("cider", "bleu4", "f1") if metric in table]
+    per_image = pd.DataFrame({pair: within_group_spearman(table, "image_id", *pair) for pair in pairs})
+    columns = [*((pair, per_image[pair]) for pair in pairs), ((ALL, ALL), per_image.mean(axis=1))]
+    rows = []
+    for (by, metric), rho in columns:
+        known = rho.dropna().to_numpy()
+        nothing = Interval(np.nan, np.nan, np.nan, 0, seed)
+        found = mean_interval(known, resamples, seed) if len(known) else nothing
+        rows.append({
+            "ranked_by": by, "metric": metric, "rho": found.value, "low": found.low, "high": found.high,
+            "n": found.n, "undefined": len(rho) - found.n,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def similarities(table: pd.DataFrame) -> list[str]:
+    """Which similarities a candidate table has as columns, or a table of effects as picks."""
+    names = set(table["pick"].str.split().str[0]) if "pick" in table else set(table)
+    return [by for by in SIMILARITIES if by in names]
+
+
+def scores(effects: pd.DataFrame, metric: str, pick: str) -> dict[str, Interval]:
+    """Domain ("all" first) -> the pick's score."""
+    return _intervals(effects, metric, pick, ("value", "low", "high"))
+
+
+def gains(effects: pd.DataFrame, metric: str, pick: str) -> dict[str, Interval]:
+    """Domain ("all" first) -> the pick's score minus the random pick's; "clip" stands for "clip 1"."""
+    return _intervals(effects, metric, f"{pick} 1" if pick in SIMILARITIES else pick, ("gain", "gain_low", "gain_high"))
+
+
+def curves(effects: pd.DataFrame, metric: str, domain: str = ALL) -> dict[str, list[Interval]]:
+    """Similarity -> the score at rank 1 … K (Fig. 3)."""
+    ranks = sorted({int(pick.split()[1]) for pick in effects["pick"] if pick[-1].isdigit()})
+    return {
+        by: [scores(effects, metric, f"{by} {rank}")[domain] for rank in ranks] for by in similarities(effects)
+    }
+
+
+def _intervals(effects: pd.DataFrame, metric: str, pick: str, columns: Sequence[str]) -> dict[str, Interval]:
+    chosen = effects[(effects["metric"] == metric) & (effects["pick"] == pick)]
+    if chosen.empty:
+        known = ", ".join(effects["metric"].unique()), ", ".join(effects["pick"].unique())
+        raise KeyError(f"nothing measured of {metric!r} for {pick!r}; there are the metrics {known[0]} for {known[1]}")
+    rows = chosen.to_dict("records")
+    return {row["domain"]: Interval(*(row[name] for name in columns), row["n"], row["seed"]) for row in rows}
+
+
+def _members(domain: np.ndarray) -> dict[str, np.ndarray]:
+    """Which images belong to "all" and to each domain there is, as positions."""
+    inside = {name: np.flatnonzero(domain == name) for name in DOMAINS}
+    return {ALL: np.arange(len(domain))} | {name: images for name, images in inside.items() if len(images)}
+
+
+def _others(rng: np.random.Generator, n: int) -> np.ndarray:
+    """A permutation of n images that leaves none in its place, if n > 1."""
+    around = rng.permutation(n)
+    other = np.empty(n, dtype=int)
+    other[around] = np.roll(around, 1)
+    return other

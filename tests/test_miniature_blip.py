@@ -1,0 +1,70 @@
+"""BLIP starts from CLIP's eyes: the folded encoder sees what CLIP's own does."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dalleflamingo.miniature import blip, clip
+from dalleflamingo.miniature.corpora import texts, web_batch
+from dalleflamingo.miniature.tokenizers import train_wordpiece
+from transformers import BertTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return BertTokenizer.from_pretrained(train_wordpiece(texts(400), 200, tmp_path_factory.mktemp("wordpiece")))
+
+
+@torch.no_grad()
+def test_the_image_encoder_that_starts_from_clip_gives_its_states(tokenizer):
+    torch.manual_seed(0)
+    eyes, captioner = clip.build(600), blip.make_blip(tokenizer)
+    for name, parameter in eyes.visual.named_parameters():  # norms and biases off their trivial start
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    pictures = clip.pixels(web_batch(np.random.default_rng(0), 16)[0])
+    blip.start_from_clip(captioner, eyes, pictures)
+    ours = captioner.vision_model(pictures).last_hidden_state
+    visual = eyes.visual
+    patches = visual.conv1(pictures).flatten(2).mT
+    tokens = torch.cat([visual.class_embedding.expand(16, 1, -1), patches], 1) + visual.positional_embedding
+    theirs = visual.ln_post(visual.transformer(visual.ln_pre(tokens)))
+    # one standard deviation stands for those of all patches: alike, not equal; the class token's own path is exact
+    assert F.cosine_similarity(ours, theirs, dim=-1).mean() > 0.9
+    embedded = captioner.vision_model.embeddings(pictures)
+    assert torch.allclose(embedded[:, 0], visual.ln_pre(tokens)[:, 0], atol=1e-5)
+
+
+def test_a_batch_begins_with_dec_ends_with_sep_and_scores_no_padding(tokenizer):
+    recipe = blip.BlipRecipe("blip-web", web_batch, tokenizer)
+    recipe.batch_size = 8
+    batch = recipe.batch(np.random.default_rng(0), 0)
+    assert (batch["input_ids"][:, 0] == tokenizer.bos_token_id).all()
+    ends = batch["attention_mask"].sum(1) - 1
+    assert (batch["input_ids"][torch.arange(8), ends] == tokenizer.sep_token_id).all()
+    assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0) | (torch.arange(batch["labels"].shape[1]) == 0)).all()
+
+
+def test_the_loss_is_eq_1(tokenizer):
+    recipe = blip.BlipRecipe("blip-web", web_batch, tokenizer)
+    recipe.batch_size = 4
+    batch = recipe.batch(np.random.default_rng(0), 0)
+    with torch.no_grad():
+        loss = recipe.loss(batch, 0)["loss"]
+        logits = recipe.model(batch["pixel_values"], batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        log_p = logits.log_softmax(-1)[:, :-1].gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    scored = batch["attention_mask"][:, 1:].bool()
+    assert loss.item() == pytest.approx(-log_p[scored].mean().item(), rel=1e-5)
+
+
+def test_the_exported_folder_opens_in_float32_and_says_the_same(tokenizer, tmp_path):
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+
+    recipe = blip.BlipRecipe("blip-web", web_batch, tokenizer)
+    recipe.export(tmp_path)
+    model = BlipForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.dtype == torch.float32
+    halved = {name: tensor.half().float() for name, tensor in recipe.model.state_dict().items()}
+    assert all(torch.equal(tensor, halved[name]) for name, tensor in model.state_dict().items())
+    assert BlipProcessor.from_pretrained(tmp_path).tokenizer.bos_token == "[DEC]"

@@ -1,0 +1,120 @@
+"""The training loop: it learns, goes on after a kill as if nothing had happened, and stops at nonsense."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dalleflamingo.miniature.checkpoints import Checkpoint, load_trained
+from dalleflamingo.miniature.sd import LARGEST_SNR, make_scheduler
+from dalleflamingo.miniature.train import schedule, train
+
+
+class LineRecipe:
+    """Fits y = 3 x + 1 to noisy points; slow enough to be killed."""
+
+    name, steps, learning_rate, weight_decay, warmup, average = "line", 60, 0.1, 0.0, 5, 0.9
+
+    def __init__(self, seconds: float = 0.0):
+        torch.manual_seed(0)
+        self.line, self.seconds = torch.nn.Linear(1, 1), seconds
+        self.modules = {"line": self.line}
+
+    def parameters(self):
+        return self.line.parameters()
+
+    def batch(self, rng, step):
+        time.sleep(self.seconds)
+        return torch.from_numpy(rng.normal(size=(16, 1)).astype(np.float32))
+
+    def loss(self, x, step):
+        return {"loss": (self.line(x) - 3 * x - 1 - 0.1 * torch.randn_like(x)).square().mean()}
+
+    def after_step(self, step):
+        pass
+
+
+def test_training_learns_and_logs(tmp_path):
+    recipe = LineRecipe()
+    recipe.steps = 300
+    train(recipe, tmp_path, checkpoint_every=50)
+    assert recipe.line.weight.item() == pytest.approx(3, abs=0.1)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [50, 100, 150, 200, 250, 300]
+    assert log[-1]["loss"] < log[0]["loss"] / 10
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
+    train(LineRecipe(), tmp_path / "whole", checkpoint_every=10)
+    program = (
+        "from pathlib import Path; import sys; sys.path.insert(0, 'tests');"
+        "from test_miniature_train import LineRecipe, train;"
+        f"train(LineRecipe(0.02), Path({str(tmp_path / 'killed')!r}), checkpoint_every=10)"
+    )
+    state = tmp_path / "killed/state.safetensors"
+    for steps in (10, 30):
+        process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+        while not state.exists() or Checkpoint(tmp_path / "killed", LineRecipe()).load()[0] < steps:
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert Checkpoint(tmp_path / "killed", LineRecipe()).load()[0] < 60
+    train(LineRecipe(), tmp_path / "killed", checkpoint_every=10)
+    whole, killed = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_what_is_shipped_is_the_moving_average(tmp_path):
+    recipe = LineRecipe()
+    train(recipe, tmp_path, checkpoint_every=60)
+    fresh = LineRecipe()
+    assert load_trained(fresh, tmp_path)[0] == 60
+    state = load_file(tmp_path / "state.safetensors")
+    assert torch.equal(fresh.line.weight, state["average.0"])
+    assert not torch.equal(fresh.line.weight, state["line.weight"])
+
+
+def test_a_run_that_was_never_trained_says_how_to_train_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="miniature.train"):
+        load_trained(LineRecipe(), tmp_path / "line")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_path):
+    recipe = LineRecipe()
+    recipe.steps = 20
+    train(recipe, tmp_path, checkpoint_every=10)
+    recipe.steps, good = 30, recipe.loss
+    recipe.loss = lambda x, step: {"loss": good(x, step)["loss"] * (float("nan") if step == 25 else 1)}
+    with pytest.raises(FloatingPointError, match="step 25"):
+        train(recipe, tmp_path, checkpoint_every=10)
+    assert Checkpoint(tmp_path, LineRecipe()).load()[0] == 20
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    assert schedule(0, 100, 10) == pytest.approx(0.1)
+    assert schedule(10, 100, 10) == pytest.approx(1)
+    assert schedule(55, 100, 10) == pytest.approx(0.02 + 0.98 / 2)
+    assert schedule(100, 100, 10) == pytest.approx(0.02)
+
+
+def test_the_noise_schedule_ends_in_noise_and_its_sampler_starts_there():
+    scheduler = make_scheduler()
+    assert scheduler.alphas_cumprod[-1].item() == pytest.approx(4e-5, rel=0.05)
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps[0] == 999
+
+
+def test_the_loss_weight_is_min_snr():
+    kept = make_scheduler().alphas_cumprod
+    snr = kept / (1 - kept)
+    expected = snr.clamp(max=LARGEST_SNR) / snr
+    assert torch.allclose((LARGEST_SNR * (1 - kept) / kept).clamp(max=1.0), expected)

@@ -1,0 +1,273 @@
+"""The claims as functions of a candidate table: verdicts on known effects, and every score held against another way."""
+
+import copy
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import fakes
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+from dalleflamingo import metrics, picks, registry, reproduce, results
+from dalleflamingo.datasets import DOMAINS, Dataset, Example
+from dalleflamingo.intervals import Interval
+from dalleflamingo.reconstruct import select
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+KINDS = ("cat", "car", "fish", "boat", "tree", "cup")
+COLOURS = ("red", "blue", "green", "pink", "white")
+
+
+def world(n: int = 24) -> Dataset:
+    """n pictures of one thing each, their truth, and three people's words for it."""
+    examples = []
+    for i in range(n):
+        kind, colour = KINDS[i % len(KINDS)], COLOURS[i % len(COLOURS)]
+        scene = {"ground": "grass", "things": [{"kind": kind, "colour": colour, "size": "small", "x": 9.0, "y": 9.0}]}
+        words = (f"a small {colour} {kind} on the grass", f"there is a {colour} {kind}", f"a little {kind} on the lawn")
+        examples.append(Example(i, Path(f"{i}.png"), words, DOMAINS[i % 3], {"scene": scene}))
+    return Dataset("miniature/one thing", tuple(examples))
+
+
+def candidates(dataset: Dataset) -> pd.DataFrame:
+    """Four captions each, in another order for each picture: F1 of 1, 0.4, 2/3 and 0."""
+    rng, rows = np.random.default_rng(1), []
+    for example in dataset:
+        thing = example.extra["scene"]["things"][0]
+        other = KINDS[(KINDS.index(thing["kind"]) + 1) % len(KINDS)]
+        full = f"a small {thing['colour']} {thing['kind']} on the grass"
+        captions = [full, f"a {thing['kind']}", f"a {thing['colour']} {thing['kind']}", f"there is a {other}"]
+        for k, at in enumerate(rng.permutation(4)):
+            rows.append({"image_id": example.image_id, "domain": example.domain, "candidate": k, "caption": captions[at]})
+    return pd.DataFrame(rows).assign(clip=rng.normal(size=len(rows)), dino=rng.normal(size=len(rows)))
+
+
+@pytest.fixture(scope="module")
+def judged() -> picks.Judged:
+    dataset = world()
+    beam = {example.image_id: example.references[1] for example in dataset}
+    return picks.Judged(candidates(dataset), dataset, beam)
+
+
+def ranked_by(judged: picks.Judged, clip: np.ndarray) -> picks.Judged:
+    other = copy.copy(judged)
+    other.table = judged.table.assign(clip=clip)
+    return other
+
+
+def overall(judged: picks.Judged, clip: np.ndarray) -> reproduce.Claim:
+    return reproduce.claim_2(picks.measure(ranked_by(judged, clip), resamples=300))[0]
+
+
+# ── verdicts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_ranking_by_the_truth_holds_and_by_its_opposite_does_not(judged):
+    for_truth, against = overall(judged, judged.table["f1"]), overall(judged, -judged.table["f1"])
+    assert (for_truth.verdict, against.verdict) == ("holds", "does not hold")
+    assert for_truth.effect.value > 0 > against.effect.value
+
+
+def test_a_ranking_by_noise_is_undecided(judged):
+    verdicts = Counter(overall(judged, np.random.default_rng(seed).normal(size=96)).verdict for seed in range(8))
+    assert verdicts["undecided"] >= 6   # 95 % intervals: more than two misses in eight happen once in 170 times
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (0.1, 2, "holds"), (-2, -0.1, "does not hold"), (-1, 1, "undecided"), (0, 2, "undecided"),
+        (-2, 0, "undecided"), (float("nan"), float("nan"), "undecided"),
+    ],
+)  # fmt: skip
+def test_a_verdict_needs_the_whole_interval_beyond_0(low, high, word):
+    assert reproduce.verdict(Interval((low + high) / 2, low, high, 24, 0)) == word
+
+
+# ── scores ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def stock(judged: picks.Judged, dataset: Dataset, chosen: pd.DataFrame) -> dict[str, float]:
+    """pycocoevalcap on one caption an image, × 100."""
+    references = {example.image_id: list(example.references) for example in dataset}
+    found = metrics.evaluate({i: references[i] for i in chosen["image_id"]}, dict(zip(chosen["image_id"], chosen["caption"])))
+    return {"cider": 100 * found["CIDEr"].value, "bleu4": 100 * found["BLEU-4"].value}
+
+
+def test_the_caption_ranked_first_scores_as_pycocoevalcap_says_overall_and_in_each_domain(judged):
+    effects, dataset = picks.measure(judged, resamples=2), world()
+    chosen = select(judged.table, "dino")
+    for domain in ("all", *DOMAINS):
+        inside = chosen if domain == "all" else chosen[chosen["domain"] == domain]
+        for metric, value in stock(judged, dataset, inside).items():
+            assert picks.scores(effects, metric, "dino 1")[domain].value == pytest.approx(value, abs=1e-6)
+
+
+def test_a_resample_scores_as_pycocoevalcap_says_of_that_corpus(judged):
+    """N-gram statistics come from the images as drawn, an image drawn twice counting twice."""
+    drawn = np.random.default_rng(3).integers(24, size=24)
+    corpus = judged.picks()["clip 1"][:, drawn]
+    rows, dataset = judged.table.iloc[corpus[0]], world()
+    references = {place: list(dataset[int(i)].references) for place, i in enumerate(rows["image_id"])}
+    found = metrics.evaluate(references, dict(enumerate(rows["caption"])))
+    assert judged.metrics["cider"](corpus) == pytest.approx(100 * found["CIDEr"].value, abs=1e-6)
+    assert judged.metrics["bleu4"](corpus) == pytest.approx(100 * found["BLEU-4"].value, abs=1e-6)
+    assert judged.metrics["f1"](corpus) == pytest.approx(rows["f1"].mean())
+
+
+def test_random_is_the_exact_mean_over_the_candidates(judged):
+    effects = picks.measure(judged, resamples=2)
+    for metric in ("cider", "f1"):
+        assert picks.scores(effects, metric, "random")["all"].value == pytest.approx(judged.table[metric].mean())
+    draws = judged.picks()["random"]
+    assert len(draws) >= 20 and set(Counter(draws.ravel()).values()) == {len(draws) // 4}
+
+
+def test_gains_by_domain_are_those_computed_by_hand():
+    """F1 of the three captions: 1, 0.4 and 0, at random 7/15. In domain the best is ranked first, out of it the worst."""
+    scene = {"ground": "grass", "things": [{"kind": "cat", "colour": "red", "size": "small", "x": 9.0, "y": 9.0}]}
+    domains = ["in-domain", "in-domain", "out-domain", "in-domain", "out-domain"]
+    examples = [Example(i, Path("x.png"), ("a red cat",), d, {"scene": scene}) for i, d in enumerate(domains)]
+    captions = {"a small red cat on the grass": 1.0, "a cat": 0.4, "a fish": 0.0}
+    rows = [
+        {"image_id": i, "domain": d, "caption": c, "clip": f1 if d == "in-domain" else -f1}
+        for i, d in enumerate(domains)
+        for c, f1 in captions.items()
+    ]
+    effects = picks.measure(picks.Judged(pd.DataFrame(rows), Dataset("five cats", tuple(examples))), resamples=200)
+    gains = picks.gains(effects, "f1", "clip")
+    assert {domain: gain.n for domain, gain in gains.items()} == {"all": 5, "in-domain": 3, "out-domain": 2}
+    assert gains["in-domain"].value == pytest.approx(8 / 15) and gains["in-domain"].low == pytest.approx(8 / 15)
+    assert gains["out-domain"].value == pytest.approx(-7 / 15)
+    assert gains["all"].value == pytest.approx((3 * 8 - 2 * 7) / 75)
+    assert [point.value for point in picks.curves(effects, "f1", "in-domain")["clip"]] == pytest.approx([1, 0.4, 0])
+    assert picks.scores(effects, "f1", "oracle")["all"].value == 1
+    difference = reproduce.most_out_of_domain(effects, "f1", "clip")
+    assert list(difference) == ["in-domain"] and difference["in-domain"].value == pytest.approx(-1)
+
+
+def test_the_spread_of_a_difference_of_gains_is_that_of_independent_ones():
+    """Where intervals are symmetric, half widths add like standard deviations."""
+    rows = [("all", 1, 2), ("in-domain", 1, 3), ("out-domain", 5, 4)]
+    effects = pd.DataFrame([
+        {"domain": d, "metric": "cider", "pick": "clip 1", "gain": g, "gain_low": g - h, "gain_high": g + h, "n": 50, "seed": 0}
+        for d, g, h in rows
+    ])  # fmt: skip
+    assert reproduce.most_out_of_domain(effects, "cider", "clip") == {"in-domain": Interval(4, -1, 9, 100, 0)}
+
+
+# ── controls ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_similarities_of_other_images_gain_nothing(judged):
+    perfect = ranked_by(judged, judged.table["f1"])
+    gain = picks.gains(picks.measure(perfect, resamples=300), "f1", "clip shuffled")["all"]
+    assert gain.low < 0 < gain.high and abs(gain.value) < 0.1 * (1 - judged.table["f1"].mean())
+
+
+@given(n=st.integers(2, 60), seed=st.integers(0, 2**32 - 1))
+def test_a_shuffle_gives_every_image_another_one(n, seed):
+    other = picks._others(np.random.default_rng(seed), n)
+    assert sorted(other) == list(range(n)) and (other != np.arange(n)).all()
+
+
+def test_beam_search_captions_are_scored_beside_the_candidates(judged):
+    effects, dataset = picks.measure(judged, resamples=2), world()
+    beam = pd.DataFrame({"image_id": [e.image_id for e in dataset], "caption": [e.references[1] for e in dataset]})
+    assert picks.scores(effects, "cider", "beam")["all"].value == pytest.approx(stock(judged, dataset, beam)["cider"])
+    assert len(judged.table) == 4 * len(dataset)   # and are no candidates
+
+
+def test_rank_correlation_is_scipys_and_images_without_one_are_counted(judged):
+    table = judged.table.copy()
+    table.loc[table["image_id"] == 5, "f1"] = 0.4
+    found = picks.correlate(table, resamples=50).set_index(["ranked_by", "metric"])
+    rho = [spearmanr(own["clip"], own["f1"]).statistic for i, own in table.groupby("image_id") if i != 5]
+    assert found.loc[("clip", "f1"), "rho"] == pytest.approx(np.mean(rho))
+    assert found.loc[("clip", "f1"), ["n", "undefined"]].tolist() == [23, 1]
+    assert found.loc[("clip", "cider"), ["n", "undefined"]].tolist() == [24, 0]
+
+
+def test_images_without_human_captions_cannot_be_judged():
+    examples = tuple(Example(i, Path("x.png"), ("a cat",) if i else ()) for i in range(2))
+    table = pd.DataFrame({"image_id": [0, 0, 1, 1], "caption": ["a cat"] * 4, "clip": [1, 2, 3, 4]})
+    with pytest.raises(ValueError, match=r"1 of 2 images have no human captions in mine \(such as \[0\]\)"):
+        picks.Judged(table, Dataset("mine", examples))
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Captioner(fakes.Captioner):
+    def describe(self, images):
+        return [f"a {list(fakes.COLOURS)[image.getpixel((0, 0))[0] % 4]} thing" for image in images]
+
+
+class Generator(fakes.Generator):
+    pipeline = SimpleNamespace(scheduler=SimpleNamespace(config=SimpleNamespace(timestep_spacing="trailing")))
+
+
+class Likeness(fakes.MeanColour):
+    name = "clip"
+
+
+def test_the_command_writes_table_page_figures_and_claims_and_again_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(registry, "dataset", lambda name: fakes.dataset(tmp_path / "source"))
+    monkeypatch.setattr(reproduce, "load_models", lambda profile: (Captioner(), Generator(), [Likeness()]))
+    monkeypatch.setattr(reproduce, "RESAMPLES", 20)
+    docs = tmp_path / "docs"
+    (docs / "results").mkdir(parents=True)
+    other = {"claim": 13, "verdict": "holds"}
+    stale = {"claim": 2, "verdict": "does not hold"}
+    (docs / "results" / "claims.json").write_text(json.dumps({"claims": [other, stale]}))
+    arguments = ["finding-1", "--images", "8", "--candidates", "3"]
+    arguments += ["--run", str(tmp_path / "run"), "--docs", str(docs)]
+
+    assert reproduce.main(arguments) == 0
+    made = {path.relative_to(docs): path.read_bytes() for path in docs.rglob("*") if path.is_file()}
+    names = ("rank_curve.png", "gains.png", "finding-1.parquet", "finding-1.md", "finding-1-intervals.csv", "claims.json")
+    assert {path.name for path in made} == set(names)
+    claims = json.loads(made[Path("results/claims.json")])["claims"]
+    assert [row["claim"] for row in claims] == [2, 13] and claims[1] == other
+    assert {"claim", "verdict", "effect", "low", "high", "n", "seeds", "profile"} <= claims[0].keys()
+    assert claims[0]["n"] == 8 and claims[0]["verdict"] in capsys.readouterr().out
+
+    assert reproduce.main(arguments) == 0
+    assert {path.relative_to(docs): path.read_bytes() for path in docs.rglob("*") if path.is_file()} == made
+
+
+@pytest.mark.skipif(not (RESULTS / "finding-1.parquet").exists(), reason="finding I is not measured here yet")
+def test_the_shipped_claims_follow_from_the_shipped_table():
+    table = pd.read_parquet(RESULTS / "finding-1.parquet")
+    effects = pd.read_csv(RESULTS / "finding-1-intervals.csv")
+    shipped = [row for row in json.loads((RESULTS / "claims.json").read_text())["claims"] if row["claim"] == 2]
+    assert [(row["ranked_by"], row["verdict"]) for row in shipped] == [
+        (claim.ranked_by, claim.verdict) for claim in reproduce.claim_2(effects)
+    ]
+    judged = picks.Judged(table, registry.dataset(table.attrs["dataset"]))
+    again = picks.measure(judged, resamples=100)
+    for row in shipped:
+        gain = picks.gains(again, "cider", row["ranked_by"])["all"]
+        assert (row["n"], row["effect"]) == (gain.n, pytest.approx(gain.value, abs=1e-3))
+        width = row["high"] - row["low"]   # other draws: the bounds agree to the noise of 100 resamples
+        assert abs(row["low"] - gain.low) < 0.35 * width and abs(row["high"] - gain.high) < 0.35 * width
+    page = (RESULTS / "finding-1.md").read_text(encoding="utf-8")
+    assert "Measured in the miniature" in page and all(row["verdict"] in page for row in shipped)
+    assert (RESULTS / "finding-1.parquet").stat().st_size < 5e6
+
+
+def test_a_page_from_the_miniature_says_so_and_ones_from_elsewhere_do_not(judged):
+    effects = picks.measure(judged, resamples=20)
+    correlations, claims = picks.correlate(judged.table, resamples=20), reproduce.claim_2(effects)
+    apart = {by: reproduce.most_out_of_domain(effects, "cider", by) for by in ("clip", "dino")}
+    for dataset, said in (("miniature/nocaps", True), ("nocaps", False)):
+        settings = results.Settings("make", "mini", dataset, 4, "p", 20, 4.0, "DDPM", "PTB", 20, 0)
+        text = results.page("finding-1", effects, correlations, claims, apart, settings, "0123")
+        assert ("Measured in the miniature" in text) == said
+        assert "| overall | 24 |" in text and "74.1 → 80.3 (+6.2)" in text

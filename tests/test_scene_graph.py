@@ -1,0 +1,109 @@
+"""What captions claim, and whether pictures bear it out."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dalleflamingo.miniature.captions import WRONG_SHARE, alt_text, describe_often
+from dalleflamingo.miniature.world import sample_scene
+from dalleflamingo.scene_graph import (
+    RELATIONS,
+    Scene,
+    Thing,
+    f1,
+    holds,
+    is_right,
+    main_relation,
+    parse,
+    precision_recall_f1,
+    recall_of_things,
+    wrong_facts,
+)
+
+SCENE = Scene("grass", (Thing("cat", "red", "small", 12, 32), Thing("car", "blue", "large", 50, 32)))
+scenes = st.integers(0, 2**32 - 1).map(lambda seed: sample_scene(np.random.default_rng(seed)))
+
+
+def test_a_caption_is_read_as_things_relation_and_ground():
+    graph = parse("There is a small red kitten to the left of a big blue car, on the lawn.")
+    assert graph.things == [Thing("cat", "red", "small"), Thing("car", "blue", "large")]
+    assert graph.relations == [(0, "left", 1)]
+    assert graph.ground == "grass"
+
+
+def test_a_kind_named_twice_is_one_thing():
+    graph = parse("a red cat left of a blue car with a kite above the cat")
+    assert [thing.kind for thing in graph.things] == ["cat", "car", "kite"]
+    assert graph.relations == [(0, "left", 1), (2, "above", 0)]
+
+
+@pytest.mark.parametrize("caption", ["", "left of", "🙂 нет", "the the the", "red", "left red cat below"])
+def test_text_that_claims_nothing_or_half_is_read_without_error(caption):
+    assert parse(caption).relations == []
+    assert 0 <= f1(caption, SCENE) <= 1
+
+
+@pytest.mark.parametrize(
+    ("caption", "sort"),
+    [
+        ("a red dog... no, a red bird", "kind"),
+        ("a green cat", "colour"),
+        ("a large red cat", "size"),
+        ("a red cat to the right of a blue car", "relation"),
+        ("a red cat at night", "ground"),
+    ],
+)
+def test_each_sort_of_wrong_fact_is_counted_once(caption, sort):
+    wrong = wrong_facts(caption, SCENE)
+    assert wrong.pop(sort) == 1
+    assert not any(wrong.values())
+    assert is_right(caption, SCENE) == (sort in ("size", "ground"))
+
+
+def test_precision_recall_and_f1_by_hand():
+    # claimed: cat, red, car, green (wrong), left, grass = 6, of which 5 hold;
+    # the scene has 2 kinds, 2 colours, 2 sizes, 1 pair, 1 ground = 8
+    precision, recall, score = precision_recall_f1("a red cat left of a green car on the grass", SCENE)
+    assert precision == pytest.approx(5 / 6)
+    assert recall == pytest.approx(5 / 8)
+    assert score == pytest.approx(2 * (5 / 6) * (5 / 8) / (5 / 6 + 5 / 8))
+
+
+def test_the_whole_truth_scores_one():
+    assert f1("a small red cat to the left of a large blue car on the grass", SCENE) == 1
+    assert recall_of_things("a car", SCENE) == 0.5
+
+
+def test_on_a_diagonal_two_relations_hold_and_straight_above_one():
+    a, below, diagonal = Thing("cat", x=20, y=20), Thing("car", x=22, y=50), Thing("cup", x=44, y=50)
+    assert [name for name in RELATIONS if holds(name, a, below)] == ["above"]
+    assert [name for name in RELATIONS if holds(name, a, diagonal)] == ["left", "above"]
+
+
+@given(scenes)
+def test_relations_are_antisymmetric_and_the_main_one_holds(scene):
+    opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    for a in scene.things:
+        for b in scene.things:
+            if a is not b:
+                assert holds(main_relation(a, b), a, b)
+                assert all(holds(name, a, b) == holds(opposite[name], b, a) for name in RELATIONS)
+
+
+@given(scenes, st.integers(0, 2**32 - 1))
+def test_annotators_never_say_what_is_not_so(scene, seed):
+    for caption in describe_often(scene, 10, np.random.default_rng(seed)):
+        assert not any(wrong_facts(caption, scene).values()), caption
+        assert 5 <= len(caption.split()) <= 30
+
+
+def test_one_alt_text_in_five_is_wrong():
+    rng = np.random.default_rng(0)
+    drawn = [sample_scene(rng) for _ in range(4000)]
+    share = np.mean([any(wrong_facts(alt_text(scene, rng), scene).values()) for scene in drawn])
+    assert share == pytest.approx(WRONG_SHARE, abs=0.03)  # 4.7 standard errors
+
+
+def test_a_scene_survives_json():
+    assert Scene.from_dict(SCENE.as_dict()) == SCENE

@@ -1,0 +1,75 @@
+"""What lies in data/miniature: opened by the stock libraries, whole, in float32, and as good as the MANIFEST says."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import BlipForConditionalGeneration, BlipProcessor, ViTModel
+
+from dalleflamingo import registry
+from dalleflamingo.miniature import gates
+from dalleflamingo.picture_score import score_in_place, total
+from dalleflamingo.recogniser import Recogniser
+from dalleflamingo.scene_graph import f1
+
+MODELS = ("blip", "sd", "clip", "dino", "recogniser")
+
+
+def manifest():
+    return json.loads((registry.data_root() / "miniature/MANIFEST.json").read_text())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_files_are_those_of_the_manifest(name):
+    registry.verify(f"miniature/{name}")
+    entry = manifest()["models"][name]
+    assert {"seed", "command", "hardware", "minutes", "curve", "parameters"} <= entry.keys()
+    assert entry["curve"]
+
+
+def test_stock_pipeline_opens_and_draws():
+    pipeline = StableDiffusionPipeline.from_pretrained(registry.locate("miniature/sd"))
+    assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
+    picture = pipeline("a red car on the sand", num_inference_steps=2, output_type="np").images[0]
+    assert picture.shape == (64, 64, 3)
+    assert np.isfinite(picture).all()
+
+
+def test_stock_blip_opens_and_describes():
+    folder = registry.locate("miniature/blip")
+    model, processor = BlipForConditionalGeneration.from_pretrained(folder), BlipProcessor.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    scenes = gates.held_out(20)
+    inputs = processor(images=gates.pictures(scenes), return_tensors="pt")
+    with torch.no_grad():
+        said = processor.batch_decode(model.generate(**inputs, max_new_tokens=60), skip_special_tokens=True)
+    # captions of one's own pictures must fit them far better than captions of others' pictures
+    own = np.mean([f1(caption, scene) for caption, scene in zip(said, scenes, strict=True)])
+    others = np.mean([f1(caption, scene) for caption, scene in zip(said[1:] + said[:1], scenes, strict=True)])
+    assert own > others + 0.2
+
+
+def test_stock_open_clip_and_vit_open():
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{registry.locate('miniature/clip')}")
+    assert next(model.parameters()).dtype == torch.float32
+    vit = ViTModel.from_pretrained(registry.locate("miniature/dino"), add_pooling_layer=False)
+    assert vit.dtype == torch.float32
+
+
+def test_the_recogniser_is_as_good_as_its_gate_says():
+    recogniser = Recogniser.from_pretrained(registry.locate("miniature/recogniser")).eval()
+    scenes = gates.held_out(100)
+    score = total(map(score_in_place, recogniser.find(gates.pictures(scenes)), scenes))
+    assert score.right / score.things >= 0.95
+
+
+def test_every_gate_in_the_manifest_has_its_interval_and_n():
+    measured = manifest()["gates"]
+    assert {gate["model"] for gate in measured} == {"recogniser", "vae", "blip", "sd", "clip", "dino"}
+    for gate in measured:
+        value = gate["value"]
+        assert value["low"] <= value["value"] <= value["high"]
+        assert value["n"] >= 60

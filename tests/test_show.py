@@ -1,0 +1,205 @@
+"""Figures show the right picture with the right caption in the right place, and draw any caption as it is written."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from dalleflamingo import show, tiles
+from dalleflamingo.datasets import Example
+from dalleflamingo.intervals import Interval
+from dalleflamingo.scene_graph import Scene, Thing
+
+COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
+
+
+def plain(i: int, side: int = 64) -> Image.Image:
+    return Image.new("RGB", (side, side), COLOURS[i])
+
+
+def pixels(figure) -> np.ndarray:
+    """(H, W, 3) as it would be saved."""
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.texts if text.get_text()]
+
+
+def intervals(*values: float) -> list[Interval]:
+    return [Interval(value, value - 0.1, value + 0.1, 24, 0) for value in values]
+
+
+# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_pixel_of_a_small_picture_becomes_a_square_of_the_same_size():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    drawn = pixels(show.row([Image.fromarray(noise)] * 2, ["one", "two"], note="a sentence"))
+    enlarged = noise.repeat(4, axis=0).repeat(4, axis=1)
+    for left in (tiles.MARGIN, tiles.MARGIN + tiles.SIDE + tiles.GAP):
+        np.testing.assert_array_equal(drawn[tiles.MARGIN :, left:][: tiles.SIDE, : tiles.SIDE], enlarged)
+
+
+@pytest.mark.parametrize(("size", "fitted"), [((64, 64), (256, 256)), ((100, 50), (200, 100)), ((1024, 512), (256, 128))])
+def test_a_picture_of_any_size_keeps_its_shape(size, fitted):
+    assert tiles.fit(Image.new("L", size)).size == fitted
+
+
+def test_a_sheet_is_read_row_by_row():
+    drawn = pixels(show.sheet([plain(i) for i in range(4)], columns=3))
+    step, middle = tiles.SIDE + tiles.GAP, tiles.MARGIN + tiles.SIDE // 2
+    assert [tuple(drawn[middle, middle + i * step]) for i in range(3)] == COLOURS[:3]
+    below = drawn[middle + tiles.SIDE + 6 + tiles.GAP]
+    assert tuple(below[middle]) == COLOURS[3] and tuple(below[middle + step]) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("caption", ["costs $5 or $x^", r"\frac{", "$\\undefined$", "<b>bold</b> & more", "a_b^c", ""])
+def test_a_caption_is_drawn_as_it_is_written(caption):
+    figure = show.row([plain(0)], [caption])
+    pixels(figure)
+    assert texts(figure) == ([caption] if caption else [])
+
+
+def test_a_long_caption_is_wrapped_and_lies_inside_the_figure():
+    words = "a very small white cat to the left of a large orange boat " * 3
+    figure = show.sheet([plain(0), plain(1)], [words, "short"], columns=1, note=words * 4)
+    pixels(figure)
+    box = figure.bbox
+    for text in figure.texts:
+        extent = text.get_window_extent()
+        assert box.x0 <= extent.x0 and extent.x1 <= box.x1 and box.y0 <= extent.y0 and extent.y1 <= box.y1
+    assert " ".join(texts(figure)[0].split()) == words.strip()
+
+
+@pytest.mark.parametrize(("pictures", "captions"), [(0, 0), (2, 1), (1, 2)])
+def test_a_caption_missing_or_too_many_is_refused(pictures, captions):
+    with pytest.raises(ValueError, match=f"{pictures} pictures and {captions} captions"):
+        show.sheet([plain(0)] * pictures, ["a"] * captions)
+
+
+def test_no_figure_is_left_open_for_the_notebook_to_show_twice():
+    show.row([plain(0)])
+    assert plt.get_fignums() == []
+
+
+# ── a ranking ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def candidates(tmp_path):
+    """Image 7 with three candidates, in the order 2, 0, 1 by `dino`; image 8 with one."""
+    rows = []
+    for image_id, k, dino in [(8, 0, 0.99), (7, 0, 0.5), (7, 1, -0.25), (7, 2, 0.875)]:
+        name = f"{image_id}-{k}.png"
+        plain(k).save(tmp_path / name)
+        rows.append(dict(image_id=image_id, candidate=k, caption=f"caption {k}", picture=name, dino=dino))
+    plain(3).save(tmp_path / "source.png")
+    return Example(7, tmp_path / "source.png", ("what a person said",)), pd.DataFrame(rows), tmp_path
+
+
+def test_a_ranking_shows_the_source_and_then_its_own_candidates_from_best_to_worst(candidates):
+    figure = show.ranking(*candidates, by="dino")
+    drawn = pixels(figure)
+    step, middle = tiles.SIDE + tiles.GAP, tiles.MARGIN + tiles.SIDE // 2
+    assert [tuple(drawn[middle, middle + i * step]) for i in range(4)] == [COLOURS[i] for i in (3, 2, 0, 1)]
+    shown = texts(figure)
+    assert [text for text in shown if "caption " in text and len(text) < 20] == [f"“caption {k}”" for k in (2, 0, 1)]
+    assert [text for text in shown if text.startswith("DINO")] == ["DINO 0.88", "DINO 0.50", "DINO -0.25"]
+    assert "“what a person said”" in shown
+
+
+def test_a_ranking_of_many_goes_on_in_a_second_row_beside_the_source(candidates):
+    drawn = pixels(show.ranking(*candidates, by="dino", columns=2))
+    first = tiles.MARGIN + tiles.SIDE // 2
+    step = tiles.SIDE + tiles.GAP
+    column = drawn[:, first + step]
+    assert tuple(COLOURS[1]) in {tuple(pixel) for pixel in column}
+    assert tuple(COLOURS[1]) not in {tuple(pixel) for pixel in drawn[:, first]}
+
+
+def test_scores_are_shown_where_the_table_has_them(candidates):
+    example, table, folder = candidates
+    figure = show.ranking(example, table.assign(f1=0.75, cider=1.5), folder, by="dino")
+    assert texts(figure).count("DINO 0.88\nscene-graph F1 0.75\nCIDEr 1.50") == 1
+
+
+def test_a_table_without_the_picture_is_refused(candidates):
+    _, table, folder = candidates
+    with pytest.raises(ValueError, match="no row of image 9"):
+        show.ranking(Example(9, folder / "source.png"), table, folder, by="dino")
+    with pytest.raises(KeyError, match="no column 'clip'"):
+        show.ranking(candidates[0], table, folder, by="clip")
+
+
+# ── the world ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_numbers_of_a_scene_stand_on_its_things():
+    picture = Image.new("RGB", (64, 64))
+    figure = show.scene_graph(picture, Scene("sand", (Thing("cat", "red", "small", 10, 20), Thing("key", "blue", "large", 50, 40))))
+    pixels(figure)
+    [axes] = figure.axes
+    corner = axes.get_window_extent()
+    for text, (x, y) in zip(axes.texts, [(10, 20), (50, 40)], strict=True):
+        at = axes.transData.transform(text.get_position())
+        assert at == pytest.approx((corner.x0 + 4 * x, corner.y1 - 4 * y), abs=0.01)
+    [facts] = texts(figure)
+    assert "ground: sand" in facts and "1   cat: red, small" in facts and "2   key: blue, large" in facts
+
+
+# ── numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_rank_curve_draws_each_similarity_in_its_own_colour_with_its_intervals():
+    curves = {"clip": intervals(0.7, 0.6, 0.5), "dino": intervals(0.65, 0.6, 0.4)}
+    figure = show.rank_curve(curves, "f1", random=0.6)
+    [axes] = figure.axes
+    lines = {to_hex(line.get_color()): line.get_ydata() for line in axes.lines}
+    assert list(lines[tiles.PALETTE["clip"].lower()]) == [0.7, 0.6, 0.5]
+    assert list(lines[tiles.PALETTE["dino"].lower()]) == [0.65, 0.6, 0.4]
+    assert set(lines[tiles.PALETTE["random"]]) == {0.6}
+    bars = [[tuple(path.vertices[:, 1]) for path in bar.get_paths()] for bar in axes.collections]
+    assert bars[0] == [(i.low, i.high) for i in curves["clip"]] and bars[1] == [(i.low, i.high) for i in curves["dino"]]
+    assert "scene-graph F1" in axes.get_ylabel() and "better ↑" in axes.get_ylabel() and "rank" in axes.get_xlabel()
+    assert "n = 24" in texts(figure)[-1]
+
+
+def test_gain_bars_show_every_domain_with_its_n():
+    gains = {
+        "clip": {"all": Interval(0.1, 0.05, 0.15, 24, 0), "out-domain": Interval(0.2, 0.1, 0.3, 8, 0)},
+        "dino": {"all": Interval(-0.1, -0.2, 0.05, 24, 0), "out-domain": Interval(0.1, 0.0, 0.2, 8, 0)},
+    }
+    [axes] = show.gain_bars(gains, "CIDEr").axes
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["overall\nn = 24 pictures", "out of domain\nn = 8 pictures"]
+    assert [bar.get_height() for bar in axes.patches] == [0.1, 0.2, -0.1, 0.1]
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+    assert centres == pytest.approx([-0.2, 0.8, 0.2, 1.2])
+
+
+def test_an_interval_beside_its_value_or_without_bounds_is_drawn():
+    odd = [Interval(0.5, 0.6, 0.7, 5, 0), Interval(0.5, math.nan, math.nan, 1, 0)]
+    pixels(show.rank_curve({"clip": odd}, "f1"))
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_figure_is_saved_where_the_course_wants_it_and_nowhere_else(tmp_path, monkeypatch):
+    figure = show.row([plain(0)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DALLEFLAMINGO_OUTPUT", raising=False)
+    assert show.save(figure, "one") is figure
+    assert not list(tmp_path.rglob("*"))
+    monkeypatch.setenv("DALLEFLAMINGO_OUTPUT", str(tmp_path / "out"))
+    show.save(figure, "one")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")] == ["out/figures/one.png"]
+    with Image.open(tmp_path / "out" / "figures" / "one.png") as saved:
+        np.testing.assert_array_equal(np.asarray(saved)[..., :3], pixels(figure))
+        assert saved.getpixel((1, 1))[:3] == (255, 255, 255)
