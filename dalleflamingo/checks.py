@@ -4,6 +4,7 @@ A check prints and never raises, so that a notebook runs to its end whatever sta
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from math import isclose
 
 Claims = set[tuple[str, ...]]
@@ -62,3 +63,84 @@ def _report(find_fault: Callable[[], str | None], proved: str) -> None:
         print("Not done yet, and nothing below waits for it.")
     else:
         print(f"Right. {proved}" if fault is None else f"Not yet: {fault}.")
+
+
+def with_word_ends(attempt: Callable[[list[str]], list[str]]) -> None:
+    """Exercise 1 of notebook 01: WordPiece's pieces in CLIP's notation."""
+    _report(
+        lambda: _first_fault(attempt, _WORD_ENDS),
+        "both notations say the same: where a word ends is where no ## follows.",
+    )
+
+
+def differing_words(attempt: Callable[[list[str], list[str]], list[tuple[list[str], list[str]]]]) -> None:
+    """Exercise 2 of notebook 01: what stands between two places where both tokenizers end a word, if it differs."""
+    _report(
+        lambda: _first_fault(attempt, _DIFFERING),
+        "where both sides have spelled as many letters and both end a word, a caption can be taken apart, and what "
+        "differs has a name.",
+    )
+
+
+# (arguments, expected, why; further answers that are wrong in a known way, each with what to say to it)
+_WORD_ENDS = [
+    (
+        (["gi", "##raf", "##fe"],),
+        ["gi", "raf", "fe</w>"],
+        "three pieces of one word, which ends with the last",
+        {
+            ("gi</w>", "raf</w>", "fe</w>"): "only a piece that no ## follows ends a word",
+            ("gi", "##raf", "##fe</w>"): "the ## has to go, CLIP writes none",
+            ("gi", "raf", "fe"): "nothing follows the last piece, so a word ends there too",
+        },
+    ),
+    ((["a", "dog"],), ["a</w>", "dog</w>"], "two words of one piece each", {}),
+    ((["a", "fr", "##is", "##bee", "!"],), ["a</w>", "fr", "is", "bee</w>", "!</w>"], "long and short words mixed", {}),
+    (([],), [], "a caption without pieces", {}),
+]
+_DIFFERING = [
+    ((["a</w>", "dog</w>"], ["a</w>", "dog</w>"]), [], "nothing differs", {}),
+    (
+        (["a</w>", "gi", "raf", "fe</w>", "eats</w>"], ["a</w>", "giraffe</w>", "eats</w>"]),
+        [(["gi", "raf", "fe</w>"], ["giraffe</w>"])],
+        "only the giraffe differs",
+        {
+            ((("gi",), ("giraffe</w>",)), (("raf",), ("eats</w>",))): "place by place, pieces lose their partners "
+            "after the first difference; count letters instead",
+        },
+    ),
+    (
+        (["dog</w>", "'</w>", "s</w>", "toy</w>"], ["dog</w>", "'s</w>", "toy</w>"]),
+        [(["'</w>", "s</w>"], ["'s</w>"])],
+        "'s is two words on the left and one on the right",
+        {(): "have both sides spelled as many letters where you stop?"},
+    ),
+    (
+        (["computer</w>", "skate", "board</w>"], ["compu", "ter</w>", "skateboard</w>"]),
+        [(["computer</w>"], ["compu", "ter</w>"]), (["skate", "board</w>"], ["skateboard</w>"])],
+        "two words in a row differ, in opposite directions, and the second ends the caption",
+        {},
+    ),
+]
+
+
+def _first_fault(attempt: Callable, cases: list[tuple]) -> str | None:
+    """The first case that `attempt` gets wrong, in words, or None; lists and tuples count as the same."""
+    for arguments, expected, reason, mistaken in cases:
+        shown = ", ".join(map(repr, arguments))
+        try:
+            value = attempt(*deepcopy(arguments))
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            return f"{shown}: {reason}; yours raises {type(error).__name__}: {error}"
+        if _tuples(value) != _tuples(expected):
+            hint = next((hint for wrong, hint in mistaken.items() if wrong == _tuples(value)), None)
+            hint = "does it end in `return …`?" if value is None else hint
+            said = f"{shown}: {reason}, so {expected}; yours gives {value!r}"
+            return f"{said}; {hint}" if hint else said
+    return None
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value

@@ -17,7 +17,7 @@ from dalleflamingo.intervals import Interval, mean_interval, paired_bootstraps, 
 from dalleflamingo.metrics import BleuTable, Cider, scene_graph_f1
 
 SIMILARITIES = ("clip", "dino")
-DRAWS = 20  # at least so many random picks, and shuffles
+DRAWS = 20  # at least so many random picks
 RESAMPLES = 2000
 ALL = "all"
 
@@ -75,8 +75,8 @@ class Judged:
         """Every choice that is compared, (S, n) each.
 
         "clip 1" … "clip K": the candidate ranked there, of equals the first row first, as in `reconstruct.rank`.
-        "random". "clip shuffled": ranked first by the similarities that belong to another image, so nothing is gained
-        by it but by chance. "oracle": the best by scene-graph F1. "beam": the caption by beam search.
+        "random". "clip shuffled": the candidate whose number is ranked first in another image, so that nothing but
+        chance is gained. "oracle": the best by scene-graph F1. "beam": the caption by beam search.
         """
         n, k = self.rows.shape
         rng, images = np.random.default_rng(seed), np.arange(n)
@@ -85,8 +85,8 @@ class Judged:
         for by in similarities(self.table):
             order = self._order(by)  # (n, K) candidates, best first
             picks |= {f"{by} {rank + 1}": self.rows[images, order[:, rank]][None] for rank in range(k)}
-            others = np.array([_others(rng, n) for _ in range(DRAWS)])  # (DRAWS, n)
-            picks[f"{by} shuffled"] = self.rows[images, order[others, 0]]
+            # one shuffle only: several share their donors, so the mean over them would seem surer than it is
+            picks[f"{by} shuffled"] = self.rows[images, order[_others(rng, n), 0]][None]
         if "f1" in self.metrics:
             picks["oracle"] = self.rows[images, self._order("f1")[:, 0]][None]
         if self.beam is not None:

@@ -131,8 +131,8 @@ def page(
         "# Finding I: is the caption that gives the picture back the better caption?",
         where,
         f"n = {effects['n'].max()} images, K = {settings.candidates} candidates each, seed {settings.seed}, profile "
-        f"`{settings.profile}`, {settings.steps} steps of {settings.scheduler}. Brackets are 95 % intervals by a paired "
-        f"bootstrap over images ({settings.resamples:,} resamples; corpus metrics computed anew on each).",
+        f"`{settings.profile}`, {settings.steps} steps of {settings.scheduler}. Brackets are 95 % intervals by a "
+        f"paired bootstrap over images ({settings.resamples:,} resamples; corpus metrics computed anew on each).",
         "\n".join(verdicts),
         "The rule was declared before the run: a claim holds where the interval of its effect lies above 0, does not "
         "hold where it lies below, and is undecided else. The paper does not say which similarity ranks in its "
@@ -149,8 +149,8 @@ def page(
         _differences(apart),
         "## What the gain is to be held against",
         "Overall. *Oracle*: the candidate with the best scene-graph F1, the most that any ranking could reach there. "
-        "*Beam search*: the captioner's own best guess. *Shuffled*: the same ranking by another image's similarities; "
-        "if its gain were not about 0, the measurement would be wrong.",
+        "*Beam search*: the captioner's own best guess. *Shuffled*: the same ranking by another image's similarities, "
+        "a check of the measurement: nothing but chance may be gained.",
         _references(effects),
         "## Rank correlation within an image (claim 1, so far)",
         f"Spearman's ρ between similarity and caption score over the {settings.candidates} candidates of an image, "

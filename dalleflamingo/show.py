@@ -6,6 +6,7 @@ better direction; one sentence below that says what to see. One thing has one co
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from dalleflamingo import tiles
 from dalleflamingo.datasets import Example, open_picture
 from dalleflamingo.intervals import Interval
 from dalleflamingo.reconstruct import rank
-from dalleflamingo.scene_graph import Scene
+from dalleflamingo.scene_graph import Scene, main_relation
 from dalleflamingo.tiles import DPI, MARGIN, PALETTE, POINTS, Tile
 
 OUTPUT = "DALLEFLAMINGO_OUTPUT"
@@ -34,28 +35,40 @@ LABELS = {
     "out-domain": "out of domain",
 }
 _MARKERS = {"clip": "o", "dino": "s", "fidelity": "^"}  # so that grey print tells them apart too
+_SIDES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 _WIDTH, _HEIGHT = 6 * DPI, 4 * DPI  # of a chart
 
 
-def row(pictures: Sequence[Image.Image], captions: Sequence[str] = (), note: str = "") -> Figure:
+def row(
+    pictures: Sequence[Image.Image], captions: Sequence[str] = (), note: str = "", headings: Sequence[str] = ()
+) -> Figure:
     """Pictures side by side; arguments and errors as `sheet`."""
-    return sheet(pictures, captions, columns=max(1, len(pictures)), note=note)
+    return sheet(pictures, captions, max(1, len(pictures)), note, headings)
 
 
-def sheet(pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns: int = 4, note: str = "") -> Figure:
+def sheet(
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str] = (),
+    columns: int = 4,
+    note: str = "",
+    headings: Sequence[str] = (),
+) -> Figure:
     """A contact sheet, row by row.
 
     Args:
-        captions: one for each picture, or none at all.
-        note: the sentence below that says what to see.
+        captions, headings: text below and above, one for each picture or none at all.
+        note: the sentence below all that says what to see.
     Raises:
-        ValueError: no pictures, or not as many captions as pictures.
+        ValueError: no pictures, or not as many captions or headings as pictures.
     """
-    if not pictures or (captions and len(captions) != len(pictures)):
-        raise ValueError(
-            f"{len(pictures)} pictures and {len(captions)} captions: give at least one picture, and each its caption"
-        )
-    drawn = [Tile(picture, text) for picture, text in zip(pictures, captions or [""] * len(pictures), strict=True)]
+    for what, texts in (("captions", captions), ("headings", headings)):
+        if not pictures or (texts and len(texts) != len(pictures)):
+            raise ValueError(f"{len(pictures)} pictures and {len(texts)} {what}: each needs its own")
+    none = [""] * len(pictures)
+    drawn = [
+        Tile(picture, caption, heading=heading)
+        for picture, caption, heading in zip(pictures, captions or none, headings or none, strict=True)
+    ]
     return tiles.lay_out([drawn[start : start + columns] for start in range(0, len(drawn), columns)], note)
 
 
@@ -113,6 +126,8 @@ def scene_graph(picture: Image.Image, scene: Scene) -> Figure:
             f"{number}   {thing.kind}: {thing.colour}, {thing.size},\n"
             f"     {thing.x:.0f} pixels from the left, {thing.y:.0f} from above"
         )
+    numbered = combinations(enumerate(scene.things, start=1), 2)
+    facts += [f"{i} is {_SIDES[main_relation(one, other)]} {j}" for (i, one), (j, other) in numbered]
     tiles.write(figure, MARGIN + tiles.SIDE + tiles.GAP, MARGIN + tiles.LINE, "\n\n".join(facts))
     return figure
 

@@ -9,7 +9,7 @@ import gzip
 import importlib.util
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -117,18 +117,16 @@ def aligned_words(
     return [_align(caption, first, second) for caption, first, second in cuts]
 
 
-def split_differently(
-    source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, captions: Sequence[str]
-) -> pd.DataFrame:
-    """The words that the two tokenizers cut differently, most frequent first.
+def split_differently(captions: Iterable[Iterable[Word]]) -> pd.DataFrame:
+    """The words that two tokenizers cut differently, most frequent first.
 
+    Args:
+        captions: what `aligned_words` returns.
     Returns:
         columns word (lower-cased), source and target (pieces), count (occurrences), captions (that hold it).
-    Raises:
-        TypeError, ValueError: as `pieces`.
     """
     occurrences, holders = Counter(), Counter()
-    for words in aligned_words(source, target, captions):
+    for words in captions:
         found = [(word.text.lower(), word.source, word.target) for word in words if not word.alike]
         occurrences.update(found)
         holders.update(set(found))

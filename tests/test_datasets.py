@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example as and_also
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
@@ -124,7 +125,7 @@ def test_a_missing_file_or_a_folder_instead_of_a_file_is_named(tmp_path):
         datasets.read_karpathy(tmp_path, tmp_path, "test")
 
 
-@example([["half an emoji: \ud83d", "\u2028 \x00 é"]])
+@and_also([["half an emoji: \ud83d", "\u2028 \x00 é"]])
 @given(st.lists(st.lists(st.text(), max_size=3), max_size=4))
 def test_any_caption_survives_writing_and_reading(tmp_path_factory, captions):
     folder = tmp_path_factory.mktemp("round")

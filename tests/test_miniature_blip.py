@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import BertTokenizer
 
 from dalleflamingo.miniature import blip, clip
 from dalleflamingo.miniature.corpora import texts, web_batch
 from dalleflamingo.miniature.tokenizers import train_wordpiece
-from transformers import BertTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def tokenizer(tmp_path_factory):
 def test_the_image_encoder_that_starts_from_clip_gives_its_states(tokenizer):
     torch.manual_seed(0)
     eyes, captioner = clip.build(600), blip.make_blip(tokenizer)
-    for name, parameter in eyes.visual.named_parameters():  # norms and biases off their trivial start
+    for parameter in eyes.visual.parameters():  # norms and biases off their trivial start
         if parameter.ndim == 1:
             parameter.add_(0.1 * torch.randn_like(parameter))
     pictures = clip.pixels(web_batch(np.random.default_rng(0), 16)[0])
@@ -43,7 +43,8 @@ def test_a_batch_begins_with_dec_ends_with_sep_and_scores_no_padding(tokenizer):
     assert (batch["input_ids"][:, 0] == tokenizer.bos_token_id).all()
     ends = batch["attention_mask"].sum(1) - 1
     assert (batch["input_ids"][torch.arange(8), ends] == tokenizer.sep_token_id).all()
-    assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0) | (torch.arange(batch["labels"].shape[1]) == 0)).all()
+    unscored = (batch["attention_mask"] == 0) | (torch.arange(batch["labels"].shape[1]) == 0)
+    assert ((batch["labels"] == -100) == unscored).all()
 
 
 def test_the_loss_is_eq_1(tokenizer):

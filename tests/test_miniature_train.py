@@ -118,3 +118,29 @@ def test_the_loss_weight_is_min_snr():
     snr = kept / (1 - kept)
     expected = snr.clamp(max=LARGEST_SNR) / snr
     assert torch.allclose((LARGEST_SNR * (1 - kept) / kept).clamp(max=1.0), expected)
+
+
+class Halves(LineRecipe):
+    """Worker r of two sees rows r, r + 2, … of a batch; a single worker all of them."""
+
+    def batch(self, rng, step):
+        rows = torch.from_numpy(np.random.default_rng(step).normal(size=(16, 1)).astype(np.float32))
+        return rows[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+
+    def loss(self, x, step):
+        return {"loss": (self.line(x) - 3 * x - 1).square().mean()}
+
+
+def test_two_workers_step_like_one_with_both_batches(tmp_path):
+    train(Halves(), tmp_path / "one")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from pathlib import Path; import sys; sys.path.insert(0, 'tests')\n"
+        "import torch; torch.distributed.init_process_group('gloo')\n"
+        "from test_miniature_train import Halves, train\n"
+        f"train(Halves(), Path({str(tmp_path / 'two')!r}))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    subprocess.run(torchrun, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)

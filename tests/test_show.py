@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -23,8 +24,9 @@ def plain(i: int, side: int = 64) -> Image.Image:
 
 def pixels(figure) -> np.ndarray:
     """(H, W, 3) as it would be saved."""
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def texts(figure) -> list[str]:
@@ -46,7 +48,10 @@ def test_every_pixel_of_a_small_picture_becomes_a_square_of_the_same_size():
         np.testing.assert_array_equal(drawn[tiles.MARGIN :, left:][: tiles.SIDE, : tiles.SIDE], enlarged)
 
 
-@pytest.mark.parametrize(("size", "fitted"), [((64, 64), (256, 256)), ((100, 50), (200, 100)), ((1024, 512), (256, 128))])
+SIZES = [((64, 64), (256, 256)), ((100, 50), (200, 100)), ((1024, 512), (256, 128))]
+
+
+@pytest.mark.parametrize(("size", "fitted"), SIZES)
 def test_a_picture_of_any_size_keeps_its_shape(size, fitted):
     assert tiles.fit(Image.new("L", size)).size == fitted
 
@@ -81,6 +86,16 @@ def test_a_long_caption_is_wrapped_and_lies_inside_the_figure():
 def test_a_caption_missing_or_too_many_is_refused(pictures, captions):
     with pytest.raises(ValueError, match=f"{pictures} pictures and {captions} captions"):
         show.sheet([plain(0)] * pictures, ["a"] * captions)
+
+
+def test_headings_stand_above_the_pictures_that_they_belong_to():
+    figure = show.row([plain(0), plain(1)], ["below", "beside"], headings=["first", "second"])
+    drawn = pixels(figure)
+    place = {text.get_text(): text.get_window_extent() for text in figure.texts}
+    assert place["first"].x0 < place["second"].x0 and place["first"].y0 > place["below"].y1 + tiles.SIDE
+    assert tuple(drawn[tiles.MARGIN + tiles.LINE + 2, tiles.MARGIN]) == COLOURS[0]
+    with pytest.raises(ValueError, match="2 pictures and 1 headings"):
+        show.row([plain(0), plain(1)], headings=["first"])
 
 
 def test_no_figure_is_left_open_for_the_notebook_to_show_twice():
@@ -141,8 +156,8 @@ def test_a_table_without_the_picture_is_refused(candidates):
 
 
 def test_the_numbers_of_a_scene_stand_on_its_things():
-    picture = Image.new("RGB", (64, 64))
-    figure = show.scene_graph(picture, Scene("sand", (Thing("cat", "red", "small", 10, 20), Thing("key", "blue", "large", 50, 40))))
+    things = (Thing("cat", "red", "small", 10, 20), Thing("key", "blue", "large", 50, 40))
+    figure = show.scene_graph(Image.new("RGB", (64, 64)), Scene("sand", things))
     pixels(figure)
     [axes] = figure.axes
     corner = axes.get_window_extent()
@@ -151,6 +166,7 @@ def test_the_numbers_of_a_scene_stand_on_its_things():
         assert at == pytest.approx((corner.x0 + 4 * x, corner.y1 - 4 * y), abs=0.01)
     [facts] = texts(figure)
     assert "ground: sand" in facts and "1   cat: red, small" in facts and "2   key: blue, large" in facts
+    assert "1 is to the left of 2" in facts
 
 
 # ── numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────

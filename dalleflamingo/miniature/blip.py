@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
 from .clip import DrawBatch, pixels
+from .tokenizers import save_tokenizer
 
 
 def make_blip(
@@ -37,7 +38,7 @@ def make_blip(
 
 @torch.no_grad()
 def start_from_clip(model: BlipForConditionalGeneration, clip: open_clip.CLIP, sample: Tensor) -> None:
-    """Give BLIP's image encoder the weights of CLIP's, as BLIP itself started from a trained ViT (Li et al. 2022, §4.1).
+    """Give BLIP's image encoder the weights of CLIP's, as BLIP started from a trained ViT (Li et al. 2022, §4.1).
 
     CLIP normalises its embedded patches (`ln_pre`), BLIP does not: the norm is folded into the embeddings, with one
     standard deviation for all patches, the mean over a `sample` (B, 3, 64, 64) of pictures.
@@ -120,6 +121,9 @@ class BlipRecipe:
     def after_step(self, step: int) -> None:
         pass
 
+    def restore(self, folder: Path) -> None:
+        self.model.load_state_dict(BlipForConditionalGeneration.from_pretrained(folder).state_dict())
+
     def export(self, folder: Path) -> None:
         """A folder for `BlipForConditionalGeneration` and `BlipProcessor`: tensors in float16, loaded in float32."""
         model = make_blip(self.tokenizer)
@@ -129,3 +133,4 @@ class BlipRecipe:
         model.config.save_pretrained(folder)
         images = BlipImageProcessor(size={"height": 64, "width": 64})
         BlipProcessor(images, self.tokenizer).save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from open_clip import OPENAI_DATASET_MEAN as MEAN
 from open_clip import OPENAI_DATASET_STD as STD
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .tokenizers import save_tokenizer
 
 DrawBatch = Callable[[np.random.Generator, int], tuple[np.ndarray, list[str]]]
 LARGEST_LOGIT_SCALE = 100.0  # Radford et al. 2021, §2.5
@@ -57,7 +59,7 @@ def save(model: open_clip.CLIP, folder: str | Path, tokenizer: CLIPTokenizer) ->
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     config = {"model_cfg": clip_config(model.vocab_size), "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     halves = {name: tensor.detach().cpu().half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(halves, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
 
@@ -186,6 +188,9 @@ class ClipRecipe:
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         self.model.logit_scale.clamp_(max=float(np.log(LARGEST_LOGIT_SCALE)))
+
+    def restore(self, folder: Path) -> None:
+        self.model.load_state_dict(load_file(Path(folder) / "open_clip_model.safetensors"))
 
     def export(self, folder: Path) -> None:
         save(self.model, folder, self.tokenizer)

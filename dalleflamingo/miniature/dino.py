@@ -186,6 +186,12 @@ class DinoRecipe:
         """Linear from 0.04 to 0.07 over the first third of the run."""
         return 0.04 + 0.03 * min(1, 3 * step / self.steps)
 
+    def restore(self, folder: Path) -> None:
+        """Student and teacher take the shipped backbone; the heads, which are not shipped, begin anew."""
+        weights = ViTModel.from_pretrained(folder, add_pooling_layer=False).state_dict()
+        for part in ("student", "teacher"):
+            self.modules[part].load_state_dict(weights)
+
     def export(self, folder: Path) -> None:
         """Writes the teacher's backbone as a `transformers` folder: tensors in float16, to be loaded in float32."""
         folder = Path(folder)

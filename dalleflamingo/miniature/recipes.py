@@ -3,7 +3,7 @@
 A recipe has `name`, `steps`, `batch_size`, `learning_rate`, `weight_decay`, `warmup` and `average` (decay of the moving
 average of its weights, 0 for none); `modules`, what a checkpoint holds; `compilable`, what `--compile` compiles;
 `parameters()`, what is trained; `batch(rng, step)`; `loss(batch, step)`, whose entry "loss" is minimised and the others
-logged; `after_step(step)`; `export(folder)`.
+logged; `after_step(step)`; `export(folder)` writes the standard format and `restore(folder)` reads weights from it.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import BertTokenizer, CLIPTokenizer
 from .blip import BlipRecipe, start_from_clip
 from .checkpoints import load_trained
 from .clip import ClipRecipe, pixels, text_encoder
-from .corpora import annotation_files, labelled_batches, texts, web_batch
+from .corpora import ROOT, annotation_files, labelled_batches, texts, web_batch
 from .dino import DinoRecipe
 from .recogniser import RecogniserRecipe
 from .sd import SdRecipe
@@ -24,20 +24,30 @@ from .vae import VaeRecipe
 RUNS = Path("build/training")  # where checkpoints and curves are kept
 
 
+SHIPPED = {"vae": "sd/vae", "blip-web": "blip"}  # where a stage's weights are in data/miniature, if not under its name
+
+
+def trained(recipe, name: str):
+    """`recipe` with the weights of its run here or, where it was not trained here, with the shipped ones."""
+    if (RUNS / name / "state.safetensors").exists():
+        load_trained(recipe, RUNS / name)
+    else:
+        recipe.restore(ROOT / SHIPPED.get(name, name))
+    return recipe
+
+
 def wordpiece() -> BertTokenizer:
-    """BLIP's tokenizer; learned from the world's texts on first use."""
-    folder = RUNS / "wordpiece"
-    if not (folder / "tokenizer_config.json").exists():
-        train_wordpiece(texts(), 200, folder)
-    return BertTokenizer.from_pretrained(folder)
+    """BLIP's tokenizer: the shipped one, else learned from the world's texts, the same one again."""
+    if (ROOT / "blip/vocab.txt").exists():
+        return BertTokenizer.from_pretrained(ROOT / "blip")
+    return BertTokenizer.from_pretrained(train_wordpiece(texts(), 200, RUNS / "wordpiece"))
 
 
 def byte_pair() -> CLIPTokenizer:
-    """CLIP's and SD's tokenizer; learned from the world's texts on first use."""
-    folder = RUNS / "byte-pair"
-    if not (folder / "tokenizer_config.json").exists():
-        train_clip_bpe(texts(), 700, folder)
-    return CLIPTokenizer.from_pretrained(folder)
+    """CLIP's and SD's tokenizer: the shipped one, else learned from the world's texts, the same one again."""
+    if (ROOT / "clip/vocab.json").exists():
+        return CLIPTokenizer.from_pretrained(ROOT / "clip")
+    return CLIPTokenizer.from_pretrained(train_clip_bpe(texts(), 700, RUNS / "byte-pair"))
 
 
 def clip() -> ClipRecipe:
@@ -46,24 +56,21 @@ def clip() -> ClipRecipe:
 
 def sd() -> SdRecipe:
     """SD stands on the trained autoencoder and on the trained CLIP's text tower."""
-    vae, text = VaeRecipe(), clip()
-    load_trained(vae, RUNS / "vae")
-    load_trained(text, RUNS / "clip")
+    vae, text = trained(VaeRecipe(), "vae"), trained(clip(), "clip")
     return SdRecipe(vae.vae, text_encoder(text.model, text.tokenizer), text.tokenizer, RUNS / "sd-latents.safetensors")
 
 
 def blip_web() -> BlipRecipe:
     """Its image encoder starts from the trained CLIP's."""
-    recipe, eyes = BlipRecipe("blip-web", web_batch, wordpiece()), clip()
-    load_trained(eyes, RUNS / "clip")
+    recipe, eyes = BlipRecipe("blip-web", web_batch, wordpiece()), trained(clip(), "clip")
     start_from_clip(recipe.model, eyes.model, pixels(web_batch(np.random.default_rng(0), 64)[0]))
     return recipe
 
 
 def blip() -> BlipRecipe:
     """Finetuned on coco's few clean captions, from the captioner that the web taught."""
-    recipe = BlipRecipe("blip", labelled_batches(annotation_files()["train"]), wordpiece(), learning_rate=2e-4)
-    load_trained(recipe, RUNS / "blip-web")
+    batches = labelled_batches(annotation_files()["train"])
+    recipe = trained(BlipRecipe("blip", batches, wordpiece(), learning_rate=2e-4), "blip-web")
     recipe.steps, recipe.warmup = 600, 50
     return recipe
 

@@ -68,6 +68,11 @@ class RecogniserRecipe:
             else:
                 value.copy_(new[name])
 
+    def restore(self, folder: Path) -> None:
+        weights = Recogniser.from_pretrained(folder).state_dict()
+        for module in self.modules.values():
+            module.load_state_dict(weights)
+
     def export(self, folder: Path) -> None:
         """Writes config and safetensors, tensors in float16; `Recogniser.from_pretrained` loads them in float32."""
         deepcopy(self.steady).half().save_pretrained(folder)

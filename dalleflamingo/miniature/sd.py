@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..scene_graph import Scene
 from .captions import alt_text
+from .tokenizers import save_tokenizer
 from .vae import to_pixels
 from .world import draw, sample_scene
 
@@ -66,6 +67,7 @@ def latent_bank(vae: AutoencoderKL, file: Path, count: int = BANK) -> Tensor:
             ).latent_dist.mean
             for first in trange(0, count, 100, desc="latents", mininterval=10)
         ]
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"latents": torch.cat(batches).half().cpu().contiguous()}, file)
     return load_file(file)["latents"]
 
@@ -122,6 +124,9 @@ class SdRecipe:
     def after_step(self, step: int) -> None:
         pass
 
+    def restore(self, folder: Path) -> None:
+        self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
+
     def export(self, folder: Path) -> None:
         """A folder for `StableDiffusionPipeline`: tensors in float16, loaded in float32."""
         pipeline = StableDiffusionPipeline(
@@ -135,5 +140,6 @@ class SdRecipe:
             requires_safety_checker=False,
         )
         pipeline.to(dtype=torch.float16).save_pretrained(folder)
+        save_tokenizer(self.tokenizer, Path(folder) / "tokenizer")
         self.text_encoder.config.dtype = torch.float32  # transformers, unlike diffusers, would load what the files hold
         self.text_encoder.config.save_pretrained(Path(folder) / "text_encoder")

@@ -50,7 +50,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     vocabulary = learner.get_vocab()
     vocabulary["[DEC]"] = len(vocabulary)
     tokenizer = BertTokenizer(vocab=vocabulary, bos_token="[DEC]", eos_token="[SEP]", model_max_length=512)
-    return _write(tokenizer, folder)
+    return save_tokenizer(tokenizer, folder)
 
 
 def train_clip_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path, max_length: int = 77) -> Path:
@@ -81,7 +81,7 @@ def train_clip_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path, ma
     vocabulary = learner.get_vocab()
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     vocabulary |= {START: len(vocabulary), END: len(vocabulary) + 1}
-    return _write(CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length), folder)
+    return save_tokenizer(CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length), folder)
 
 
 def _learner(model: models.Model, stock: Tokenizer) -> Tokenizer:
@@ -96,9 +96,10 @@ def _require_room(vocab_size: int, needed: int, what: str) -> None:
         raise ValueError(f"vocab_size is {vocab_size}, but {needed} ids are needed before anything is learned ({what})")
 
 
-def _write(tokenizer: BertTokenizer | CLIPTokenizer, folder: str | Path) -> Path:
+def save_tokenizer(tokenizer: BertTokenizer | CLIPTokenizer, folder: str | Path) -> Path:
+    """Write tokenizer.json, and for older transformers and people vocab.txt or vocab.json and merges.txt."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.txt, or vocab.json and merges.txt, for people to read
+    tokenizer.backend_tokenizer.model.save(str(folder))
     return folder

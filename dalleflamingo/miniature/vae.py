@@ -64,5 +64,5 @@ class VaeRecipe:
     def after_step(self, step: int) -> None:
         pass
 
-    def export(self, folder: Path) -> None:
-        self.vae.half().save_pretrained(folder)
+    def restore(self, folder: Path) -> None:
+        self.vae.load_state_dict(AutoencoderKL.from_pretrained(folder).state_dict())
