@@ -3,6 +3,7 @@
 # make test     environment, then every test, the notebooks in profile smoke included (ARGS="-k house" for some of them)
 # make data     draw the pictures of the miniature corpora, where they are not drawn yet
 # make figures  the two figures of the README, in docs/figures/
+# make reproduce  measure the findings again and write docs/results and docs/figures; interrupted, it goes on
 # make gates    measure the shipped models on held-out data again
 # make clean    remove what the commands made, but not .venv, build/training and build/runs, which took long
 #
@@ -19,7 +20,7 @@ BIN := .venv/bin
 # Named after what it holds, so that a checkout which only touches the two files does not install again.
 MADE := .venv/made-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help course lab test data figures gates clean
+.PHONY: help course lab test data figures reproduce gates clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -42,6 +43,9 @@ data: $(MADE)
 
 figures: data
 	$(BIN)/python -m dalleflamingo.figures docs/figures
+
+reproduce: data
+	$(BIN)/python -m dalleflamingo.reproduce finding-1 --images 200 --candidates 10 --run build/runs/finding-1
 
 gates: data
 	$(BIN)/python -m dalleflamingo.miniature.gates

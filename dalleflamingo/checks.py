@@ -7,6 +7,10 @@ from collections.abc import Callable
 from copy import deepcopy
 from math import isclose
 
+import numpy as np
+
+from dalleflamingo.intervals import mean_interval
+
 Claims = set[tuple[str, ...]]
 
 FACTS: Claims = {
@@ -144,3 +148,70 @@ def _first_fault(attempt: Callable, cases: list[tuple]) -> str | None:
 
 def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def gain(attempt: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+    """Exercise 1 of notebook 03: what the candidate ranked first scores above a random one, for each picture."""
+    _report(
+        lambda: _gain_fault(attempt),
+        "for a mean over pictures the random pick needs no dice: its expectation is the mean over the candidates, so "
+        "the gain of each picture is one number, and pictures pair up.",
+    )
+
+
+def _gain_fault(attempt: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> str | None:
+    similarity = np.array([[0.1, 0.9, 0.2], [0.8, 0.3, 0.8], [-0.5, -0.1, -0.9]])
+    score = np.array([[1.0, 4.0, 10.0], [6.0, 0.0, 3.0], [2.0, 2.0, 2.0]])
+    first, random = np.array([4.0, 6.0, 2.0]), score.mean(axis=1)
+    mistaken = [
+        (first, "that is the score of the first, from which random has yet to be taken away"),
+        (score.max(axis=1) - random, "that ranks by the score itself, which a ranking by pictures does not know"),
+        (np.array([1.0, 0.0, 2.0]) - random, "that takes the drawing least like the picture"),
+        (first - score.mean(), "each picture has a random candidate of its own: mean over its row"),
+        (np.array([4.0, 3.0, 2.0]) - random, "of equally similar drawings the first counts"),
+        (random - first, "that is random minus ranked"),
+    ]
+    try:
+        found = np.asarray(attempt(similarity.copy(), score.copy()), dtype=float)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        return f"for 3 pictures of 3 candidates it raises {type(error).__name__}: {error}"
+    if found.shape != (3,):
+        return f"3 pictures of 3 candidates have 3 gains; yours has the shape {found.shape}"
+    if np.allclose(found, first - random):
+        return None
+    hints = [hint for wrong, hint in mistaken if np.allclose(found, wrong)]
+    shown = f"the gains of three pictures should be {(first - random).round(2)}; yours are {found.round(2)}"
+    return "; ".join([shown, *hints[:1]])
+
+
+def bootstrap(attempt: Callable[[np.ndarray, np.random.Generator], tuple[float, float]]) -> None:
+    """Exercise 2 of notebook 03: the 95 % interval of a mean gain, pictures drawn again."""
+    _report(
+        lambda: _bootstrap_fault(attempt),
+        "drawing the pictures again shows how much the mean would differ had we met other pictures; the spread of "
+        "single gains says something else.",
+    )
+
+
+def _bootstrap_fault(attempt: Callable[[np.ndarray, np.random.Generator], tuple[float, float]]) -> str | None:
+    gains = np.random.default_rng(3).exponential(size=200)
+    expected = mean_interval(gains)
+    try:
+        low, high = map(float, attempt(gains.copy(), np.random.default_rng(0)))
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        return f"for 200 gains it raises {type(error).__name__}: {error}"
+    width = expected.high - expected.low
+    if max(abs(low - expected.low), abs(high - expected.high)) < 0.15 * width:
+        return None
+    shown = f"for 200 gains expected about ({expected.low:.2f}, {expected.high:.2f}); yours is ({low:.2f}, {high:.2f})"
+    if low > high:
+        return f"{shown}; the lower bound comes first"
+    if np.isclose(low, high):
+        return f"{shown}; drawn without replacement, every sample is the same"
+    if high - low > 3 * width:
+        return f"{shown}; so far can a single gain lie, but the question is about their mean"
+    return f"{shown}; are the bounds the quantiles 0.025 and 0.975 of at least 1000 means of 200 gains each?"

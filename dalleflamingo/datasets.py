@@ -122,10 +122,11 @@ def read_coco(annotations: Path, images: Path, name: str | None = None) -> Datas
     """COCO captions: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
 
     Karpathy's `*_gt.json` names no files; there the path is `images/COCO_val2014_{id:012d}.jpg`, where both of its
-    evaluation splits come from. An image without annotations has no references.
+    evaluation splits come from. An image without annotations has no references; one may have a `domain`, as in NoCaps.
 
     Raises:
-        DatasetError: not JSON, another shape, a repeated id, or a caption of an image that is not listed.
+        DatasetError: not JSON, another shape, a repeated id, a caption of an image that is not listed, or a domain that
+            is none of `DOMAINS`.
     """
     annotations, images = Path(annotations), Path(images)
     payload = _load(annotations)
@@ -135,10 +136,10 @@ def read_coco(annotations: Path, images: Path, name: str | None = None) -> Datas
 
 
 def read_nocaps(annotations: Path, images: Path) -> Dataset:
-    """NoCaps: COCO's shape, `domain` in each image record. Its published header file has neither captions nor domains.
+    """NoCaps: COCO's shape with a `domain` in each image record. Its published header has neither domains nor captions.
 
     Raises:
-        DatasetError: as `read_coco`, or a domain other than `DOMAINS`.
+        DatasetError: as `read_coco`.
     """
     annotations, images = Path(annotations), Path(images)
     payload = _load(annotations)

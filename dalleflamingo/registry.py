@@ -288,8 +288,7 @@ def _check_split(name: str, split: str | None, splits) -> None:
 def _miniature_dataset(name: str, split: str | None) -> datasets.Dataset:
     _check_split(name, split, _MINIATURE_SPLITS[name])
     folder = data_root() / name
-    read = datasets.read_nocaps if name == "miniature/nocaps" else datasets.read_coco
-    found = read(folder / "annotations" / _MINIATURE_SPLITS[name][split], folder / "images")
+    found = datasets.read_coco(folder / "annotations" / _MINIATURE_SPLITS[name][split], folder / "images")
     missing = [example.path for example in found if not example.path.is_file()]
     if missing:
         raise RegistryError(

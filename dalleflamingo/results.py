@@ -30,6 +30,7 @@ PAPER_TABLE_1 = {  # NoCaps CIDEr × 100, random and ranked
     "out-domain": (78.7, 88.8),
 }
 METRICS = {"cider": "CIDEr × 100", "f1": "scene-graph F1", "bleu4": "BLEU-4 × 100"}
+SHIPPED = Path(__file__).resolve().parents[1] / "docs" / "results"
 _DIGITS = {"cider": 1, "bleu4": 1, "f1": 3}
 _ENDINGS = {"cider": "", "f1": "_f1"}  # the two primary measures are drawn
 
@@ -91,6 +92,21 @@ def write(
     draw(effects, docs / "figures")
     text = page(name, effects, correlations, claims, apart, settings, commit)
     _whole(folder / f"{name}.md", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load(name: str, folder: Path = SHIPPED) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A measured finding: its candidate table, settings in `.attrs`, and its intervals as `picks.measure` gives them.
+
+    Raises:
+        FileNotFoundError: it is not measured in that folder.
+    """
+    table, intervals = folder / f"{name}.parquet", folder / f"{name}-intervals.csv"
+    if not (table.is_file() and intervals.is_file()):
+        raise FileNotFoundError(
+            f"{name} is not measured in {folder}: its files come with a clone of the repository, so run "
+            f"`git checkout -- {folder}`, or measure it with `make reproduce`"
+        )
+    return pd.read_parquet(table), pd.read_csv(intervals)
 
 
 def draw(effects: pd.DataFrame, folder: Path) -> None:

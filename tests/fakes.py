@@ -1,6 +1,7 @@
 """Stand-ins for captioner, generator and similarity: instant, and functions of picture, caption and seed alone."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,8 @@ class Captioner:
 class Generator:
     """Draws the colour that the caption names, with noise from the seed."""
 
-    def __init__(self, delay: float = 0):
-        self._hidden = delay
+    def __init__(self, delay: float = 0, on_draw: Callable[[], object] = lambda: None):
+        self._hidden = (delay, on_draw)
         self.calls = []
 
     def render(self, captions, seeds, steps=50, guidance_scale=7.5, batch_size=16, progress=None):
@@ -50,7 +51,9 @@ class Generator:
         return [self._draw(caption, seed, progress) for caption, seed in zip(captions, seeds, strict=True)]
 
     def _draw(self, caption, seed, progress):
-        time.sleep(self._hidden)
+        delay, on_draw = self._hidden
+        time.sleep(delay)
+        on_draw()
         progress(1)
         noise = np.random.default_rng(seed).integers(-20, 20, (16, 16, 3))
         return Image.fromarray((np.array(COLOURS[caption.split()[1]]) + noise).clip(0, 255).astype(np.uint8))
@@ -90,7 +93,7 @@ def dataset(folder: Path, n: int = 10) -> datasets.Dataset:
     return datasets.Dataset("coloured things", tuple(examples))
 
 
-def run(run_folder: Path, pictures: Path, log: Path | None = None, delay: float = 0, n: int = 10, **settings):
+def run(run_folder: Path, pictures: Path, log=None, delay=0.0, n=10, on_draw=lambda: None, **settings):
     """The whole way with fakes."""
-    models = Captioner(log, delay), Generator(delay), [MeanColour(), Corner()]
+    models = Captioner(log, delay), Generator(delay, on_draw), [MeanColour(), Corner()]
     return reconstruct.image_text_image(dataset(pictures, n), *models, run_folder, **SETTINGS | settings)

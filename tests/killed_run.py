@@ -1,6 +1,9 @@
-"""A process that starts runs and kills them with SIGKILL at random moments; `test_reconstruct` reads its record.
+"""A process that starts runs which SIGKILL ends at random moments; `test_reconstruct` reads its record.
 
     python killed_run.py RUN_FOLDER PICTURES KILLS SEED
+
+A moment is a number of pictures and some milliseconds after them, so that on a fast and on a busy machine alike a run
+dies midway: before its first picture, while drawing, saving, or writing a part.
 """
 
 import json
@@ -8,12 +11,29 @@ import os
 import random
 import signal
 import sys
-import time
+import threading
 from pathlib import Path
 
 import fakes
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+
+class Death:
+    """SIGKILL for this process, `seconds` after it has drawn so many pictures."""
+
+    def __init__(self, pictures: int, seconds: float):
+        self.pictures, self.seconds = pictures, seconds
+        if pictures == 0:
+            self._come()
+
+    def __call__(self) -> None:
+        self.pictures -= 1
+        if self.pictures == 0:
+            self._come()
+
+    def _come(self) -> None:
+        threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
 def kept(run_folder: Path) -> set[int]:
@@ -27,22 +47,26 @@ def kept(run_folder: Path) -> set[int]:
     return ids
 
 
+def attempt(run_folder: Path, pictures: Path, log: Path, moment: tuple[int, float] | None) -> dict:
+    """One run, killed at the moment unless it ends before; what it found and what it did again."""
+    before = kept(run_folder)
+    log.touch()
+    child = os.fork()
+    if child == 0:
+        fakes.run(run_folder, pictures, log=log, delay=0.004, on_draw=Death(*moment) if moment else lambda: None)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    again = sorted(before & {int(line) for line in log.read_text().split()})
+    return {"kept": len(before), "again": again, "status": os.waitstatus_to_exitcode(status)}
+
+
 def main(run_folder: Path, pictures: Path, kills: int, seed: int) -> None:
-    rng, record = random.Random(seed), []
-    for attempt in range(kills + 1):
-        before, log = kept(run_folder), run_folder.with_name(f"captioned-{attempt}.txt")
-        log.touch()
-        child = os.fork()
-        if child == 0:
-            fakes.run(run_folder, pictures, log=log, delay=0.004)
-            os._exit(0)
-        if attempt < kills:
-            time.sleep(rng.uniform(0.02, 0.6))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        again = sorted(before & {int(line) for line in log.read_text().split()})
-        killed = os.WIFSIGNALED(status)
-        record.append({"kept": len(before), "again": again, "killed": killed, "status": status})
+    rng = random.Random(seed)
+    moments = [(rng.randint(0, 11), rng.uniform(0, 0.02)) for _ in range(kills)]
+    record = [
+        attempt(run_folder, pictures, run_folder.with_name(f"captioned-{i}.txt"), moment)
+        for i, moment in enumerate([*moments, None])
+    ]
     print("RECORD " + json.dumps(record))
 
 

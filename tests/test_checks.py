@@ -1,5 +1,6 @@
 """Every state of an exercise gets its answer, and none stops the notebook."""
 
+import numpy as np
 import pytest
 
 from dalleflamingo import checks, scene_graph
@@ -70,3 +71,51 @@ def test_the_exercise_scores_a_caption_as_the_package_does():
     claims = {("cat",), ("cat", "red"), ("boat",), ("cat", "left", "boat"), ("grass",)}
     caption = "a red cat to the left of a boat on the grass"
     assert scene_graph.f1(caption, Scene("grass", things)) == pytest.approx(right(claims, checks.FACTS)) == 10 / 13
+
+
+# ── notebook 03 ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def gain(similarity, score):
+    return score[np.arange(len(score)), similarity.argmax(axis=1)] - score.mean(axis=1)
+
+
+GAINS = [
+    (gain, "Right. for a mean over pictures"),
+    (not_done, "Not done yet"),
+    (lambda similarity, score: score[np.arange(3), similarity.argmax(axis=1)], "random has yet to be taken away"),
+    (lambda similarity, score: score.max(axis=1) - score.mean(axis=1), "ranks by the score itself"),
+    (lambda similarity, score: gain(-similarity, score), "least like the picture"),
+    (lambda similarity, score: gain(similarity, score) + score.mean(axis=1) - score.mean(), "mean over its row"),
+    (lambda similarity, score: -gain(similarity, score), "random minus ranked"),
+    (lambda similarity, score: gain(similarity, score).mean(), "has the shape ()"),
+    (lambda similarity, score: similarity.index(1), "raises AttributeError"),
+]
+
+
+@pytest.mark.parametrize(("attempt", "said"), GAINS)
+def test_a_gain_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.gain(attempt)
+    assert said in capsys.readouterr().out
+
+
+def bootstrap(gains, rng, size=(1000, 200)):
+    means = rng.choice(gains, size=size).mean(axis=1)
+    return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+INTERVALS = [
+    (bootstrap, "Right. drawing the pictures again"),
+    (not_done, "Not done yet"),
+    (lambda gains, rng: bootstrap(gains, rng)[::-1], "the lower bound comes first"),
+    (lambda gains, rng: (rng.permutation(gains).mean(),) * 2, "every sample is the same"),
+    (lambda gains, rng: np.quantile(gains, [0.025, 0.975]), "the question is about their mean"),
+    (lambda gains, rng: bootstrap(gains, rng, size=(1000, 100)), "at least 1000 means of 200 gains each"),
+    (lambda gains, rng: bootstrap(gains, rng)[0], "raises TypeError"),
+]
+
+
+@pytest.mark.parametrize(("attempt", "said"), INTERVALS)
+def test_an_interval_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.bootstrap(attempt)
+    assert said in capsys.readouterr().out

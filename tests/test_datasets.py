@@ -1,6 +1,8 @@
 """Readers and writers: parity with pycocotools, the real files, round trips, and errors that name file and remedy."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -248,6 +250,15 @@ def test_a_corrupted_picture_is_named_with_a_reason_and_a_remedy(tmp_path, suffi
         broken.open(broken[0])
     assert refusal.value.path == path and refusal.value.remedy in str(refusal.value)
     assert str(path) in str(refusal.value) and f"{path.stat().st_size:,} bytes" in str(refusal.value)
+
+
+def test_a_picture_that_claims_to_be_enormous_is_unreadable_not_a_crash(tmp_path):
+    content = bytearray(_picture(tmp_path / "huge.png"))
+    content[16:24] = struct.pack(">II", 40_000, 40_000)   # width and height in the header, 1.6 gigapixels
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "huge.png").write_bytes(content)
+    with pytest.raises(UnreadableImage, match="DecompressionBombError"):
+        datasets.open_picture(tmp_path / "huge.png")
 
 
 def test_a_missing_picture_is_unreadable_too(tmp_path):

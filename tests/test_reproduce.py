@@ -19,7 +19,6 @@ from dalleflamingo.datasets import DOMAINS, Dataset, Example
 from dalleflamingo.intervals import Interval
 from dalleflamingo.reconstruct import select
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 KINDS = ("cat", "car", "fish", "boat", "tree", "cup")
 COLOURS = ("red", "blue", "green", "pink", "white")
 
@@ -240,16 +239,18 @@ def test_the_command_writes_table_page_figures_and_claims_and_again_the_same(tmp
     assert [row["claim"] for row in claims] == [2, 13] and claims[1] == other
     assert {"claim", "verdict", "effect", "low", "high", "n", "seeds", "profile"} <= claims[0].keys()
     assert claims[0]["n"] == 8 and claims[0]["verdict"] in capsys.readouterr().out
+    table, effects = results.load("finding-1", docs / "results")
+    assert table.attrs["candidates"] == 3 and len(table) == 24
+    assert reproduce.claim_2(effects)[0].effect.value == pytest.approx(claims[0]["effect"], abs=1e-4)
 
     assert reproduce.main(arguments) == 0
     assert {path.relative_to(docs): path.read_bytes() for path in docs.rglob("*") if path.is_file()} == made
 
 
-@pytest.mark.skipif(not (RESULTS / "finding-1.parquet").exists(), reason="finding I is not measured here yet")
+@pytest.mark.skipif(not (results.SHIPPED / "finding-1.parquet").exists(), reason="finding I is not measured here yet")
 def test_the_shipped_claims_follow_from_the_shipped_table():
-    table = pd.read_parquet(RESULTS / "finding-1.parquet")
-    effects = pd.read_csv(RESULTS / "finding-1-intervals.csv")
-    shipped = [row for row in json.loads((RESULTS / "claims.json").read_text())["claims"] if row["claim"] == 2]
+    table, effects = results.load("finding-1")
+    shipped = [row for row in json.loads((results.SHIPPED / "claims.json").read_text())["claims"] if row["claim"] == 2]
     assert [(row["ranked_by"], row["verdict"]) for row in shipped] == [
         (claim.ranked_by, claim.verdict) for claim in reproduce.claim_2(effects)
     ]
@@ -260,9 +261,14 @@ def test_the_shipped_claims_follow_from_the_shipped_table():
         assert (row["n"], row["effect"]) == (gain.n, pytest.approx(gain.value, abs=1e-3))
         width = row["high"] - row["low"]   # other draws: the bounds agree to the noise of 100 resamples
         assert abs(row["low"] - gain.low) < 0.35 * width and abs(row["high"] - gain.high) < 0.35 * width
-    page = (RESULTS / "finding-1.md").read_text(encoding="utf-8")
+    page = (results.SHIPPED / "finding-1.md").read_text(encoding="utf-8")
     assert "Measured in the miniature" in page and all(row["verdict"] in page for row in shipped)
-    assert (RESULTS / "finding-1.parquet").stat().st_size < 5e6
+    assert (results.SHIPPED / "finding-1.parquet").stat().st_size < 5e6
+
+
+def test_a_finding_that_is_not_there_says_how_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"finding-1 is not measured in .*git checkout -- .*make reproduce"):
+        results.load("finding-1", tmp_path)
 
 
 def test_a_page_from_the_miniature_says_so_and_ones_from_elsewhere_do_not(judged):

@@ -93,7 +93,9 @@ def test_headings_stand_above_the_pictures_that_they_belong_to():
     drawn = pixels(figure)
     place = {text.get_text(): text.get_window_extent() for text in figure.texts}
     assert place["first"].x0 < place["second"].x0 and place["first"].y0 > place["below"].y1 + tiles.SIDE
-    assert tuple(drawn[tiles.MARGIN + tiles.LINE + 2, tiles.MARGIN]) == COLOURS[0]
+    right = tiles.MARGIN + tiles.SIDE - 1  # the last column of the first picture, where no heading reaches
+    under = tiles.MARGIN + tiles.LINE + 2
+    assert [tuple(drawn[under + i, right]) for i in (-1, 0)] == [(255, 255, 255), COLOURS[0]]
     with pytest.raises(ValueError, match="2 pictures and 1 headings"):
         show.row([plain(0), plain(1)], headings=["first"])
 

@@ -1,12 +1,16 @@
 """Both real vocabularies against the paper's figure, open_clip's own tokenizer and the laws of cutting text."""
 
+import json
+import re
+from pathlib import Path
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from dalleflamingo import datasets
+from dalleflamingo import checks, datasets
 from dalleflamingo.miniature.tokenizers import train_clip_bpe, train_wordpiece
 from dalleflamingo.vocabulary import (
     END_OF_WORD,
@@ -197,3 +201,71 @@ def test_shares_of_different_captions_are_refused():
         same_pieces([("a</w>",), ("b</w>",)], [("a</w>",)])
     with pytest.raises(ValueError, match="n > 0"):
         same_pieces([], [])
+
+
+# ── the exercises of notebook 01 ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def printed_solution(name):
+    """The function `name` as the notebook prints it under its exercise."""
+    notebook = Path(__file__).resolve().parents[1] / "notebooks" / "01_tokenizer_mapping.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    [code] = re.findall(rf"```python\n(def {name}\(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(code, names)
+    return names[name]
+
+
+@pytest.mark.parametrize("exercise", ["with_word_ends", "differing_words"])
+def test_printed_solution_is_right_and_agrees_with_the_package(exercise, capsys):
+    solution = printed_solution(exercise)
+    getattr(checks, exercise)(solution)
+    assert capsys.readouterr().out.startswith("Right. ")
+
+    for caption in CAPTIONS[:3]:
+        [source], [target] = pieces(WORDPIECE, [caption]), pieces(CLIP, [caption])
+        if exercise == "with_word_ends":
+            assert solution(WORDPIECE.tokenize(caption)) == list(source)
+        else:
+            words = aligned_words(WORDPIECE, CLIP, [caption])[0]
+            expected = [(list(word.source), list(word.target)) for word in words if not word.alike]
+            assert solution(source, target) == expected
+
+
+def place_by_place(source, target):
+    return [([a], [b]) for a, b in zip(source, target, strict=False) if a != b]
+
+
+def forgets_the_last(wordpieces):
+    following = [*wordpieces[1:], "##"]
+    marked = zip(wordpieces, following, strict=True)
+    return [piece.removeprefix("##") + "</w>" * (not after.startswith("##")) for piece, after in marked]
+
+
+@pytest.mark.parametrize(
+    ("exercise", "attempt", "answer"),
+    [
+        ("with_word_ends", lambda p: [x.removeprefix("##") + "</w>" for x in p], "only a piece that no ## follows"),
+        ("with_word_ends", forgets_the_last, "nothing follows the last piece"),
+        ("with_word_ends", lambda p: p[99], "IndexError"),
+        ("with_word_ends", lambda p: None, "does it end in `return …`?"),
+        ("with_word_ends", lambda p: {"a": {1}}, "yours gives {'a': {1}}"),
+        ("differing_words", place_by_place, "count letters"),
+        ("differing_words", lambda s, t: [(s, t)] if s != t else [], "only the giraffe differs"),
+        ("differing_words", lambda s, t: [(["x"], ["y"])], "nothing differs, so []"),
+    ],
+)
+def test_wrong_answer_is_told_in_what_way(exercise, attempt, answer, capsys):
+    getattr(checks, exercise)(attempt)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("Not yet: ") and answer in line
+
+
+def test_exercise_not_done_is_one_calm_line(capsys):
+    def not_done(*pieces):
+        raise NotImplementedError
+
+    for check in (checks.with_word_ends, checks.differing_words):
+        check(not_done)
+        assert capsys.readouterr().out == "Not done yet, and nothing below waits for it.\n"
