@@ -154,7 +154,7 @@ def gain(attempt: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
     """Exercise 1 of notebook 03: what the candidate ranked first scores above a random one, for each picture."""
     _report(
         lambda: _gain_fault(attempt),
-        "for a mean over pictures the random pick needs no dice: its expectation is the mean over the candidates, so "
+        "For a mean over pictures the random pick needs no dice: its expectation is the mean over the candidates, so "
         "the gain of each picture is one number, and pictures pair up.",
     )
 
@@ -190,7 +190,7 @@ def bootstrap(attempt: Callable[[np.ndarray, np.random.Generator], tuple[float, 
     """Exercise 2 of notebook 03: the 95 % interval of a mean gain, pictures drawn again."""
     _report(
         lambda: _bootstrap_fault(attempt),
-        "drawing the pictures again shows how much the mean would differ had we met other pictures; the spread of "
+        "Drawing the pictures again shows how much the mean would differ had we met other pictures; the spread of "
         "single gains says something else.",
     )
 

@@ -54,7 +54,7 @@ class Profile:
 
 
 _MINIATURE = dict(
-    guidance_scale=4.0,
+    guidance_scale=3.0,
     image_size=64,
     dtype="float32",
     captioner="miniature/blip",

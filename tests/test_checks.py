@@ -37,6 +37,10 @@ def divides_by_hits(claims, facts):
     return 2 * p * r / (p + r)
 
 
+def rewards_a_lone_mistake(claims, facts):
+    return 1.0 if len(claims) == 1 else right(claims, facts)
+
+
 def changes_its_input(claims, facts):
     facts.clear()
     return 1.0
@@ -54,6 +58,7 @@ ANSWERS = [
     (arithmetic, "arithmetic mean"),
     (union, "union"),
     (divides_by_hits, "0.000; yours raises ZeroDivisionError"),
+    (rewards_a_lone_mistake, "one claim, and it is wrong"),
     (changes_its_input, "so 0.333; yours gives 1.000"),
     (returns_nothing, "`return …`"),
 ]
@@ -81,7 +86,7 @@ def gain(similarity, score):
 
 
 GAINS = [
-    (gain, "Right. for a mean over pictures"),
+    (gain, "Right. For a mean over pictures"),
     (not_done, "Not done yet"),
     (lambda similarity, score: score[np.arange(3), similarity.argmax(axis=1)], "random has yet to be taken away"),
     (lambda similarity, score: score.max(axis=1) - score.mean(axis=1), "ranks by the score itself"),
@@ -105,7 +110,7 @@ def bootstrap(gains, rng, size=(1000, 200)):
 
 
 INTERVALS = [
-    (bootstrap, "Right. drawing the pictures again"),
+    (bootstrap, "Right. Drawing the pictures again"),
     (not_done, "Not done yet"),
     (lambda gains, rng: bootstrap(gains, rng)[::-1], "the lower bound comes first"),
     (lambda gains, rng: (rng.permutation(gains).mean(),) * 2, "every sample is the same"),

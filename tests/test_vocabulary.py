@@ -143,6 +143,12 @@ def test_words_are_named_where_both_sides_end_one():
     assert [word.text for word in words if not word.alike] == ["'s", "frisbee", "'t"]
 
 
+def test_what_one_side_drops_at_the_end_stays_the_other_sides_word():
+    [words] = aligned_words(WORDPIECE, CLIP, ["dog \u0301"])  # WordPiece strips accents, so nothing is left of this one
+    assert [(word.source, word.alike) for word in words] == [(("dog</w>",), True), ((), False)]
+    assert words[1].target == pieces(CLIP, ["\u0301"])[0] != ()
+
+
 def test_words_that_differ_are_counted_by_occurrence_and_by_caption():
     captions = ["A frisbee, a Frisbee and a giraffe", "a frisbee", "a dog"]
     found = split_differently(aligned_words(WORDPIECE, CLIP, captions))

@@ -6,11 +6,12 @@ course) and a goal. MANIFEST.json and docs/miniature.md hold them. Nothing is tu
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -32,6 +33,7 @@ from .world import draw, sample_scene
 
 SEED = 20  # of held-out scenes; no recipe draws from it
 MINI = PROFILES["mini"]
+MODELS = ("recogniser", "vae", "blip", "sd", "clip", "dino")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Gate:
 
 def held_out(n: int, count: int | None = None, salt: str = "") -> list[Scene]:
     """`n` scenes of all kinds that no training has drawn."""
-    rng = np.random.default_rng(derive_seed(SEED, count, salt))
+    rng = np.random.default_rng(derive_seed(SEED, f"{count} {salt}"))
     return [sample_scene(rng, count=count) for _ in range(n)]
 
 
@@ -203,22 +205,23 @@ def sd_gates(recogniser: Recogniser, generator: Generator, n: int) -> list[Gate]
             Gate("sd", f"{named[:9]} prompts: ground right", proportion(score.grounds_right, score.grounds), 0.2)
         )
         if count == 2:
-            value = proportion(score.relations_right, score.relations)
+            both = score.relations  # where no picture shows both things, anything from 0 to 1 may be true
+            value = proportion(score.relations_right, both) if both else Interval(0.0, 0.0, 1.0, 0, None)
             gates.append(Gate("sd", "two-thing prompts: relation right where both are found", value, 0.25, 0.60, 0.75))
     return gates
 
 
-def clip_gates(clip: ClipImage) -> list[Gate]:
+def clip_gates() -> list[Gate]:
     """Among 100 distinct scenes, does the picture's nearest caption belong to it? Five such hundreds."""
-    import open_clip
-
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{registry.locate('miniature/clip')}")
+    name = f"local-dir:{registry.locate('miniature/clip')}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    clip, tokenizer = ClipImage(model.eval(), preprocess), open_clip.get_tokenizer(name)
     rng, hits = np.random.default_rng(SEED), 0
     for part in range(5):
         scenes = held_out(100, salt=f"clip {part}")
         captions = [describe(scene, ANNOTATORS[3], rng) for scene in scenes]
         with torch.no_grad():
-            text = clip.model.encode_text(tokenizer(captions), normalize=True)
+            text = model.encode_text(tokenizer(captions), normalize=True)
         image = torch.nn.functional.normalize(clip.embed(pictures(scenes)), dim=-1)
         hits += int(((image @ text.T).argmax(1) == torch.arange(100)).sum())
     return [Gate("clip", "image → text R@1 among 100 scenes", proportion(hits, 500), 0.01, 0.50, 0.70)]
@@ -243,8 +246,8 @@ def dino_gates(dino: Dino) -> list[Gate]:
     ]
 
 
-def measure(names: list[str], n: int) -> list[Gate]:
-    """The gates of these models; n prompts for each of SD's."""
+def measure(name: str, n: int) -> list[Gate]:
+    """The gates of one model; n prompts for each of SD's."""
     recogniser = Recogniser.from_pretrained(registry.locate("miniature/recogniser")).eval()
     test, nocaps = registry.dataset("miniature/coco", "test"), registry.dataset("miniature/nocaps")
     of: dict[str, Callable[[], list[Gate]]] = {
@@ -252,37 +255,31 @@ def measure(names: list[str], n: int) -> list[Gate]:
         "vae": lambda: vae_gates(recogniser, Generator.from_pretrained(registry.locate("miniature/sd"))),
         "blip": lambda: blip_gates(Captioner.from_pretrained(registry.locate("miniature/blip")), test, nocaps),
         "sd": lambda: sd_gates(recogniser, Generator.from_pretrained(registry.locate("miniature/sd")), n),
-        "clip": lambda: clip_gates(ClipImage.from_pretrained(registry.locate("miniature/clip"))),
+        "clip": clip_gates,
         "dino": lambda: dino_gates(Dino.from_pretrained(registry.locate("miniature/dino"))),
     }
-    gates = []
-    for name in names:
-        found = of[name]()
-        gates += found
-        for gate in found:
-            print(line(gate), flush=True)
-    return gates
+    return of[name]()
 
 
-def line(gate: Gate) -> str:
-    """One row of the table in docs/miniature.md."""
-    value, verdict = gate.value, "reported"
-    if gate.floor is not None:
-        verdict = "goal" if gate.reaches(gate.goal) else "floor" if gate.reaches(gate.floor) else "**falls short**"
-    chance = "" if gate.chance is None else f"{gate.chance:.3f}"
+def line(gate: dict) -> str:
+    """One row of the table in docs/miniature.md, from `Gate.as_dict`."""
+    value, verdict = gate["value"], "reported"
+    if gate["floor"] is not None:
+        verdict = "goal" if gate["reaches_goal"] else "floor" if gate["reaches_floor"] else "**falls short**"
+    chance = "" if gate["chance"] is None else f"{gate['chance']:.3f}"
     return (
-        f"| {gate.model} | {gate.what} | {value.value:.3f} | {value.low:.3f} … {value.high:.3f} | {value.n} "
-        f"| {chance} | {_bound(gate.floor)} | {_bound(gate.goal)} | {verdict} |"
+        f"| {gate['model']} | {gate['what']} | {value['value']:.3f} | {value['low']:.3f} … {value['high']:.3f} "
+        f"| {value['n']} | {chance} | {_bound(gate['floor'])} | {_bound(gate['goal'])} | {verdict} |"
     )
 
 
-def _bound(bound: float | tuple[float, float] | None) -> str:
+def _bound(bound: float | Sequence[float] | None) -> str:
     if bound is None:
         return ""
-    return f"{bound[0]} … {bound[1]}" if isinstance(bound, tuple) else f"≥ {bound}"
+    return f"≥ {bound}" if isinstance(bound, float) else f"{bound[0]} … {bound[1]}"
 
 
-def page(gates: list[Gate]) -> str:
+def page(gates: list[dict]) -> str:
     rows = "\n".join(map(line, gates))
     return f"""# The miniature's models, measured
 
@@ -294,6 +291,18 @@ the course needs, the goal is what we want.
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 """
+
+
+def record(gates: list[Gate]) -> None:
+    """Put the gates of one model into MANIFEST.json and the page, in place of its earlier ones."""
+    file = ROOT / "MANIFEST.json"
+    manifest = json.loads(file.read_text())
+    model = gates[0].model
+    kept = [gate for gate in manifest.get("gates", []) if gate["model"] != model]
+    together = kept + [json.loads(json.dumps(gate.as_dict())) for gate in gates]
+    manifest["gates"] = sorted(together, key=lambda gate: MODELS.index(gate["model"]))
+    file.write_text(json.dumps(manifest, indent=1) + "\n")
+    Path("docs/miniature.md").write_text(page(manifest["gates"]))
 
 
 def _scenes(data: Dataset) -> list[Scene]:
@@ -308,19 +317,14 @@ def _in_parts(work: Callable[[list], list], items: list, what: str, size: int = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = ("recogniser", "vae", "blip", "sd", "clip", "dino")
-    parser.add_argument("models", nargs="*", help=f"which of {', '.join(models)} (default: all)", metavar="MODEL")
+    parser.add_argument("models", nargs="*", help=f"which of {', '.join(MODELS)} (default: all)", metavar="MODEL")
     parser.add_argument("--prompts", type=int, default=200, help="prompts of one and of two things that SD draws (200)")
     arguments = parser.parse_args()
-    gates = measure(arguments.models or list(models), arguments.prompts)
-    if arguments.models:
-        print("only a part was measured: MANIFEST.json and docs/miniature.md stay as they are")
-        return
-    manifest = json.loads((ROOT / "MANIFEST.json").read_text())
-    manifest["gates"] = [gate.as_dict() for gate in gates]
-    (ROOT / "MANIFEST.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    Path("docs/miniature.md").write_text(page(gates))
-    print("written: data/miniature/MANIFEST.json, docs/miniature.md")
+    for name in arguments.models or MODELS:
+        gates = measure(name, arguments.prompts)
+        record(gates)
+        print(*(line(gate.as_dict()) for gate in gates), sep="\n", flush=True)
+    print(f"written: {ROOT}/MANIFEST.json, docs/miniature.md")
 
 
 if __name__ == "__main__":
