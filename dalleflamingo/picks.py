@@ -83,17 +83,18 @@ class Judged:
         mixed = [rng.permuted(self.rows, axis=1).T for _ in range(-(-DRAWS // k))]
         picks = {"random": np.concatenate(mixed)}
         for by in similarities(self.table):
-            order = self._order(by)  # (n, K) candidates, best first
+            order = self.order(by)  # (n, K) candidates, best first
             picks |= {f"{by} {rank + 1}": self.rows[images, order[:, rank]][None] for rank in range(k)}
             # one shuffle only: several share their donors, so the mean over them would seem surer than it is
             picks[f"{by} shuffled"] = self.rows[images, order[_others(rng, n), 0]][None]
         if "f1" in self.metrics:
-            picks["oracle"] = self.rows[images, self._order("f1")[:, 0]][None]
+            picks["oracle"] = self.rows[images, self.order("f1")[:, 0]][None]
         if self.beam is not None:
             picks["beam"] = self.beam[None]
         return picks
 
-    def _order(self, by: str) -> np.ndarray:
+    def order(self, by: str) -> np.ndarray:
+        """(n, K) candidate numbers, best first by a column of the table."""
         values = self.table[by].to_numpy(float)[self.rows]
         if np.isnan(values).any():
             raise ValueError(f"column {by!r} holds {int(np.isnan(values).sum())} NaN: such candidates have no rank")
@@ -129,6 +130,20 @@ def measure(judged: Judged, seed: int = 0, resamples: int = RESAMPLES) -> pd.Dat
                 "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "seed": score.seed,
             })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def shuffle(judged: Judged, by: str, metric: str, shuffles: int = 500, seed: int = 0) -> Interval:
+    """What chance gains: over random when candidates are ranked by other images' similarities, shuffled many times.
+
+    Returns:
+        the mean gain, and the bounds that 95 % of the shuffles lie in. A ranking that gains more knows something.
+    """
+    rng, (n, _) = np.random.default_rng(seed), judged.rows.shape
+    first = judged.order(by)[:, 0]
+    picked = judged.rows[np.arange(n), first[[_others(rng, n) for _ in range(shuffles)]]]  # (shuffles, n)
+    score = judged.metrics[metric]
+    found = score(picked) - score(judged.picks(seed)["random"]).mean()
+    return Interval(float(found.mean()), *map(float, np.quantile(found, [0.025, 0.975])), n, seed)
 
 
 def correlate(table: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from dalleflamingo import profiles, registry, results
 from dalleflamingo.captioner import PAPER, Captioner
 from dalleflamingo.datasets import Dataset, read_results, write_results
 from dalleflamingo.intervals import Interval
-from dalleflamingo.picks import ALL, RESAMPLES, Judged, correlate, gains, measure, similarities
+from dalleflamingo.picks import ALL, RESAMPLES, Judged, correlate, gains, measure, shuffle, similarities
 from dalleflamingo.reconstruct import image_text_image, load_models
 
 _OUT = "out-domain"
@@ -96,6 +96,7 @@ def finding_1(images: int, candidates: int, run_folder: Path, docs: Path, comman
     effects, correlations = measure(judged, resamples=RESAMPLES), correlate(judged.table, resamples=RESAMPLES)
     claims = claim_2(effects)
     apart = {by: most_out_of_domain(effects, "cider", by) for by in similarities(effects)}
+    chance = {by: {metric: shuffle(judged, by, metric) for metric in judged.metrics} for by in apart}
     scheduler = generator.pipeline.scheduler
     settings = results.Settings(
         command=command,
@@ -110,7 +111,7 @@ def finding_1(images: int, candidates: int, run_folder: Path, docs: Path, comman
         resamples=RESAMPLES,
         seed=0,
     )
-    results.write(docs, "finding-1", judged.table, effects, correlations, claims, apart, settings)
+    results.write(docs, "finding-1", judged.table, effects, correlations, claims, apart, chance, settings)
     return claims
 
 

@@ -74,12 +74,14 @@ def write(
     correlations: pd.DataFrame,
     claims: Sequence[Claim],
     apart: Mapping[str, Mapping[str, Interval]],
+    chance: Mapping[str, Mapping[str, Interval]],
     settings: Settings,
 ) -> None:
     """Write everything about one finding; see the module's text for the files, `reproduce` for the tables.
 
     Args:
         apart: similarity -> domain -> gain in CIDEr × 100 out of domain minus the gain there.
+        chance: similarity -> metric -> what `picks.shuffle` gains.
     """
     folder = docs / "results"
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,9 +90,9 @@ def write(
     stamped.attrs = {**asdict(settings), "commit": commit}
     _whole(folder / f"{name}.parquet", lambda path: stamped.to_parquet(path, index=False))
     _whole(folder / f"{name}-intervals.csv", lambda path: effects.round(5).to_csv(path, index=False))
-    _scoreboard(folder / "claims.json", claims, settings)
+    _scoreboard(folder / "claims.json", claims, apart, settings)
     draw(effects, docs / "figures")
-    text = page(name, effects, correlations, claims, apart, settings, commit)
+    text = page(name, effects, correlations, claims, apart, chance, settings, commit)
     _whole(folder / f"{name}.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -126,6 +128,7 @@ def page(
     correlations: pd.DataFrame,
     claims: Sequence[Claim],
     apart: Mapping[str, Mapping[str, Interval]],
+    chance: Mapping[str, Mapping[str, Interval]],
     settings: Settings,
     commit: str,
 ) -> str:
@@ -140,7 +143,7 @@ def page(
     )
     verdicts = [
         f"* Claim {claim.number}, ranked by {show.LABELS[claim.ranked_by]}: **{claim.verdict}**. "
-        f"{claim.text.capitalize()}: {_cell(claim.effect, signed=True)}."
+        f"{claim.text[0].upper()}{claim.text[1:]}: {_cell(claim.effect, signed=True)}."
         for claim in claims
     ]
     parts = [
@@ -166,8 +169,10 @@ def page(
         "## What the gain is to be held against",
         "Overall. *Oracle*: the candidate with the best scene-graph F1, the most that any ranking could reach there. "
         "*Beam search*: the captioner's own best guess. *Shuffled*: the same ranking by another image's similarities, "
-        "a check of the measurement: nothing but chance may be gained.",
-        _references(effects),
+        "a check of the measurement: nothing but chance may be gained. One shuffle has an interval like the others and "
+        "misses 0 once in twenty times; below it stands what 500 shuffles gain, their mean and the bounds of 95 % of "
+        "them. A ranking that lies above these knows something.",
+        _references(effects, chance),
         "## Rank correlation within an image (claim 1, so far)",
         f"Spearman's ρ between similarity and caption score over the {settings.candidates} candidates of an image, "
         "mean over images. An image whose candidates all score alike has none and is counted apart. The claim's "
@@ -214,7 +219,7 @@ def _differences(apart: Mapping[str, Mapping[str, Interval]]) -> str:
     return _table(["", "difference of gains", "CIDEr × 100"], rows)
 
 
-def _references(effects: pd.DataFrame) -> str:
+def _references(effects: pd.DataFrame, chance: Mapping[str, Mapping[str, Interval]]) -> str:
     there = list(dict.fromkeys(effects["pick"]))
     named = {"random": "random", "beam": "beam search", "oracle": "oracle (scene-graph F1)"}
     for by in similarities(effects):
@@ -228,6 +233,9 @@ def _references(effects: pd.DataFrame) -> str:
             gain = _cell(gains(effects, metric, pick)[ALL], metric, signed=True)
             row += [_cell(scores(effects, metric, pick)[ALL], metric), "" if pick == "random" else gain]
         rows.append(row)
+    for by, gained in chance.items():
+        cells = [cell for metric in metrics for cell in ("", _cell(gained[metric], metric, signed=True))]
+        rows.append([f"{show.LABELS[by]}, shuffled 500 times", *cells])
     return _table(header, rows)
 
 
@@ -257,7 +265,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _scoreboard(path: Path, claims: Sequence[Claim], settings: Settings) -> None:
+def _scoreboard(
+    path: Path, claims: Sequence[Claim], apart: Mapping[str, Mapping[str, Interval]], settings: Settings
+) -> None:
     """Put these claims in the place of those of the same numbers; others stay."""
     there = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.exists() else []
     numbers = {claim.number for claim in claims}
@@ -266,19 +276,22 @@ def _scoreboard(path: Path, claims: Sequence[Claim], settings: Settings) -> None
         rows.append({
             "claim": claim.number,
             "verdict": claim.verdict,
-            "effect": round(claim.effect.value, 4),
-            "low": round(claim.effect.low, 4),
-            "high": round(claim.effect.high, 4),
-            "n": claim.effect.n,
+            **_rounded(claim.effect),
             "seeds": [settings.seed],
             "profile": settings.profile,
             "dataset": settings.dataset,
             "ranked_by": claim.ranked_by,
             "what": claim.text,
+            "out-domain minus": {domain: _rounded(found) for domain, found in apart[claim.ranked_by].items()},
         })
     rows.sort(key=lambda row: row["claim"])
     text = json.dumps({"claims": rows}, indent=1, ensure_ascii=False) + "\n"
     _whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _rounded(effect: Interval) -> dict[str, float]:
+    bounds = {"effect": effect.value, "low": effect.low, "high": effect.high}
+    return {name: round(value, 4) for name, value in bounds.items()} | {"n": effect.n}
 
 
 def _commit() -> str:
