@@ -110,6 +110,12 @@ def test_the_caption_ranked_first_scores_as_pycocoevalcap_says_overall_and_in_ea
             assert picks.scores(effects, metric, "dino 1")[domain].value == pytest.approx(value, abs=1e-6)
 
 
+def test_each_domain_is_drawn_again_independently(judged):
+    """`most_out_of_domain` takes the bootstraps of two domains to be independent."""
+    seeds = picks.measure(judged, resamples=2).groupby("domain")["seed"].unique()
+    assert all(len(own) == 1 for own in seeds) and len(set(seeds.str[0])) == len(seeds) == 4
+
+
 def test_a_resample_scores_as_pycocoevalcap_says_of_that_corpus(judged):
     """N-gram statistics come from the images as drawn, an image drawn twice counting twice."""
     drawn = np.random.default_rng(3).integers(24, size=24)
