@@ -51,6 +51,11 @@ def make_scheduler() -> DDPMScheduler:
     )
 
 
+def loss_weight(kept: Tensor) -> Tensor:
+    """min(SNR, γ) / SNR of timesteps whose ᾱ is `kept`; SNR = ᾱ / (1 − ᾱ), γ = `LARGEST_SNR`."""
+    return (LARGEST_SNR * (1 - kept) / kept).clamp(max=1.0)
+
+
 def web_scene(index: int) -> Scene:
     """The scene of latent `index` of the bank; every other one holds a single thing."""
     rng = np.random.default_rng([7, index])
@@ -118,8 +123,7 @@ class SdRecipe:
         noised = self.scheduler.add_noise(latents, noise, timesteps)
         error = F.mse_loss(self.unet(noised, timesteps, states).sample, noise, reduction="none").mean((1, 2, 3))  # (B,)
         kept = self.scheduler.alphas_cumprod.to(device)[timesteps]
-        weight = (LARGEST_SNR * (1 - kept) / kept).clamp(max=1.0)  # min(SNR, γ) / SNR
-        return {"loss": (weight * error).mean(), "mse": error.mean().detach()}
+        return {"loss": (loss_weight(kept) * error).mean(), "mse": error.mean().detach()}
 
     def after_step(self, step: int) -> None:
         pass
