@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dalleflamingo.miniature.checkpoints import Checkpoint, load_trained
-from dalleflamingo.miniature.sd import LARGEST_SNR, loss_weight, make_scheduler
+from dalleflamingo.miniature.sd import SdRecipe, make_scheduler
 from dalleflamingo.miniature.train import schedule, train
 
 
@@ -113,11 +114,31 @@ def test_the_noise_schedule_ends_in_noise_and_its_sampler_starts_there():
     assert scheduler.timesteps[0] == 999
 
 
-def test_the_loss_weight_is_min_snr():
+def test_sd_learns_the_velocity_of_its_noised_latents():
+    """A network that knows the clean latent has no loss; one that gives the noise, as Eq. 3 has it, has."""
+    latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    batch = {"latents": latents, "input_ids": torch.zeros(4, 77, dtype=torch.long)}
     kept = make_scheduler().alphas_cumprod
-    snr = kept / (1 - kept)
-    expected = snr.clamp(max=LARGEST_SNR) / snr
-    assert torch.allclose(loss_weight(kept), expected)
+
+    class Knows(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self, answer):
+            super().__init__()
+            self.answer = answer
+
+        def forward(self, noised, timesteps, states):
+            share = kept[timesteps].view(-1, 1, 1, 1)
+            noise = (noised - share.sqrt() * latents) / (1 - share).sqrt()
+            velocity = share.sqrt() * noise - (1 - share).sqrt() * latents
+            return SimpleNamespace(sample={"velocity": velocity, "noise": noise}[self.answer])
+
+    recipe = SdRecipe.__new__(SdRecipe)
+    recipe.scheduler, recipe.text_encoder = make_scheduler(), lambda ids: SimpleNamespace(last_hidden_state=None)
+    for answer, low, high in (("velocity", 0, 1e-6), ("noise", 0.1, 10)):
+        recipe.unet = Knows(answer)
+        torch.manual_seed(0)
+        assert low <= recipe.loss(batch, 0)["loss"].item() <= high
 
 
 class Halves(LineRecipe):

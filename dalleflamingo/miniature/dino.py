@@ -1,8 +1,9 @@
 """DINO for the miniature world: a small ViT that distils itself, without labels (Caron et al. 2021).
 
 A student sees every view of a picture, a teacher only the two large ones, and the student is to say what the teacher
-says about another view. The teacher is the slow average of the student. Two forces keep both from saying the same about
-everything: *centring* takes away what the teacher says on average, *sharpening* (its low temperature) keeps it decided.
+says about another view. The teacher is the slow average of the student. What keeps both from saying the same about
+everything is taken from DINOv2 (Oquab et al. 2023), because DINO's own centring needs far more pictures than a laptop
+draws: *Sinkhorn-Knopp* hands out the prototypes evenly, and *KoLeo* pushes the features of a batch apart.
 """
 
 import copy
@@ -22,7 +23,8 @@ from .world import draw, sample_scene
 DrawBatch = Callable[[np.random.Generator, int], np.ndarray]
 
 VIT = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-       "intermediate_size": 512}
+       "intermediate_size": 512, "initializer_range": 0.08}  # ≈ 1/√width; the usual 0.02 starts with one feature only
+SPREAD_WEIGHT = 0.1  # of KoLeo, as in DINOv2
 
 
 def draw_mostly_one(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -36,7 +38,7 @@ class Head(nn.Module):
     The prototypes are used at norm 1, which is weight normalisation with its gain fixed.
     """
 
-    def __init__(self, width: int, hidden: int = 256, bottleneck: int = 64, prototypes: int = 1024):
+    def __init__(self, width: int, hidden: int = 256, bottleneck: int = 64, prototypes: int = 256):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
                                  nn.Linear(hidden, bottleneck))
@@ -48,39 +50,46 @@ class Head(nn.Module):
         return F.linear(F.normalize(self.mlp(features), dim=-1), F.normalize(prototypes, dim=-1))
 
 
-class Distillation(nn.Module):
-    """The loss H(teacher, student) and the centre that it takes from the teacher (§3.1, eq. 1–4).
+def distillation(student: Tensor, targets: Tensor, temperature: float = 0.1) -> Tensor:
+    """Mean cross-entropy H(teacher, student) over all pairs of a teacher view and another student view (§3.1, eq. 3).
 
     Args:
-        prototypes: number of outputs; student_temperature and centre_momentum as in the paper.
+        student: (V, B, P) outputs, the teacher's views first; targets: (G, B, P) probabilities, G ≤ V.
+    Returns:
+        scalar in nats; ln P for a student that says nothing.
     """
+    log_student = (student / temperature).log_softmax(-1)
+    pairs = -torch.einsum("gbp,vbp->gv", targets, log_student) / student.shape[1]
+    others = 1 - torch.eye(*pairs.shape, device=pairs.device)  # a view does not teach itself
+    return (pairs * others).sum() / others.sum()
 
-    def __init__(self, prototypes: int, student_temperature: float = 0.1, centre_momentum: float = 0.9):
-        super().__init__()
-        self.student_temperature, self.centre_momentum = student_temperature, centre_momentum
-        self.register_buffer("centre", torch.zeros(prototypes))
 
-    def targets(self, teacher: Tensor, temperature: float) -> Tensor:
-        """(..., P) teacher outputs -> (..., P) probabilities, centred and sharpened; no gradient passes."""
-        return ((teacher.detach() - self.centre) / temperature).softmax(-1)
+@torch.no_grad()
+def sinkhorn(teacher: Tensor, temperature: float, rounds: int = 3) -> Tensor:
+    """The teacher's outputs as probabilities that use all prototypes alike (Caron et al. 2020, §3.1).
 
-    def forward(self, student: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy over all pairs of a teacher view and another student view.
+    Args:
+        teacher: (N, P) outputs of a whole batch.
+    Returns:
+        (N, P), rows sum to 1, columns to N / P (nearly, after a few rounds).
+    """
+    shares = (teacher / temperature).double()
+    shares = (shares - shares.max()).exp()
+    for _ in range(rounds):
+        shares /= shares.sum(0, keepdim=True)
+        shares /= shares.sum(1, keepdim=True)
+    return shares.float()
 
-        Args:
-            student: (V, B, P) outputs, the teacher's views first; targets: (G, B, P) probabilities, G ≤ V.
-        Returns:
-            scalar in nats; ln P for a student that says nothing.
-        """
-        log_student = (student / self.student_temperature).log_softmax(-1)
-        pairs = -torch.einsum("gbp,vbp->gv", targets, log_student) / student.shape[1]
-        others = 1 - torch.eye(*pairs.shape, device=pairs.device)  # a view does not teach itself
-        return (pairs * others).sum() / others.sum()
 
-    @torch.no_grad()
-    def update_centre(self, teacher_mean: Tensor) -> None:
-        """Moves the centre towards the (P,) mean teacher output of a batch (eq. 4)."""
-        self.centre.lerp_(teacher_mean, 1 - self.centre_momentum)
+def koleo(features: Tensor) -> Tensor:
+    """− mean ln distance to the nearest other row, after l2 normalisation (Sablayrolles et al. 2019).
+
+    Args:
+        features: (B, D), B ≥ 2.
+    """
+    unit = F.normalize(features, dim=-1)
+    alike = (unit @ unit.T).detach().fill_diagonal_(-2)
+    return -((unit - unit[alike.argmax(1)]).norm(dim=-1) + 1e-6).log().mean()
 
 
 def entropy(probabilities: Tensor) -> Tensor:
@@ -93,7 +102,7 @@ class DinoRecipe:
 
     Args:
         draw_batch: (rng, n) -> uint8 (n, 64, 64, 3) pictures; many of one thing only are best.
-        steps: length of the run, which the schedules of momentum and temperature need.
+        steps: length of the run, which the schedule of the momentum needs.
         vit: sizes of the ViT; prototypes: outputs of the heads.
     """
 
@@ -103,6 +112,7 @@ class DinoRecipe:
     weight_decay = 0.04
     average = 0.0  # the teacher is the average already
     warmup = 60  # steps
+    teacher_temperature = 0.04
     global_views, local_views = 2, 4
     global_scale, local_scale = (0.4, 0.9), (0.15, 0.4)  # shares of the picture's area
     global_pixels, local_pixels = 48, 32  # cut from 64: so things are seen at the size at which they are drawn
@@ -110,9 +120,9 @@ class DinoRecipe:
     def __init__(
         self,
         draw_batch: DrawBatch = draw_mostly_one,
-        steps: int = 1500,
+        steps: int = 2500,
         vit: dict | None = None,
-        prototypes: int = 1024,
+        prototypes: int = 256,
     ):
         self.draw_batch, self.steps = draw_batch, steps
         config = ViTConfig(**(vit or VIT))
@@ -123,10 +133,8 @@ class DinoRecipe:
             "student_head": head,
             "teacher": copy.deepcopy(student).requires_grad_(False).eval(),
             "teacher_head": copy.deepcopy(head).requires_grad_(False).eval(),
-            "distillation": Distillation(prototypes),
         }
         self.compilable: list[nn.Module] = []  # views come in two sizes, each would be compiled anew
-        self._teacher_mean: Tensor | None = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The student's parameters; the teacher's only follow.
@@ -149,29 +157,29 @@ class DinoRecipe:
         }
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Distillation loss, and two entropies in nats that tell a collapse apart from learning.
+        """Distillation and spread, and two entropies in nats that tell a collapse apart from learning.
 
         `entropy_of_mean` falls to 0 when one prototype takes everything; `mean_entropy` stays at ln P when the teacher
         decides nothing. Healthy is: the first high, the second well below it.
         """
         large, small = (batch[part].to(self._device) for part in ("global", "local"))
-        distillation = self.modules["distillation"]
         with torch.no_grad():
-            teacher = self._outputs("teacher", large)
-            targets = distillation.targets(teacher, self.teacher_temperature(step))
-            targets = targets.unflatten(0, (self.global_views, -1))
-            self._teacher_mean = teacher.mean(0)
+            teacher = self.modules["teacher_head"](self._features("teacher", large))
+            targets = sinkhorn(teacher, self.teacher_temperature).unflatten(0, (self.global_views, -1))
+        seen, parts = self._features("student", large), self._features("student", small)
         move = step >= self.warmup  # the paper holds the last layer at first, else early noise is learned by heart
-        student = torch.cat([self._outputs("student", large, move), self._outputs("student", small, move)])
+        student = self.modules["student_head"](torch.cat([seen, parts]), move)
+        student = student.unflatten(0, (self.global_views + self.local_views, -1))
+        spread = torch.stack([koleo(view) for view in seen.chunk(self.global_views)]).mean()
         return {
-            "loss": distillation(student.unflatten(0, (self.global_views + self.local_views, -1)), targets),
+            "loss": distillation(student, targets) + SPREAD_WEIGHT * spread,
+            "koleo": spread.detach(),
             "entropy_of_mean": entropy(targets.mean((0, 1))),
             "mean_entropy": entropy(targets).mean(),
         }
 
     def after_step(self, step: int) -> None:
-        """Teacher ← m · teacher + (1 − m) · student, and the centre follows the last batch."""
-        self.modules["distillation"].update_centre(self._teacher_mean)
+        """Teacher ← m · teacher + (1 − m) · student."""
         momentum = self.momentum(step)
         with torch.no_grad():
             for part in ("", "_head"):
@@ -179,12 +187,8 @@ class DinoRecipe:
                 torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
     def momentum(self, step: int) -> float:
-        """Of the teacher: cosine from 0.99 to 1."""
-        return 1 - 0.01 * (1 + math.cos(math.pi * min(1, step / self.steps))) / 2
-
-    def teacher_temperature(self, step: int) -> float:
-        """Linear from 0.04 to 0.07 over the first third of the run."""
-        return 0.04 + 0.03 * min(1, 3 * step / self.steps)
+        """Of the teacher: cosine from 0.98 to 1, faster than the paper's because the run is shorter."""
+        return 1 - 0.02 * (1 + math.cos(math.pi * min(1, step / self.steps))) / 2
 
     def restore(self, folder: Path) -> None:
         """Student and teacher take the shipped backbone; the heads, which are not shipped, begin anew."""
@@ -204,9 +208,8 @@ class DinoRecipe:
 
     @property
     def _device(self) -> torch.device:
-        return self.modules["distillation"].centre.device
+        return self.modules["student_head"].prototypes.device
 
-    def _outputs(self, who: str, pixels: Tensor, move_prototypes: bool = True) -> Tensor:
-        """(N, 3, S, S) -> (N, P): the head over the class token; positions are interpolated to the size of views."""
-        features = self.modules[who](pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[:, 0]
-        return self.modules[who + "_head"](features, move_prototypes)
+    def _features(self, who: str, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, width) class tokens; positions are interpolated to the size of the views."""
+        return self.modules[who](pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[:, 0]
