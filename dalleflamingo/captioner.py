@@ -93,11 +93,41 @@ class Captioner:
             return []
         return self._write(self._encode(images), [self._word_limits(min_words, max_words)], num_beams=beams)
 
+    def token_logits(self, images: Sequence[Image] | Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What the captioner would say at each place of given captions (teacher forcing, Eq. 1); gradients pass.
+
+        Args:
+            images: B pictures, or their (B, 3, H, W) pixel values as the processor makes them.
+            captions: B texts, without the prompt.
+        Returns:
+            logits (B, T, V) and ids (B, T): `logits[:, t]` is about the place where the caption has `ids[:, t]`. Behind
+            a caption stand [SEP] and padding. Their softmax is P of the bridge.
+        Raises:
+            ValueError: not as many captions as pictures.
+        """
+        if len(images) != len(captions):
+            raise ValueError(f"{len(images)} pictures but {len(captions)} captions: give each picture one")
+        tokenizer, device = self.processor.tokenizer, self.model.device
+        said = tokenizer(list(captions), padding=True, return_tensors="pt")
+        ids, mask = said.input_ids[:, 1:].to(device), said.attention_mask[:, 1:].to(device)  # (B, T) words, [SEP], padding
+        prompt = self.prompt_ids.to(device).expand(len(ids), -1)  # (B, P)
+        inputs = torch.cat([prompt, ids[:, :-1]], dim=1)
+        seen = self.model.vision_model(self._pixels(images)).last_hidden_state
+        decoded = self.model.text_decoder(
+            input_ids=inputs,
+            attention_mask=torch.cat([torch.ones_like(prompt), mask[:, :-1]], dim=1),
+            encoder_hidden_states=seen,
+        )
+        return decoded.logits[:, prompt.shape[1] - 1 :], ids
+
+    def _pixels(self, images: Sequence[Image] | Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            images = self.processor(images=list(images), return_tensors="pt").pixel_values
+        return images.to(self.model.device, self.model.dtype)  # (B, 3, H, W)
+
     @torch.no_grad()
     def _encode(self, images: Sequence[Image]) -> Tensor:
-        pixel_values = self.processor(images=list(images), return_tensors="pt").pixel_values  # (B, 3, H, W)
-        vision = self.model.vision_model(pixel_values.to(self.model.device, self.model.dtype))
-        return vision.last_hidden_state
+        return self.model.vision_model(self._pixels(images)).last_hidden_state
 
     @torch.no_grad()
     def _write(self, image_embeds: Tensor, rules: list[LogitsProcessor], num_beams: int = 1) -> list[str]:

@@ -8,6 +8,7 @@ from copy import deepcopy
 from math import isclose
 
 import numpy as np
+import torch
 
 from dalleflamingo.intervals import mean_interval
 
@@ -215,3 +216,63 @@ def _bootstrap_fault(attempt: Callable[[np.ndarray, np.random.Generator], tuple[
     if high - low > 3 * width:
         return f"{shown}; so far can a single gain lie, but the question is about their mean"
     return f"{shown}; are the bounds the quantiles 0.025 and 0.975 of at least 1000 means of 200 gains each?"
+
+
+def soft_embedding(attempt: Callable) -> None:
+    """Exercise 1 of notebook 02: expected embeddings, (T, V) and (V, d) -> (T, d)."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(5, 3, generator=generator)
+    certain, spread = torch.eye(5)[[4, 1]], torch.full((2, 5), 0.2)
+    cases = [
+        ((certain, table), table[[4, 1]], "one-hot rows give back rows of the table"),
+        ((spread, table), table.mean(0).expand(2, -1), "equal shares give the mean of all rows"),
+    ]
+    _report(
+        lambda: _tensor_fault(attempt, cases),
+        "a text encoder that looks words up can read averages of words, and looking up is the case of certainty.",
+    )
+
+
+def departures(attempt: Callable) -> None:
+    """Exercise 2 of notebook 02: the weights of one target place."""
+    cases = [
+        (([0.7, 1.0, 1.0],), ([0.3, 0.0, 0.0], 0.7), "only the first place hesitates"),
+        (([0.5, 0.5],), ([0.5, 0.25], 0.25), "who departs at the second place has passed the first"),
+        (([],), ([], 1.0), "no place to depart at: the path is kept"),
+    ]
+    _report(
+        lambda: _departure_fault(attempt, cases),
+        "what departs and what stays make 1 together, whatever the probabilities: the map loses and makes nothing.",
+    )
+
+
+def _tensor_fault(attempt: Callable, cases: list[tuple]) -> str | None:
+    for arguments, expected, reason in cases:
+        try:
+            got = attempt(*arguments)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            return f"{reason}; yours raises {type(error).__name__}: {error}"
+        if not isinstance(got, torch.Tensor) or got.shape != expected.shape:
+            found = tuple(got.shape) if isinstance(got, torch.Tensor) else repr(got)
+            return f"the result has the shape {found} instead of {tuple(expected.shape)}"
+        if not torch.allclose(got, expected, atol=1e-5):
+            return f"{reason}; yours gives {got.tolist()} instead of {expected.tolist()}"
+    return None
+
+
+def _departure_fault(attempt: Callable, cases: list[tuple]) -> str | None:
+    for arguments, (leaving, staying), reason in cases:
+        try:
+            got = attempt(*deepcopy(arguments))
+            away, kept = list(map(float, got[0])), float(got[1])
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            return f"{reason}; yours raises {type(error).__name__}: {error}"
+        if len(away) != len(leaving) or not np.allclose([*away, kept], [*leaving, staying]):
+            total = sum(away) + kept
+            hint = "" if isclose(total, 1) else f" (together {total:.3f}, not 1)"
+            return f"{reason}: {leaving} and {staying}; yours gives {away} and {kept}{hint}"
+    return None

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
@@ -81,13 +82,28 @@ class Generator:
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds: give every picture one of each")
         self._warn_of_long(captions)
-        embedding = self._encode(dict.fromkeys([*captions, ""]), batch_size)
-        pictures: list[Image] = []
-        for start in range(0, len(captions), batch_size):
-            batch = captions[start : start + batch_size]
+        encoded = self._encode(dict.fromkeys(captions), batch_size)
+        states = [encoded[caption] for caption in captions]
+        return self.render_states(states, seeds, steps, guidance_scale, batch_size, progress)
+
+    def render_states(
+        self,
+        states: Sequence[Tensor],
+        seeds: Sequence[int],
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        batch_size: int = 16,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Image]:
+        """`render`, from what the text encoder made of N captions, or from what the bridge did: each (T, D)."""
+        if len(states) == 0:
+            return []
+        unconditional, pictures = self._encode([""], 1)[""], []
+        for start in range(0, len(states), batch_size):
+            batch = list(states[start : start + batch_size])
             pictures += self.pipeline(
-                prompt_embeds=torch.stack([embedding[caption] for caption in batch]),  # (B, T, D)
-                negative_prompt_embeds=torch.stack([embedding[""]] * len(batch)),
+                prompt_embeds=torch.stack(batch),  # (B, T, D)
+                negative_prompt_embeds=torch.stack([unconditional] * len(batch)),
                 generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[start : start + batch_size]],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
@@ -95,6 +111,31 @@ class Generator:
             if progress is not None:
                 progress(len(batch))
         return pictures
+
+    def noise_loss(self, images: Sequence[Image], states: Tensor, seed: int) -> Tensor:
+        """How well the generator tells the noise in pictures, given texts: Eq. 3, or Eq. 2 with states from the bridge.
+
+        A model that was trained to predict the velocity v instead of ε is asked for v, as it was taught.
+
+        Args:
+            images: B pictures.
+            states: (B, T, D) of the text encoder; gradients pass.
+            seed: of noise and timesteps, which are drawn uniformly.
+        Returns:
+            scalar, the mean squared error.
+        """
+        pipeline, device = self.pipeline, states.device
+        pixels = pipeline.image_processor.preprocess(list(images)).to(device, states.dtype)  # (B, 3, H, W) in [-1, 1]
+        with torch.no_grad():
+            latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+        scheduler, draw = pipeline.scheduler, torch.Generator().manual_seed(seed)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=draw).to(device)
+        noise = torch.randn(latents.shape, generator=draw).to(latents)
+        noised = scheduler.add_noise(latents, noise, timesteps)
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        wanted = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        predicted = pipeline.unet(noised, timesteps, encoder_hidden_states=states).sample
+        return F.mse_loss(predicted.float(), wanted.float())
 
     @torch.no_grad()
     def _encode(self, captions: Sequence[str], batch_size: int) -> dict[str, Tensor]:

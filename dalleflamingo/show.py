@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -180,6 +181,26 @@ def gain_bars(gains: Mapping[str, Mapping[str, Interval]], score: str) -> Figure
         "intervals; one that holds 0 decides nothing."
     )
     return _finish(figure, axes, f"{LABELS.get(score, score)}, ranked first − random  (better ↑)", note)
+
+
+def words(texts: Sequence[str], values: Sequence[float], note: str = "") -> Figure:
+    """Words in a row, each on a ground whose colour and depth tell its value: blue above 0, orange below.
+
+    Raises:
+        ValueError: not as many values as words.
+    """
+    if len(texts) != len(values):
+        raise ValueError(f"{len(texts)} words and {len(values)} values: each word needs its own")
+    values = np.asarray(values, float)
+    shares = values / max(np.abs(values).max(initial=0), 1e-12)
+    figure = tiles.blank(max(400, 26 + 13 * sum(len(text) + 2 for text in texts)), 120)
+    place = 0.02
+    for text, share in zip(texts, shares, strict=True):
+        colour = to_rgba("#0072B2" if share > 0 else "#E69F00", abs(share) * 0.8)
+        word = figure.text(place, 0.6, text, fontsize=10, parse_math=False, bbox=dict(facecolor=colour, edgecolor="none"))
+        place += word.get_window_extent().width / figure.bbox.width + 0.02
+    figure.text(0.02, 0.12, note, fontsize=8, style="italic")
+    return figure
 
 
 def save(figure: Figure, name: str) -> Figure:

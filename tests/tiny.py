@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertTokenizer,
     BlipConfig,
@@ -19,6 +19,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    PreTrainedTokenizerFast,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -35,6 +36,21 @@ def pictures(n: int, seed: int = 0) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     arrays = rng.integers(0, 256, (n, 1, 1, 3)) // 2 + rng.integers(0, 128, (n, SIZE, SIZE, 3))
     return [Image.fromarray(array.astype(np.uint8)) for array in arrays]
+
+
+def byte_level_bpe() -> PreTrainedTokenizerFast:
+    """OPT's kind of tokenizer: bytes with their spaces, `Ġ` for a space."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>", "<unk>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([" ".join(WORDS)] * 5 + ["a giraffe and 10 computers"] * 3, trainer)
+    names = dict(pad_token="<pad>", eos_token="</s>", bos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
 def blip(folder: Path) -> Path:

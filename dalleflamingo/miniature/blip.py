@@ -1,5 +1,6 @@
 """The miniature BLIP: `BlipForConditionalGeneration`, pretrained on web, finetuned on coco."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,12 +37,23 @@ def make_blip(
     return BlipForConditionalGeneration(config)
 
 
+def place_sines(patches: int, width: int) -> Tensor:
+    """(patches, width): sines and cosines of row and column of a square of patches, waves of half a side to eight."""
+    side = math.isqrt(patches)
+    place = torch.arange(patches)
+    angles = torch.stack([place // side, place % side], dim=1) * math.pi / side  # (patches, 2)
+    angles = (angles[..., None] * 2.0 ** torch.linspace(-2, 2, width // 4)).flatten(1)  # (patches, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1) * (5 / math.sqrt(width / 2))
+
+
 @torch.no_grad()
 def start_from_clip(model: BlipForConditionalGeneration, clip: open_clip.CLIP, sample: Tensor) -> None:
     """Give BLIP's image encoder the weights of CLIP's, as BLIP started from a trained ViT (Li et al. 2022, §4.1).
 
     CLIP normalises its embedded patches (`ln_pre`), BLIP does not: the norm is folded into the embeddings, with one
-    standard deviation for all patches, the mean over a `sample` (B, 3, 64, 64) of pictures.
+    standard deviation for all patches, the mean over a `sample` (B, 3, 64, 64) of pictures. And CLIP hardly cares where
+    a thing stands: its positions are a tenth of its patches, and a captioner that starts there calls every side "left".
+    So sines of the place are added to them, half as long as the patches.
     """
     theirs, ours, norm = clip.visual, model.vision_model, clip.visual.ln_pre
 
@@ -54,7 +66,8 @@ def start_from_clip(model: BlipForConditionalGeneration, clip: open_clip.CLIP, s
     embeddings = ours.embeddings
     embeddings.class_embedding.copy_(first)
     embeddings.position_embedding[0, 0].zero_()
-    embeddings.position_embedding[0, 1:].copy_(centred(theirs.positional_embedding[1:]) * gain + norm.bias)
+    positions = centred(theirs.positional_embedding[1:]) * gain + norm.bias
+    embeddings.position_embedding[0, 1:].copy_(positions + place_sines(*positions.shape))
     embeddings.patch_embedding.weight.copy_(centred(theirs.conv1.weight.movedim(0, -1)).mul(gain).movedim(-1, 0))
     embeddings.patch_embedding.bias.zero_()
     for layer, block in zip(ours.encoder.layers, theirs.transformer.resblocks, strict=True):

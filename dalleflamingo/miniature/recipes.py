@@ -70,8 +70,8 @@ def blip_web() -> BlipRecipe:
 def blip() -> BlipRecipe:
     """Finetuned on coco's few clean captions, from the captioner that the web taught."""
     batches = labelled_batches(annotation_files()["train"])
-    recipe = trained(BlipRecipe("blip", batches, wordpiece(), learning_rate=5e-4), "blip-web")
-    recipe.steps, recipe.warmup = 900, 50
+    recipe = trained(BlipRecipe("blip", batches, wordpiece(), learning_rate=2e-4), "blip-web")
+    recipe.steps, recipe.warmup = 250, 30  # few and small, or the kinds that coco lacks are forgotten
     return recipe
 
 

@@ -1,0 +1,254 @@
+"""The map and the bridge, measured: `python benchmarks/bridge.py [--captions FOLDER] [--images N]`.
+
+* What crosses: shares of captions, on COCO's Karpathy split (learned on val, measured on test) where FOLDER holds it, and
+  on the miniature's captions.
+* What it costs: learning the map and carrying captions, against the same by one caption at a time and a dense matrix, side
+  by side in one run.
+* What arrives: pictures drawn from the captioner's own distributions over each map in each mode, judged by the recogniser.
+
+Writes docs/results/bridge.json and docs/results/bridge.md.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from dalleflamingo import registry
+from dalleflamingo.bridge import MODES, Bridge, relax
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.generator import Generator
+from dalleflamingo.intervals import derive_seed, paired_bootstrap
+from dalleflamingo.picture_score import score_prompt
+from dalleflamingo.profiles import PROFILES
+from dalleflamingo.recogniser import Recogniser
+from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
+from dalleflamingo.vocabulary import KINDS, VocabularyMap, report
+
+RESULTS = Path("docs/results")
+SEED, MINI = 0, PROFILES["mini"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("DALLEFLAMINGO_COCO") or f"{os.environ.get('DALLEFLAMINGO_REAL_DATA', '')}/coco-karpathy"
+    parser.add_argument("--captions", type=Path, default=default, help="folder of coco_karpathy_{val,test}_gt.json")
+    parser.add_argument("--images", type=int, default=100, help="pictures for each map and mode")
+    arguments = parser.parse_args()
+    file = RESULTS / "bridge.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if (arguments.captions / "coco_karpathy_test_gt.json").is_file():
+        coco = {part: read(arguments.captions / f"coco_karpathy_{part}_gt.json") for part in ("val", "test")}
+        found["coco"] = crossings(wordpiece_vocabulary(), clip_vocabulary(), coco["val"], coco["test"])
+        found["cost"] = costs(coco["val"])
+    found["miniature"] = miniature_crossings()
+    found["pictures"] = pictures(arguments.images)
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "bridge.md").write_text(page(found))
+    print(f"{RESULTS}/bridge.md")
+
+
+def read(file: Path) -> list[str]:
+    return [entry["caption"] for entry in json.loads(file.read_text())["annotations"]]
+
+
+# ── what crosses ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def crossings(captioners, generators, learned: list[str], measured: list[str]) -> list[dict]:
+    """A row a map and direction."""
+    rows = []
+    for direction, source, target in (("there", captioners, generators), ("back", generators, captioners)):
+        for kind in KINDS if direction == "there" else ("one-to-one", "word-aligned"):
+            told = report(VocabularyMap.learn(source, target, learned, kind), measured)
+            rows.append(
+                {
+                    "direction": direction,
+                    "map": kind,
+                    "n": told.exact.n,
+                    "same": told.same.value,
+                    "exact": [told.exact.value, told.exact.low, told.exact.high],
+                    "unknown": told.unknown.value,
+                    "made": told.made,
+                    "lost": told.lost,
+                    "words": told.words.word.head(5).tolist(),
+                }
+            )
+    return rows
+
+
+def miniature_crossings() -> list[dict]:
+    texts = {
+        part: [text for example in registry.dataset("miniature/coco", part) for text in example.references]
+        for part in ("train", "test")
+    }
+    captioner = Captioner.from_pretrained(registry.locate("miniature/blip"))
+    generator = Generator.from_pretrained(registry.locate("miniature/sd"))
+    return crossings(captioner.processor.tokenizer, generator.pipeline.tokenizer, texts["train"], texts["test"])
+
+
+# ── what it costs ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def costs(captions: list[str]) -> dict:
+    """Seconds of ours and of the plain version, each on the same captions, and the ratio."""
+    source, target = wordpiece_vocabulary(), clip_vocabulary()
+    vocabulary_map = VocabularyMap.learn(source, target, captions)
+    special = dict(bos_token_id=49_406, eos_token_id=49_407, pad_token_id=49_407)
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49_408, hidden_size=768, num_hidden_layers=1, **special))
+    bridge = Bridge(vocabulary_map, encoder)
+    texts = captions[:16]
+    ids = [source(text, add_special_tokens=False).input_ids for text in texts]
+    longest = max(map(len, ids))
+    said = torch.randn(len(ids), longest, len(source)).softmax(-1)
+    paths = vocabulary_map.paths(ids, texts)
+    dense, table = vocabulary_map.matrix.to_dense(), encoder.get_input_embeddings().weight.detach()
+
+    @torch.no_grad()
+    def plain() -> list[torch.Tensor]:
+        return [plain_prompt(said[i], path, dense, table) for i, path in enumerate(paths)]
+
+    @torch.no_grad()
+    def ours() -> torch.Tensor:
+        return bridge.map.carry(said, paths, bridge.readings, table)
+
+    for mine, theirs, path in zip(ours(), plain(), paths, strict=True):
+        torch.testing.assert_close(mine[: len(path.target)], theirs, atol=1e-4, rtol=1e-3)
+    fast, slow = seconds(ours), seconds(plain, 2)
+    entries = vocabulary_map.matrix._nnz()
+    return {
+        "captions": len(captions),
+        "learn": seconds(lambda: VocabularyMap.learn(source, target, captions), 2),
+        "carry": fast,
+        "plain": slow,
+        "ratio": slow / fast,
+        "batch": len(texts),
+        "megabytes": (bridge.readings.numel() * 4 + entries * 20) / 1e6,
+        "dense_megabytes": dense.numel() * 4 / 1e6,
+    }
+
+
+def plain_prompt(said: torch.Tensor, path, matrix: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The formula as it stands: a caption and a place at a time, rows over the whole target vocabulary."""
+    rows = []
+    for j, u in enumerate(path.target):
+        row, stayed = torch.zeros(len(table)), 1.0
+        for t in (t for t, place in enumerate(path.lands) if place == j):
+            departure = said[t].clone()
+            departure[path.source[t]] = 0
+            row += stayed * (departure @ matrix)
+            stayed *= said[t, path.source[t]]
+        row[u] += stayed
+        rows.append(row @ table)
+    return torch.stack(rows)
+
+
+def seconds(work: Callable[[], object], times: int = 5) -> float:
+    """Median of a few runs, after one to warm up."""
+    work()
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken))
+
+
+# ── what arrives ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.no_grad()
+def pictures(n: int) -> list[dict]:
+    """Things of the source picture found again in what is drawn, by map and mode; caption and noise are the same in all."""
+    captioner = Captioner.from_pretrained(registry.locate("miniature/blip"))
+    generator = Generator.from_pretrained(registry.locate("miniature/sd"))
+    recogniser = Recogniser.from_pretrained(registry.locate("miniature/recogniser")).eval()
+    source, target = captioner.processor.tokenizer, generator.pipeline.tokenizer
+    data = registry.dataset("miniature/coco", "test").subset(n, SEED)
+    images, scenes = [data.open(example) for example in data], [example.scene for example in data]
+    captions = captioner.describe(images)
+    logits, ids = captioner.token_logits(images, captions)
+    seeds = [derive_seed(SEED, example.image_id) for example in data]
+    train = [text for example in registry.dataset("miniature/coco", "train") for text in example.references]
+
+    def judged(states) -> list:
+        drawn = generator.render_states(states, seeds, MINI.steps, MINI.guidance_scale, 25)
+        return [score_prompt(*pair) for pair in zip(recogniser.find(drawn), scenes, strict=True)]
+
+    read = target(captions, padding="max_length", return_tensors="pt").input_ids
+    scores = {("text", "text"): judged(generator.pipeline.text_encoder(read).last_hidden_state)}
+    for kind in tqdm(KINDS, desc="maps"):
+        learned = VocabularyMap.learn(source, target, train, kind).widened(logits.shape[-1])
+        bridge = Bridge(learned, generator.pipeline.text_encoder)
+        for mode in tqdm(MODES, desc=kind):
+            said = relax(logits, mode, generator=torch.Generator().manual_seed(SEED))
+            scores[kind, mode] = judged(bridge(said, ids))
+    return [row(kind, mode, mine, scores["text", "text"]) for (kind, mode), mine in scores.items()]
+
+
+def row(kind: str, mode: str, mine: list, text: list) -> dict:
+    """Share of things found (kind and colour) and its difference from the text's, with intervals over pictures."""
+    right, things = np.array([s.right for s in mine]), np.array([s.things for s in mine])
+    baseline = np.array([s.right for s in text])
+
+    def share(counts) -> list[float]:
+        found = paired_bootstrap(lambda rows: counts[rows].sum() / things[rows].sum(), len(things), seed=SEED)
+        return [found.value, found.low, found.high]
+
+    return {"map": kind, "mode": mode, "n": len(mine), "found": share(right), "against_text": share(right - baseline)}
+
+
+# ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def page(found: dict) -> str:
+    lines = ["# The map and the bridge, measured", "", "Made by `python benchmarks/bridge.py`.", ""]
+    titles = {"coco": "COCO: learned on Karpathy val, measured on Karpathy test", "miniature": "The miniature"}
+    for name, title in titles.items():
+        if name not in found:
+            continue
+        lines += [f"## {title}", "", "Captions are known as the captioner's pieces only; from its text every caption crosses.", ""]
+        lines += ["| direction | map | captions | same pieces | carried exactly (95 %) | pieces to [UNK] | mass made | words lost |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+        for entry in found[name]:
+            exact, low, high = entry["exact"]
+            words = f"{entry['lost']}: {', '.join(entry['words'])}" if entry["lost"] else "0"
+            lines += [
+                f"| {entry['direction']} | {entry['map']} | {entry['n']:,} | {entry['same']:.2%} | {exact:.2%} "
+                f"({low:.2%} … {high:.2%}) | {entry['unknown']:.3%} | {entry['made']:+.3f} | {words} |"
+            ]
+        lines += [""]
+    if cost := found.get("cost"):
+        lines += [
+            "## Cost",
+            "",
+            f"Learned from {cost['captions']:,} captions in {cost['learn']:.1f} s. {cost['batch']} captions over the real "
+            f"vocabularies, to embeddings of 768 numbers: {cost['carry'] * 1e3:.0f} ms; one caption and one place at a time "
+            f"with a dense matrix {cost['plain']:.1f} s: **{cost['ratio']:.0f} times** as long, in the same run. Memory: "
+            f"{cost['megabytes']:.0f} MB (M·E and M) instead of {cost['dense_megabytes']:,.0f} MB.",
+            "",
+        ]
+    lines += [
+        "## Pictures from the captioner's own distributions",
+        "",
+        "Miniature, coco test, captions by beam search: things of the source picture that the recogniser finds again, kind "
+        f"and colour, in what is drawn ({MINI.steps} steps, guidance {MINI.guidance_scale}; same caption, same noise).",
+        "",
+        "| map | mode | pictures | things found (95 %) | against text (95 %) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for entry in found["pictures"]:
+        values = [f"{value:.3f} ({low:.3f} … {high:.3f})" for value, low, high in (entry["found"], entry["against_text"])]
+        lines += [f"| {entry['map']} | {entry['mode']} | {entry['n']} | {' | '.join(values)} |"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

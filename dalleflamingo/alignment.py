@@ -1,0 +1,108 @@
+"""How a caption crosses from one tokenizer to another: in which target piece each source piece begins.
+
+The text itself is the common measure. Both tokenizers tell from which letter to which each of their pieces reaches; a
+source piece *lands* in the target piece that holds its first letter. `gi ##raf ##fe` all land in `giraffe</w>`; of `1`
+and `0</w>`, for the source piece `10`, only the first is landed in.
+"""
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from dalleflamingo.subwords import Cut, Style, cuts, style, token_bytes
+
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands in the text for a piece that spells nothing
+# What transformers' decoder tidies after WordPiece, which sets every punctuation mark apart: "dog ' s ." is "dog's."
+_SUPERFLUOUS = re.compile(r" (?=[.?!,])| (?=' )|(?<= ') ")
+
+
+class Path(NamedTuple):
+    """One caption on both sides.
+
+    source, target: ids of its pieces, without special tokens; lands: for each source piece the place of the target
+    piece that holds its first letter, −1 where no target piece does.
+    """
+
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    lands: tuple[int, ...]
+
+
+def paths_of_texts(
+    source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[Path]:
+    """Paths of captions that are known as text: teacher forcing. The target side is exactly the target's own reading.
+
+    Raises:
+        TypeError, ValueError: as `subwords.cuts`.
+    """
+    return [_path(first, second) for first, second in zip(cuts(source, texts), cuts(target, texts), strict=True)]
+
+
+def paths_of_ids(
+    source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, ids: Iterable[Sequence[int]]
+) -> list[Path]:
+    """Paths of captions that are known as source pieces only: the argmax path. The text is what the pieces spell.
+
+    Args:
+        ids: rows without special tokens; a piece that spells nothing ([UNK], say) crosses as the target's own [UNK].
+    """
+    rows = [tuple(map(int, row)) for row in ids]
+    spelled = [_spell(source, row) for row in rows]
+    read = cuts(target, [text for text, _ in spelled])
+    return [
+        _path(Cut((), row, tuple((start, start) for start in starts)), _collapse(cut, text, target.unk_token_id))
+        for row, (text, starts), cut in zip(rows, spelled, read, strict=True)
+    ]
+
+
+def _path(source: Cut, target: Cut) -> Path:
+    starts = [start for start, _ in target.spans]
+    return Path(source.ids, target.ids, tuple(_land(start, starts, target.spans) for start, _ in source.spans))
+
+
+def _land(letter: int, starts: list[int], spans: Sequence[tuple[int, int]]) -> int:
+    """Place of the first piece that holds a letter; several do where a letter is cut into bytes."""
+    last = bisect_right(starts, letter) - 1
+    if last < 0 or letter >= spans[last][1]:
+        return -1
+    return bisect_left(starts, starts[last])
+
+
+def _spell(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[int]]:
+    """The text of pieces, and the letter at which each begins, behind its space."""
+    how, special = style(tokenizer), set(tokenizer.all_special_ids)
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    parts = [
+        f" {_UNKNOWN} ".encode() if id in special else token_bytes(token, how)
+        for id, token in zip(ids, tokens, strict=True)
+    ]
+    text = b"".join(parts).decode("utf-8", errors="surrogateescape")
+    ends = list(accumulate(len(letter.encode("utf-8", errors="surrogateescape")) for letter in text))
+    offsets = accumulate(map(len, parts), initial=0)
+    firsts = [offset + len(part) - len(part.lstrip()) for offset, part in zip(offsets, parts, strict=False)]
+    letters = [bisect_right(ends, first) for first in firsts]
+    text = "".join(_UNKNOWN if "\ud800" <= letter <= "\udfff" else letter for letter in text)
+    return _tidy(text, letters, how)
+
+
+def _tidy(text: str, letters: list[int], how: Style) -> tuple[str, list[int]]:
+    """Without the spaces that WordPiece adds around punctuation; `letters` are places in the text, moved with it."""
+    if not how.goes_on:
+        return text, letters
+    gone = [match.start() for match in _SUPERFLUOUS.finditer(text)]
+    return _SUPERFLUOUS.sub("", text), [letter - bisect_left(gone, letter) for letter in letters]
+
+
+def _collapse(cut: Cut, text: str, unknown: int) -> Cut:
+    """All pieces of one _UNKNOWN become a single [UNK]."""
+    kept = [
+        (unknown if text[start] == _UNKNOWN else id, (start, end))
+        for place, (id, (start, end)) in enumerate(zip(cut.ids, cut.spans, strict=True))
+        if text[start] != _UNKNOWN or not place or cut.spans[place - 1] != (start, end)
+    ]
+    return Cut((), tuple(id for id, _ in kept), tuple(span for _, span in kept))

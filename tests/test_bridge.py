@@ -1,0 +1,228 @@
+"""The bridge: parity with the stock text encoder and pipeline, gradients against finite differences, what stays frozen."""
+
+import pytest
+import tiny
+import torch
+from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dalleflamingo import registry
+from dalleflamingo.bridge import MODES, Bridge, embeddings_replaced, relax
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.generator import Generator
+from dalleflamingo.miniature.tokenizers import train_clip_bpe, train_wordpiece
+from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
+from dalleflamingo.vocabulary import KINDS, VocabularyMap
+
+WORDPIECE, CLIP, BYTES = wordpiece_vocabulary(), clip_vocabulary(), tiny.byte_level_bpe()
+TEXTS = ["a giraffe's 10 frisbees, isn't it?", "a café by the sea 😀", "", "dog", "giraffe " * 90]
+
+
+def text_encoder(width: int, layers: int, vocabulary: int = 49_408, **sizes) -> CLIPTextModel:
+    torch.manual_seed(0)
+    special = dict(bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1)
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64 or 1,
+        **(special | sizes),
+    )
+    return CLIPTextModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def full_size() -> CLIPTextModel:
+    """Stable Diffusion v1-4's text encoder by its published sizes, random weights: 123 M parameters."""
+    encoder = text_encoder(768, 12)
+    assert sum(p.numel() for p in encoder.parameters()) == 123_060_480
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def small() -> CLIPTextModel:
+    return text_encoder(64, 2)
+
+
+def batch(tokenizer, texts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Certain distributions (B, T, V) and ids (B, T), as a captioner gives them: words, [SEP] or </s>, anything behind."""
+    end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    rows = [[*tokenizer(text, add_special_tokens=False).input_ids, end] for text in texts]
+    longest = max(map(len, rows)) + 1
+    ids = torch.tensor([row + [5] * (longest - len(row)) for row in rows])
+    return torch.nn.functional.one_hot(ids, len(tokenizer)).float(), ids
+
+
+def read_by(encoder: CLIPTextModel, texts) -> torch.Tensor:
+    tokens = CLIP(texts, padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        return encoder(tokens.input_ids).last_hidden_state
+
+
+# ── parity ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("source", [WORDPIECE, BYTES], ids=["WordPiece", "bytes"])
+@pytest.mark.parametrize("mode", ["one-hot", "straight-through"])
+def test_one_hot_bridge_equals_text_encoder_at_full_size(full_size, source, mode):
+    bridge = Bridge(VocabularyMap.learn(source, CLIP, TEXTS), full_size)
+    said, ids = batch(source, TEXTS)
+    if mode == "straight-through":
+        said = relax(said * 3, mode)
+    with torch.no_grad():
+        states = bridge(said, ids, TEXTS)
+    assert states.shape == (len(TEXTS), 77, 768)
+    assert (states - read_by(full_size, TEXTS)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_its_dtype_and_comes_near(dtype):
+    reference, half = text_encoder(64, 2), text_encoder(64, 2).to(dtype)
+    said, ids = batch(WORDPIECE, TEXTS[:2])
+    bridge = Bridge(VocabularyMap.learn(WORDPIECE, CLIP, TEXTS), half)
+    with torch.no_grad():
+        states = bridge(said.to(dtype), ids, TEXTS[:2])
+    assert states.dtype == dtype
+    assert (states.float() - read_by(reference, TEXTS[:2])).abs().max() < 0.1
+
+
+def test_released_map_is_what_the_released_code_computes(small):
+    """Its own lines: gather the captioner's columns by the pairs, multiply by the table; neither [UNK] nor sums watched."""
+    learned = VocabularyMap.learn(WORDPIECE, CLIP, TEXTS, "released")
+    rows, columns = learned.matrix.indices()
+    pairs = torch.empty(len(CLIP), dtype=torch.long)
+    pairs[columns] = rows
+    ids = torch.tensor([WORDPIECE("a dog surfs", add_special_tokens=False).input_ids])
+    said = torch.randn(1, ids.shape[1], len(WORDPIECE), generator=torch.Generator().manual_seed(0)).softmax(-1)
+    bridge = Bridge(learned, small)
+    table = small.get_input_embeddings().weight
+    prompt = bridge.soft_prompt(said, learned.paths(ids.tolist()))
+    torch.testing.assert_close(prompt[:, 1 : 1 + ids.shape[1]], said[:, :, pairs] @ table, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_begins_ends_and_is_padded_as_the_text_encoder_expects(small, kind):
+    bridge = Bridge(VocabularyMap.learn(WORDPIECE, CLIP, TEXTS, kind), small)
+    said, ids = batch(WORDPIECE, ["a dog", "a red dog sits"])
+    prompt = bridge.soft_prompt(said, bridge.map.paths(bridge.spoken(ids)))
+    table = small.get_input_embeddings().weight
+    for row, length in zip(prompt, (2, 4), strict=True):
+        assert torch.equal(row[0], table[CLIP.bos_token_id])
+        assert torch.equal(row[1 + length :], table[CLIP.eos_token_id].expand(76 - length, -1))
+
+
+def test_pictures_from_a_caption_and_from_its_one_hot_bridge_are_identical():
+    captioner = Captioner.from_pretrained(registry.locate("miniature/blip"))
+    generator = Generator.from_pretrained(registry.locate("miniature/sd"))
+    source, target = captioner.processor.tokenizer, generator.pipeline.tokenizer
+    captions = ["a red cat to the left of a blue boat on the grass", "two purple mushrooms at night"]
+    bridge = Bridge(VocabularyMap.learn(source, target, captions), generator.pipeline.text_encoder)
+    with torch.no_grad():
+        states = bridge(*batch(source, captions), captions)
+    drawn, crossed = generator.render(captions, [3, 4], steps=4), generator.render_states(states, [3, 4], steps=4)
+    assert [picture.tobytes() for picture in drawn] == [picture.tobytes() for picture in crossed]
+
+
+# ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_equals_finite_differences(kind, tmp_path):
+    """In float64, through softmax, map and a text encoder of two layers."""
+    words = ["a giraffe", "the dog's ball"]
+    blip = BertTokenizer.from_pretrained(train_wordpiece(words * 3, 60, tmp_path / "wordpiece"))
+    clip = CLIPTokenizer.from_pretrained(train_clip_bpe(words * 3, 540, tmp_path / "byte-pairs"))
+    encoder = text_encoder(
+        16, 2, len(clip), **{f"{end}_token_id": getattr(clip, f"{end}_token_id") for end in ("bos", "eos", "pad")}
+    ).double()
+    bridge = Bridge(VocabularyMap.learn(blip, clip, words, kind), encoder)
+    bridge.readings = torch.sparse.mm(bridge.map.matrix.double(), encoder.get_input_embeddings().weight.detach())
+    _, ids = batch(blip, words)
+    paths = bridge.map.paths(bridge.spoken(ids))
+    weights = torch.randn(2, 77, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def loss(logits):
+        return (bridge.encode(bridge.soft_prompt(relax(logits), paths), paths) * weights).sum()
+
+    logits = torch.randn(*ids.shape, len(blip), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert torch.autograd.gradcheck(loss, logits.requires_grad_(), eps=1e-6, atol=1e-6, fast_mode=True)
+
+
+def test_gradient_reaches_the_captioners_cross_attention_and_nothing_frozen(tmp_path):
+    """BLIP → bridge → text encoder, only cross-attention queries trainable, as in the paper's Appendix H."""
+    captioner = Captioner.from_pretrained(str(tiny.blip(tmp_path)))
+    model, source = captioner.model, captioner.processor.tokenizer
+    model.requires_grad_(False)
+    queries = [p for name, p in model.named_parameters() if "crossattention.self.query" in name]
+    for parameter in queries:
+        parameter.requires_grad_()
+    encoder = text_encoder(64, 2).requires_grad_(False)
+    text = "a red bird in the tree"
+    ids = torch.tensor([[model.config.text_config.bos_token_id, *source(text).input_ids[1:]]])
+    pixel_values = captioner.processor(images=tiny.pictures(1), return_tensors="pt").pixel_values
+    seen = model.vision_model(pixel_values).last_hidden_state
+    logits = model.text_decoder(input_ids=ids, encoder_hidden_states=seen).logits
+    learned = VocabularyMap.learn(source, CLIP, [text]).widened(logits.shape[-1])
+    states = Bridge(learned, encoder)(relax(logits[:, :-1]), ids[:, 1:], [text])
+    states.square().sum().backward()
+    assert queries and all(p.grad is not None and p.grad.abs().sum() > 0 for p in queries)
+    frozen = [p for p in [*model.parameters(), *encoder.parameters()] if not p.requires_grad]
+    assert all(p.grad is None for p in frozen)
+
+
+# ── relaxations ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_relaxed_logits_are_distributions_with_a_gradient(mode):
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    said = relax(logits, mode, 0.7, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(said.sum(-1), torch.ones(2, 3))
+    (said * torch.randn(7)).sum().backward()
+    assert logits.grad.abs().sum() > 0
+
+
+def test_straight_through_says_the_argmax_and_learns_as_soft():
+    logits = torch.tensor([[0.1, 2.0, -1.0]], requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 4.0])
+    hard = relax(logits, "straight-through", 0.5)
+    torch.testing.assert_close(hard, torch.tensor([[0.0, 1.0, 0.0]]))
+    [got] = torch.autograd.grad((hard * weights).sum(), logits)
+    [expected] = torch.autograd.grad((relax(logits, "soft", 0.5) * weights).sum(), logits)
+    torch.testing.assert_close(got, expected)
+
+
+def test_gumbel_samples_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0]).expand(40_000, 3)
+    share = relax(logits, "gumbel", 0.5, torch.Generator().manual_seed(0)).mean(0)
+    torch.testing.assert_close(share, logits[0].softmax(-1), atol=0.01, rtol=0)  # 0.01 is four standard errors
+    again = relax(logits, "gumbel", 0.5, torch.Generator().manual_seed(0)).mean(0)
+    assert torch.equal(share, again)
+
+
+# ── the hook, bad input ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_text_encoder_is_itself_again_even_after_an_error(small):
+    before = read_by(small, ["a dog"])
+    with pytest.raises(RuntimeError, match="on the way"), embeddings_replaced(small, torch.zeros(1, 77, 64)):
+        assert not torch.equal(read_by(small, ["a dog"]), before)
+        raise RuntimeError("on the way")
+    assert torch.equal(read_by(small, ["a dog"]), before)
+
+
+def test_captions_beyond_the_text_encoders_room_are_cut_as_the_pipeline_cuts_them(small):
+    bridge = Bridge(VocabularyMap.learn(WORDPIECE, CLIP, TEXTS), small)
+    with torch.no_grad():
+        states = bridge(*batch(WORDPIECE, TEXTS[4:]), TEXTS[4:])
+    torch.testing.assert_close(states, read_by(small, TEXTS[4:]), atol=1e-5, rtol=0)
+
+
+def test_bad_input_says_what_was_expected(small):
+    learned = VocabularyMap.learn(WORDPIECE, CLIP, TEXTS)
+    with pytest.raises(ValueError, match="the map leads to 49408 pieces, the text encoder knows 500"):
+        Bridge(learned, text_encoder(64, 1, 500))
+    with pytest.raises(ValueError, match="no mode is called 'hard'"):
+        relax(torch.zeros(1, 3), "hard")
+    with pytest.raises(ValueError, match="temperature 0: it divides the logits"):
+        relax(torch.zeros(1, 3), temperature=0)
