@@ -1,10 +1,13 @@
 """The map and the bridge, measured: `python benchmarks/bridge.py [--captions FOLDER] [--images N]`.
 
-* What crosses: shares of captions, on COCO's Karpathy split (learned on val, measured on test) where FOLDER holds it, and
+* What crosses: shares of captions, on COCO's Karpathy split (learned on val, measured on test) where FOLDER holds it,
+and
   on the miniature's captions.
-* What it costs: learning the map and carrying captions, against the same by one caption at a time and a dense matrix, side
+* What it costs: learning the map and carrying captions, against the same by one caption at a time and a dense matrix,
+side
   by side in one run.
-* What arrives: pictures drawn from the captioner's own distributions over each map in each mode, judged by the recogniser.
+* What arrives: pictures drawn from the captioner's own distributions over each map in each mode, judged by the
+recogniser.
 
 Writes docs/results/bridge.json and docs/results/bridge.md.
 """
@@ -166,7 +169,7 @@ def seconds(work: Callable[[], object], times: int = 5) -> float:
 
 @torch.no_grad()
 def pictures(n: int) -> list[dict]:
-    """Things of the source picture found again in what is drawn, by map and mode; caption and noise are the same in all."""
+    """Things of the source picture found again in what is drawn, by map and mode; same caption, same noise."""
     captioner = Captioner.from_pretrained(registry.locate("miniature/blip"))
     generator = Generator.from_pretrained(registry.locate("miniature/sd"))
     recogniser = Recogniser.from_pretrained(registry.locate("miniature/recogniser")).eval()
@@ -214,8 +217,15 @@ def page(found: dict) -> str:
     for name, title in titles.items():
         if name not in found:
             continue
-        lines += [f"## {title}", "", "Captions are known as the captioner's pieces only; from its text every caption crosses.", ""]
-        lines += ["| direction | map | captions | same pieces | carried exactly (95 %) | pieces to [UNK] | mass made | words lost |"]
+        lines += [
+            f"## {title}",
+            "",
+            "Captions are known as the captioner's pieces only; from its text every caption crosses.",
+            "",
+        ]
+        lines += [
+            "| direction | map | captions | same pieces | carried exactly (95 %) | to [UNK] | mass made | words lost |"
+        ]
         lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
         for entry in found[name]:
             exact, low, high = entry["exact"]
@@ -229,23 +239,26 @@ def page(found: dict) -> str:
         lines += [
             "## Cost",
             "",
-            f"Learned from {cost['captions']:,} captions in {cost['learn']:.1f} s. {cost['batch']} captions over the real "
-            f"vocabularies, to embeddings of 768 numbers: {cost['carry'] * 1e3:.0f} ms; one caption and one place at a time "
-            f"with a dense matrix {cost['plain']:.1f} s: **{cost['ratio']:.0f} times** as long, in the same run. Memory: "
-            f"{cost['megabytes']:.0f} MB (M·E and M) instead of {cost['dense_megabytes']:,.0f} MB.",
+            f"Learned from {cost['captions']:,} captions in {cost['learn']:.1f} s. {cost['batch']} captions over the "
+            f"real vocabularies, to embeddings of 768 numbers: {cost['carry'] * 1e3:.0f} ms; one caption and one place "
+            f"at a time with a dense matrix {cost['plain']:.1f} s: **{cost['ratio']:.0f} times** as long, in the same "
+            f"run. Memory: {cost['megabytes']:.0f} MB (M·E and M) instead of {cost['dense_megabytes']:,.0f} MB.",
             "",
         ]
     lines += [
         "## Pictures from the captioner's own distributions",
         "",
-        "Miniature, coco test, captions by beam search: things of the source picture that the recogniser finds again, kind "
-        f"and colour, in what is drawn ({MINI.steps} steps, guidance {MINI.guidance_scale}; same caption, same noise).",
+        "Miniature, coco test, captions by beam search: things of the source picture that the recogniser finds again, "
+        f"kind and colour, in what is drawn ({MINI.steps} steps, guidance {MINI.guidance_scale}; same caption and "
+        "noise).",
         "",
         "| map | mode | pictures | things found (95 %) | against text (95 %) |",
         "| --- | --- | --- | --- | --- |",
     ]
     for entry in found["pictures"]:
-        values = [f"{value:.3f} ({low:.3f} … {high:.3f})" for value, low, high in (entry["found"], entry["against_text"])]
+        values = [
+            f"{value:.3f} ({low:.3f} … {high:.3f})" for value, low, high in (entry["found"], entry["against_text"])
+        ]
         lines += [f"| {entry['map']} | {entry['mode']} | {entry['n']} | {' | '.join(values)} |"]
     return "\n".join(lines) + "\n"
 

@@ -49,7 +49,7 @@ def relax(
 
 @contextmanager
 def embeddings_replaced(text_encoder: CLIPTextModel, embeddings: Tensor) -> Iterator[None]:
-    """While it lasts, the text encoder's token embedding gives these (B, T, D) embeddings, whatever ids it is asked for.
+    """While it lasts, the text encoder's token embedding gives these (B, T, D) embeddings, whichever ids are asked for.
 
     `CLIPTextModel` takes no embeddings, and where its inner model is kept differs between versions of transformers; a
     hook on the embedding works in all of them. Positions are added behind it, as ever.
@@ -88,7 +88,8 @@ class Bridge:
         Args:
             distributions: (B, T, |V_source|), the captioner's, of the pieces *after* its prompt; position t says what
                 `ids[:, t]` could have been.
-            ids: (B, T) pieces of the path: the teacher-forced caption in training, the argmax otherwise. What stands from
+            ids: (B, T) pieces of the path: the teacher-forced caption in training, the argmax otherwise. What stands
+            from
                 the first [SEP] (or padding) on is dropped.
             texts: the captions as written, where known.
         Returns:
@@ -105,13 +106,15 @@ class Bridge:
         return [row[: next((t for t, id in enumerate(row) if id in ends), len(row))] for row in rows]
 
     def soft_prompt(self, distributions: Tensor, paths: Sequence[Path]) -> Tensor:
-        """(B, 77, D) token embeddings: [BOS], the soft caption, [EOS], padding; cut where the text encoder's room ends."""
+        """(B, 77, D) token embeddings: [BOS], the soft caption, cut where the room for it ends, [EOS], padding."""
         table = self.text_encoder.get_input_embeddings().weight
         carried = self.map.carry(distributions.to(table.dtype), paths, self.readings, table)  # (B, T', D)
         ids, soft = self._layout(paths, carried.shape[1])
         frame = F.embedding(ids, table)  # the hard prompt
         room = ids.shape[1] - 2
-        inner = torch.where(soft[:, 1 : 1 + room, None], F.pad(carried, (0, 0, 0, room))[:, :room], frame[:, 1 : 1 + room])
+        inner = torch.where(
+            soft[:, 1 : 1 + room, None], F.pad(carried, (0, 0, 0, room))[:, :room], frame[:, 1 : 1 + room]
+        )
         return torch.cat([frame[:, :1], inner, frame[:, -1:]], dim=1)
 
     def encode(self, soft_prompt: Tensor, paths: Sequence[Path]) -> Tensor:

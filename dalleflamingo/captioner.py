@@ -109,7 +109,8 @@ class Captioner:
             raise ValueError(f"{len(images)} pictures but {len(captions)} captions: give each picture one")
         tokenizer, device = self.processor.tokenizer, self.model.device
         said = tokenizer(list(captions), padding=True, return_tensors="pt")
-        ids, mask = said.input_ids[:, 1:].to(device), said.attention_mask[:, 1:].to(device)  # (B, T) words, [SEP], padding
+        ids = said.input_ids[:, 1:].to(device)  # (B, T) words, [SEP], padding
+        mask = said.attention_mask[:, 1:].to(device)
         prompt = self.prompt_ids.to(device).expand(len(ids), -1)  # (B, P)
         inputs = torch.cat([prompt, ids[:, :-1]], dim=1)
         seen = self.model.vision_model(self._pixels(images)).last_hidden_state

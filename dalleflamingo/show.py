@@ -197,7 +197,9 @@ def words(texts: Sequence[str], values: Sequence[float], note: str = "") -> Figu
     place = 0.02
     for text, share in zip(texts, shares, strict=True):
         colour = to_rgba("#0072B2" if share > 0 else "#E69F00", abs(share) * 0.8)
-        word = figure.text(place, 0.6, text, fontsize=10, parse_math=False, bbox=dict(facecolor=colour, edgecolor="none"))
+        word = figure.text(
+            place, 0.6, text, fontsize=10, parse_math=False, bbox=dict(facecolor=colour, edgecolor="none")
+        )
         place += word.get_window_extent().width / figure.bbox.width + 0.02
     figure.text(0.02, 0.12, note, fontsize=8, style="italic")
     return figure

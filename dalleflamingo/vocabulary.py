@@ -7,8 +7,8 @@ vocabulary, still as distributions, so that gradients find the way back. Three m
 * **one-to-one**, the paper's P·M: every source piece becomes one target piece. 68 % of COCO captions cross unchanged.
 * **released**, the authors' code as described: a target piece reads off the source piece it is paired with, so that
   one source piece may become many target pieces, and mass is made.
-* **word-aligned**, ours. Walking along the path, the captioner takes the path's piece s_t with probability p_t = P_t(s_t)
-  or *departs* from it to some other piece v. Target place j holds the source places G_j that begin in it, and its row is
+* **word-aligned**, ours. Walking along the path, the captioner takes its piece s_t with probability p_t = P_t(s_t) or
+  *departs* from it to some other piece v. Target place j holds the source places G_j that begin in it, and its row is
 
       Q_j = Σ_{t ∈ G_j}  Π_{i ∈ G_j, i < t} p_i · Σ_{v ≠ s_t} P_t(v) M_v   +   Π_{t ∈ G_j} p_t · e_{u_j}
 
@@ -121,8 +121,9 @@ class VocabularyMap:
         return cls(about["kind"], matrix, source, target, about["captions"])
 
     def widened(self, size: int) -> "VocabularyMap":
-        """The same map for a model with more outputs than its tokenizer has pieces: BLIP's [DEC] and [ENC], or padding to
-        a round number. These spell nothing and are read as [UNK].
+        """The same map for a model with more outputs than its tokenizer has pieces.
+
+        BLIP's [DEC] and [ENC] are such, and padding to a round number. They spell nothing and are read as [UNK].
 
         Raises:
             ValueError: the model has fewer outputs than the tokenizer has pieces.
@@ -190,8 +191,8 @@ class VocabularyMap:
         source, target, lands = (_padded(part, distributions.device) for part in zip(*paths, strict=True))
         if distributions.shape[-1] != self.matrix.shape[0]:
             raise ValueError(
-                f"distributions over {distributions.shape[-1]} pieces, but the map is for {self.matrix.shape[0]}: if the "
-                f"model has outputs that its tokenizer lacks, take `widened({distributions.shape[-1]})`"
+                f"distributions over {distributions.shape[-1]} pieces, but the map is for {self.matrix.shape[0]}: if "
+                f"the model has outputs that its tokenizer lacks, take `widened({distributions.shape[-1]})`"
             )
         soft = distributions[:, : source.shape[1]]
         if soft.shape[:2] != source.shape:
@@ -292,7 +293,8 @@ def _most_frequent(counts: Tensor, readings: Tensor) -> Tensor:
 def _released(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> Tensor:
     """Every target piece reads off one source piece: its equal, word-final or not, else its equal with ##, else [UNK].
 
-    A reconstruction: of the authors' 49,408 pairs 13,038 are equal and word-final, 829 equal inside a word, 1,469 equal to
+    A reconstruction: of the authors' 49,408 pairs 13,038 are equal and word-final, 829 equal inside a word, 1,469
+    equal to
     a ## piece, 5,189 unequal by no rule that we know, 28,883 [UNK]. Ours has 18,034, 5,064, 1,051, none, and 25,259.
     """
     ids, unknown = source.get_vocab(), source.unk_token_id

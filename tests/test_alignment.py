@@ -4,11 +4,11 @@ import json
 
 import hypothesis.strategies as st
 import pytest
+import tiny
 from hypothesis import given
 
 from dalleflamingo.alignment import paths_of_ids, paths_of_texts
 from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
-import tiny
 
 WORDPIECE, CLIP, BYTES = wordpiece_vocabulary(), clip_vocabulary(), tiny.byte_level_bpe()
 PAIRS = [(WORDPIECE, CLIP), (BYTES, CLIP), (CLIP, WORDPIECE)]

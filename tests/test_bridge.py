@@ -1,4 +1,4 @@
-"""The bridge: parity with the stock text encoder and pipeline, gradients against finite differences, what stays frozen."""
+"""The bridge: parity with the stock encoder and pipeline, gradients against finite differences, what stays frozen."""
 
 import pytest
 import tiny
@@ -45,7 +45,7 @@ def small() -> CLIPTextModel:
 
 
 def batch(tokenizer, texts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Certain distributions (B, T, V) and ids (B, T), as a captioner gives them: words, [SEP] or </s>, anything behind."""
+    """Certain distributions (B, T, V) and ids (B, T), as a captioner gives them: words, [SEP], anything behind."""
     end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
     rows = [[*tokenizer(text, add_special_tokens=False).input_ids, end] for text in texts]
     longest = max(map(len, rows)) + 1
@@ -87,7 +87,7 @@ def test_half_precision_keeps_its_dtype_and_comes_near(dtype):
 
 
 def test_released_map_is_what_the_released_code_computes(small):
-    """Its own lines: gather the captioner's columns by the pairs, multiply by the table; neither [UNK] nor sums watched."""
+    """What it does: gather the captioner's columns by the pairs, multiply by the table, and watch no sums."""
     learned = VocabularyMap.learn(WORDPIECE, CLIP, TEXTS, "released")
     rows, columns = learned.matrix.indices()
     pairs = torch.empty(len(CLIP), dtype=torch.long)

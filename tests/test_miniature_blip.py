@@ -25,6 +25,7 @@ def test_the_image_encoder_that_starts_from_clip_gives_its_states(tokenizer):
             parameter.add_(0.1 * torch.randn_like(parameter))
     pictures = clip.pixels(web_batch(np.random.default_rng(0), 16)[0])
     blip.start_from_clip(captioner, eyes, pictures)
+    captioner.vision_model.embeddings.position_embedding[0, 1:] -= blip.place_sines(64, 128)  # all that CLIP lacks
     ours = captioner.vision_model(pictures).last_hidden_state
     visual = eyes.visual
     patches = visual.conv1(pictures).flatten(2).mT
@@ -34,6 +35,14 @@ def test_the_image_encoder_that_starts_from_clip_gives_its_states(tokenizer):
     assert F.cosine_similarity(ours, theirs, dim=-1).mean() > 0.9
     embedded = captioner.vision_model.embeddings(pictures)
     assert torch.allclose(embedded[:, 0], visual.ln_pre(tokens)[:, 0], atol=1e-5)
+
+
+def test_places_are_told_apart_and_near_ones_are_more_alike():
+    sines = blip.place_sines(64, 128)
+    assert torch.allclose(sines.norm(dim=1), torch.full((64,), 5.0))
+    alike = F.cosine_similarity(sines[:1], sines, dim=-1).reshape(8, 8)  # of the upper left patch
+    assert alike.flatten()[1:].max() < 0.99
+    assert alike[0, 1].item() == pytest.approx(alike[1, 0].item(), abs=1e-5) and alike[0, 1] > alike[0, 2] > alike[2, 2]
 
 
 def test_a_batch_begins_with_dec_ends_with_sep_and_scores_no_padding(tokenizer):

@@ -1,4 +1,4 @@
-"""The three maps: known pieces, conservation of mass, the plain reading of the formula, and what they do to real captions."""
+"""The three maps: known pieces, conserved mass, the formula read plainly, and what they do to real captions."""
 
 import json
 
@@ -103,7 +103,9 @@ def test_a_caption_said_with_certainty_is_the_targets_own_reading(maps, kind, te
 
 @pytest.mark.parametrize("kind", ["word-aligned", "bytes"])
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from([*CAPTIONS, "10 giraffes' café isn't..."]), st.integers(0, 99), st.sampled_from([0.1, 3.0, 30.0]))
+@given(
+    st.sampled_from([*CAPTIONS, "10 giraffes' café isn't..."]), st.integers(0, 99), st.sampled_from([0.1, 3.0, 30.0])
+)
 def test_no_probability_is_lost_or_made(maps, kind, text, seed, peak):
     source = maps[kind].source
     ids = source(text, add_special_tokens=False).input_ids
@@ -209,7 +211,10 @@ def test_shares_on_published_captions(real_data):
     """Learned on Karpathy val, measured on test: the released rule as the fact sheet measured it."""
     folder = real_data / "coco-karpathy"
     val, test = (
-        [entry["caption"] for entry in json.loads((folder / f"coco_karpathy_{part}_gt.json").read_text())["annotations"]]
+        [
+            entry["caption"]
+            for entry in json.loads((folder / f"coco_karpathy_{part}_gt.json").read_text())["annotations"]
+        ]
         for part in ("val", "test")
     )
     share = {kind: report(VocabularyMap.learn(WORDPIECE, CLIP, val, kind), test).exact.value for kind in KINDS}

@@ -12,7 +12,8 @@ but asks there for the picture itself. Side by side, 600 steps from the same wei
 at t = 800 is 1.28 with ε and 0.66 with v, where 0.65 is what knowing the ground alone leaves.
 
 The text encoder. SD's stays as CLIP left it. Ours learns on: seven tenths of what varies in the small tower's states is
-the ground, a sixth the kind, and a U-Net that sees only as many pictures as a laptop draws takes long to find that sixth.
+the ground, a sixth the kind, and a U-Net that sees only as many pictures as a laptop draws takes long to find that
+sixth.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,8 @@
 """Write the trained models into `data/miniature`: `python -m dalleflamingo.miniature.ship`.
 
 The MANIFEST names every file with its sha256 and size, and for every model its seed, recipe, minutes, hardware and
-curve; `gates.py` adds how good the models are.
+curve; `gates.py` adds how good the models are. A run that began from the weights of others (`--init-from`) says which
+in a file `earlier.json` of its folder: a list of {"what", "steps", "minutes"}, first to last.
 """
 
 import argparse
@@ -40,6 +41,8 @@ def ship(name: str, root: Path = ROOT) -> dict:
         "minutes": round(minutes, 1),
         "curve": curve[::-every][::-1],
     }
+    if (RUNS / name / "earlier.json").exists():
+        entry["earlier"] = json.loads((RUNS / name / "earlier.json").read_text())
     if name not in STAGES:
         recipe.export(root / name)
     return entry
