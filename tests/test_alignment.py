@@ -52,6 +52,11 @@ def test_pieces_alone_tell_what_the_text_told(text):
         assert paths_of_ids(source, CLIP, [known.source]) == [known]
 
 
+def test_a_letter_that_is_cut_into_bytes_is_landed_in_at_its_first():
+    [path] = paths_of_texts(WORDPIECE, CLIP, ["a ෴ cat"])
+    assert len(path.target) > 3 and path.lands == (0, 1, len(path.target) - 1)
+
+
 def test_a_piece_that_spells_nothing_crosses_as_unknown():
     ids = [*WORDPIECE("a red", add_special_tokens=False).input_ids, WORDPIECE.unk_token_id]
     [path] = paths_of_ids(WORDPIECE, CLIP, [ids])
