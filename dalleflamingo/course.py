@@ -225,11 +225,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _children_memory() -> int:
-    """Resident bytes of all processes below this one; those that end while we look count 0."""
-    total = 0
+    """Resident bytes of all processes below this one; those that end while we look count 0.
+
+    One that has only just forked still shows our own memory as its own, and our own command line; it is left out.
+    """
+    total, ours = 0, psutil.Process().cmdline()
     for child in psutil.Process().children(recursive=True):
         try:
-            total += child.memory_info().rss
+            total += child.memory_info().rss if child.cmdline() != ours else 0
         except psutil.NoSuchProcess:
             continue
     return total
