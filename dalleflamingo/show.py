@@ -194,14 +194,14 @@ def words(texts: Sequence[str], values: Sequence[float], note: str = "") -> Figu
     values = np.asarray(values, float)
     shares = values / max(np.abs(values).max(initial=0), 1e-12)
     figure = tiles.blank(max(400, 26 + 13 * sum(len(text) + 2 for text in texts)), 120)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
     place = 0.02
     for text, share in zip(texts, shares, strict=True):
-        colour = to_rgba("#0072B2" if share > 0 else "#E69F00", abs(share) * 0.8)
-        word = figure.text(
-            place, 0.6, text, fontsize=10, parse_math=False, bbox=dict(facecolor=colour, edgecolor="none")
-        )
+        ground = dict(facecolor=to_rgba("#0072B2" if share > 0 else "#E69F00", abs(share) * 0.8), edgecolor="none")
+        word = axes.text(place, 0.6, text, fontsize=10, parse_math=False, bbox=ground)
         place += word.get_window_extent().width / figure.bbox.width + 0.02
-    figure.text(0.02, 0.12, note, fontsize=8, style="italic")
+    axes.text(0.02, 0.12, note, fontsize=8, style="italic")
     return figure
 
 

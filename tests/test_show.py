@@ -221,3 +221,17 @@ def test_a_figure_is_saved_where_the_course_wants_it_and_nowhere_else(tmp_path, 
     with Image.open(tmp_path / "out" / "figures" / "one.png") as saved:
         np.testing.assert_array_equal(np.asarray(saved)[..., :3], pixels(figure))
         assert saved.getpixel((1, 1))[:3] == (255, 255, 255)
+
+
+def test_words_are_coloured_by_sign_and_deepest_at_the_largest():
+    [axes] = show.words(["a", "red", "<b>$x$"], [0.0, 2.0, -1.0], "note").axes
+    grounds = [word.get_bbox_patch().get_facecolor() for word in axes.texts[:3]]
+    assert [round(colour[3], 2) for colour in grounds] == [0, 0.8, 0.4]
+    assert grounds[1][2] > grounds[1][0] and grounds[2][0] > grounds[2][2]  # blue above 0, orange below
+    places = [word.get_position()[0] for word in axes.texts[:3]]
+    assert places == sorted(places) and axes.texts[2].get_text() == "<b>$x$"
+
+
+def test_words_and_values_must_be_as_many():
+    with pytest.raises(ValueError, match="2 words and 1 values"):
+        show.words(["a", "b"], [1.0])
