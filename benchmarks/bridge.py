@@ -32,6 +32,7 @@ from dalleflamingo.intervals import derive_seed, paired_bootstrap
 from dalleflamingo.picture_score import score_prompt
 from dalleflamingo.profiles import PROFILES
 from dalleflamingo.recogniser import Recogniser
+from dalleflamingo.scene_graph import Scene
 from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
 from dalleflamingo.vocabulary import KINDS, VocabularyMap, report
 
@@ -51,6 +52,7 @@ def main() -> None:
         coco = {part: read(arguments.captions / f"coco_karpathy_{part}_gt.json") for part in ("val", "test")}
         found["coco"] = crossings(wordpiece_vocabulary(), clip_vocabulary(), coco["val"], coco["test"])
         found["cost"] = costs(coco["val"])
+        file.write_text(json.dumps(found, indent=1) + "\n")
     found["miniature"] = miniature_crossings()
     found["pictures"] = pictures(arguments.images)
     file.write_text(json.dumps(found, indent=1) + "\n")
@@ -175,7 +177,8 @@ def pictures(n: int) -> list[dict]:
     recogniser = Recogniser.from_pretrained(registry.locate("miniature/recogniser")).eval()
     source, target = captioner.processor.tokenizer, generator.pipeline.tokenizer
     data = registry.dataset("miniature/coco", "test").subset(n, SEED)
-    images, scenes = [data.open(example) for example in data], [example.scene for example in data]
+    images = [data.open(example) for example in data]
+    scenes = [Scene.from_dict(example.extra["scene"]) for example in data]
     captions = captioner.describe(images)
     logits, ids = captioner.token_logits(images, captions)
     seeds = [derive_seed(SEED, example.image_id) for example in data]
