@@ -1,15 +1,12 @@
 """The map and the bridge, measured: `python benchmarks/bridge.py [--captions FOLDER] [--images N]`.
 
-* What crosses: shares of captions, on COCO's Karpathy split (learned on val, measured on test) where FOLDER holds it,
-and
-  on the miniature's captions.
+* What crosses: shares of captions, on COCO's Karpathy split (learned on val, measured on test) and on the miniature's.
 * What it costs: learning the map and carrying captions, against the same by one caption at a time and a dense matrix,
-side
-  by side in one run.
+  side by side in one run.
 * What arrives: pictures drawn from the captioner's own distributions over each map in each mode, judged by the
-recogniser.
+  recogniser.
 
-Writes docs/results/bridge.json and docs/results/bridge.md.
+Writes docs/results/bridge.json and docs/results/bridge.md. Without FOLDER, COCO's part stays as it was measured last.
 """
 
 import argparse
@@ -32,9 +29,11 @@ from dalleflamingo.intervals import derive_seed, paired_bootstrap
 from dalleflamingo.picture_score import score_prompt
 from dalleflamingo.profiles import PROFILES
 from dalleflamingo.recogniser import Recogniser
+from dalleflamingo.results import current_commit
 from dalleflamingo.scene_graph import Scene
 from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
-from dalleflamingo.vocabulary import KINDS, VocabularyMap, report
+from dalleflamingo.vocabulary import KINDS, VocabularyMap
+from dalleflamingo.vocabulary_report import report
 
 RESULTS = Path("docs/results")
 SEED, MINI = 0, PROFILES["mini"]
@@ -47,15 +46,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100, help="pictures for each map and mode")
     arguments = parser.parse_args()
     file = RESULTS / "bridge.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = json.loads(file.read_text()) if file.exists() else {"commits": {}}
+
+    def keep(part: str, measured: list[dict] | dict) -> None:
+        found[part], found["commits"][part] = measured, current_commit()
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
     if (arguments.captions / "coco_karpathy_test_gt.json").is_file():
         coco = {part: read(arguments.captions / f"coco_karpathy_{part}_gt.json") for part in ("val", "test")}
-        found["coco"] = crossings(wordpiece_vocabulary(), clip_vocabulary(), coco["val"], coco["test"])
-        found["cost"] = costs(coco["val"])
-        file.write_text(json.dumps(found, indent=1) + "\n")
-    found["miniature"] = miniature_crossings()
-    found["pictures"] = pictures(arguments.images)
-    file.write_text(json.dumps(found, indent=1) + "\n")
+        keep("coco", crossings(wordpiece_vocabulary(), clip_vocabulary(), coco["val"], coco["test"]))
+        keep("cost", costs(coco["val"]))
+    keep("miniature", miniature_crossings())
+    keep("pictures", pictures(arguments.images))
     (RESULTS / "bridge.md").write_text(page(found))
     print(f"{RESULTS}/bridge.md")
 
@@ -185,7 +187,7 @@ def pictures(n: int) -> list[dict]:
     train = [text for example in registry.dataset("miniature/coco", "train") for text in example.references]
 
     def judged(states) -> list:
-        drawn = generator.render_states(states, seeds, MINI.steps, MINI.guidance_scale, 25)
+        drawn = generator.render(states, seeds, MINI.steps, MINI.guidance_scale, 25)
         return [score_prompt(*pair) for pair in zip(recogniser.find(drawn), scenes, strict=True)]
 
     read = target(captions, padding="max_length", return_tensors="pt").input_ids
@@ -223,7 +225,8 @@ def page(found: dict) -> str:
         lines += [
             f"## {title}",
             "",
-            "Captions are known as the captioner's pieces only; from its text every caption crosses.",
+            "Captions are known as the captioner's pieces only; from its text every caption crosses. "
+            f"{measured_at(found, name)}",
             "",
         ]
         lines += [
@@ -235,7 +238,7 @@ def page(found: dict) -> str:
             words = f"{entry['lost']}: {', '.join(entry['words'])}" if entry["lost"] else "0"
             lines += [
                 f"| {entry['direction']} | {entry['map']} | {entry['n']:,} | {entry['same']:.2%} | {exact:.2%} "
-                f"({low:.2%} … {high:.2%}) | {entry['unknown']:.3%} | {entry['made']:+.3f} | {words} |"
+                f"({low:.2%} … {high:.2%}) | {entry['unknown']:.3%} | {round(entry['made'], 3) + 0:+.3f} | {words} |"
             ]
         lines += [""]
     if cost := found.get("cost"):
@@ -245,7 +248,8 @@ def page(found: dict) -> str:
             f"Learned from {cost['captions']:,} captions in {cost['learn']:.1f} s. {cost['batch']} captions over the "
             f"real vocabularies, to embeddings of 768 numbers: {cost['carry'] * 1e3:.0f} ms; one caption and one place "
             f"at a time with a dense matrix {cost['plain']:.1f} s: **{cost['ratio']:.0f} times** as long, in the same "
-            f"run. Memory: {cost['megabytes']:.0f} MB (M·E and M) instead of {cost['dense_megabytes']:,.0f} MB.",
+            f"run. Memory: {cost['megabytes']:.0f} MB (M·E and M) instead of {cost['dense_megabytes']:,.0f} MB. "
+            f"{measured_at(found, 'cost')}",
             "",
         ]
     lines += [
@@ -253,7 +257,7 @@ def page(found: dict) -> str:
         "",
         "Miniature, coco test, captions by beam search: things of the source picture that the recogniser finds again, "
         f"kind and colour, in what is drawn ({MINI.steps} steps, guidance {MINI.guidance_scale}; same caption and "
-        "noise).",
+        f"noise; seed {SEED}). {measured_at(found, 'pictures')}",
         "",
         "| map | mode | pictures | things found (95 %) | against text (95 %) |",
         "| --- | --- | --- | --- | --- |",
@@ -264,6 +268,10 @@ def page(found: dict) -> str:
         ]
         lines += [f"| {entry['map']} | {entry['mode']} | {entry['n']} | {' | '.join(values)} |"]
     return "\n".join(lines) + "\n"
+
+
+def measured_at(found: dict, part: str) -> str:
+    return f"Measured at commit `{found['commits'][part]}`."
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def paths_of_ids(
         ids: rows without special tokens; a piece that spells nothing ([UNK], say) crosses as the target's own [UNK].
     """
     rows = [tuple(map(int, row)) for row in ids]
-    spelled = [_spell(source, row) for row in rows]
+    how, special = style(source), set(source.all_special_ids)
+    spelled = [_spell(source.convert_ids_to_tokens(list(row)), [id in special for id in row], how) for row in rows]
     read = cuts(target, [text for text, _ in spelled])
     return [
         _path(Cut((), row, tuple((start, start) for start in starts)), _collapse(cut, text, target.unk_token_id))
@@ -73,13 +74,11 @@ def _land(letter: int, starts: list[int], spans: Sequence[tuple[int, int]]) -> i
     return bisect_left(starts, starts[last])
 
 
-def _spell(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[int]]:
+def _spell(tokens: Sequence[str], special: Sequence[bool], how: Style) -> tuple[str, list[int]]:
     """The text of pieces, and the letter at which each begins, behind its space."""
-    how, special = style(tokenizer), set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(list(ids))
     parts = [
-        f" {_UNKNOWN} ".encode() if id in special else token_bytes(token, how)
-        for id, token in zip(ids, tokens, strict=True)
+        f" {_UNKNOWN} ".encode() if spells_nothing else token_bytes(token, how)
+        for token, spells_nothing in zip(tokens, special, strict=True)
     ]
     text = b"".join(parts).decode("utf-8", errors="surrogateescape")
     ends = list(accumulate(len(letter.encode("utf-8", errors="surrogateescape")) for letter in text))

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from dalleflamingo.alignment import Path
+from dalleflamingo.decoding import gumbel
 from dalleflamingo.vocabulary import VocabularyMap
 
 MODES = ("soft", "straight-through", "gumbel")
@@ -38,8 +39,7 @@ def relax(
         raise ValueError(f"temperature {temperature}: it divides the logits and must be above 0")
     if mode == "gumbel":
         uniform = torch.rand(logits.shape, generator=generator, device=getattr(generator, "device", "cpu"))
-        tiny = torch.finfo(torch.float32).tiny
-        logits = logits - uniform.clamp(min=tiny).log().neg().clamp(min=tiny).log().to(logits)
+        logits = logits + gumbel(uniform).to(logits)
     soft = (logits / temperature).softmax(-1)
     if mode == "soft":
         return soft
@@ -68,7 +68,7 @@ class Bridge:
         vocabulary_map: from the captioner's tokens to the text encoder's.
         text_encoder: τ, frozen: M·E is computed once, here.
     Raises:
-        ValueError: the text encoder's table has fewer pieces than the map's target.
+        ValueError: the text encoder's table has another number of pieces than the map's target.
     """
 
     def __init__(self, vocabulary_map: VocabularyMap, text_encoder: CLIPTextModel):
@@ -88,9 +88,8 @@ class Bridge:
         Args:
             distributions: (B, T, |V_source|), the captioner's, of the pieces *after* its prompt; position t says what
                 `ids[:, t]` could have been.
-            ids: (B, T) pieces of the path: the teacher-forced caption in training, the argmax otherwise. What stands
-            from
-                the first [SEP] (or padding) on is dropped.
+            ids: (B, T) pieces of the path: the teacher-forced caption in training, the argmax otherwise. From the
+                first [SEP] (or padding) on they are dropped.
             texts: the captions as written, where known.
         Returns:
             (B, 77, D) encoder hidden states, as the stock pipeline makes them of a text.
@@ -109,7 +108,7 @@ class Bridge:
         """(B, 77, D) token embeddings: [BOS], the soft caption, cut where the room for it ends, [EOS], padding."""
         table = self.text_encoder.get_input_embeddings().weight
         carried = self.map.carry(distributions.to(table.dtype), paths, self.readings, table)  # (B, T', D)
-        ids, soft = self._layout(paths, carried.shape[1])
+        ids, soft = self._layout(paths)
         frame = F.embedding(ids, table)  # the hard prompt
         room = ids.shape[1] - 2
         inner = torch.where(
@@ -119,17 +118,15 @@ class Bridge:
 
     def encode(self, soft_prompt: Tensor, paths: Sequence[Path]) -> Tensor:
         """(B, 77, D) token embeddings to (B, 77, D) hidden states."""
-        ids, _ = self._layout(paths, max(self._lengths(paths)))
+        ids, _ = self._layout(paths)
         with embeddings_replaced(self.text_encoder, soft_prompt):
             return self.text_encoder(ids).last_hidden_state
 
-    def _lengths(self, paths: Sequence[Path]) -> list[int]:
-        return [len(path.target if self.map.kind == "word-aligned" else path.source) for path in paths]
-
-    def _layout(self, paths: Sequence[Path], longest: int) -> tuple[Tensor, Tensor]:
+    def _layout(self, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
         """(B, 77) ids of the hard prompt, and (B, 77) booleans: where the caption stands in it."""
         target = self.map.target
-        size, lengths = target.model_max_length, self._lengths(paths)
+        size = target.model_max_length
+        lengths = [len(path.target if self.map.kind == "word-aligned" else path.source) for path in paths]
         rows = []
         for path, length in zip(paths, lengths, strict=True):
             inner = [*path.target, *[target.unk_token_id] * length][: min(length, size - 2)]

@@ -74,7 +74,7 @@ def with_word_ends(attempt: Callable[[list[str]], list[str]]) -> None:
     """Exercise 1 of notebook 01: WordPiece's pieces in CLIP's notation."""
     _report(
         lambda: _first_fault(attempt, _WORD_ENDS),
-        "both notations say the same: where a word ends is where no ## follows.",
+        "Both notations say the same: where a word ends is where no ## follows.",
     )
 
 
@@ -82,7 +82,7 @@ def differing_words(attempt: Callable[[list[str], list[str]], list[tuple[list[st
     """Exercise 2 of notebook 01: what stands between two places where both tokenizers end a word, if it differs."""
     _report(
         lambda: _first_fault(attempt, _DIFFERING),
-        "where both sides have spelled as many letters and both end a word, a caption can be taken apart, and what "
+        "Where both sides have spelled as many letters and both end a word, a caption can be taken apart, and what "
         "differs has a name.",
     )
 
@@ -220,59 +220,62 @@ def _bootstrap_fault(attempt: Callable[[np.ndarray, np.random.Generator], tuple[
 
 def soft_embedding(attempt: Callable) -> None:
     """Exercise 1 of notebook 02: expected embeddings, (T, V) and (V, d) -> (T, d)."""
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(5, 3, generator=generator)
-    certain, spread = torch.eye(5)[[4, 1]], torch.full((2, 5), 0.2)
+    table = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     cases = [
-        ((certain, table), table[[4, 1]], "one-hot rows give back rows of the table"),
-        ((spread, table), table.mean(0).expand(2, -1), "equal shares give the mean of all rows"),
+        (torch.eye(5)[[4, 1]], table[[4, 1]], "one-hot rows give back rows of the table"),
+        (torch.full((2, 5), 0.2), table.mean(0).expand(2, -1), "equal shares give the mean of all rows"),
     ]
     _report(
-        lambda: _tensor_fault(attempt, cases),
-        "a text encoder that looks words up can read averages of words, and looking up is the case of certainty.",
+        lambda: _embedding_fault(attempt, table, cases),
+        "A text encoder that looks words up can read averages of words, and looking up is the case of certainty.",
     )
 
 
-def departures(attempt: Callable) -> None:
+def _embedding_fault(attempt: Callable, table: torch.Tensor, cases: list[tuple]) -> str | None:
+    for distributions, expected, reason in cases:
+        try:
+            found = attempt(distributions.clone(), table.clone())
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            return f"{reason}; yours raises {type(error).__name__}: {error}"
+        if not isinstance(found, torch.Tensor):
+            return f"it gives {found!r}, not a tensor: does it end in `return …`?"
+        if found.shape != expected.shape:
+            return f"two places and a table of 3 columns make {tuple(expected.shape)}; yours has {tuple(found.shape)}"
+        if not torch.allclose(found, expected, atol=1e-5):
+            return f"{reason}, so {expected.tolist()}; yours gives {found.tolist()}"
+    return None
+
+
+# (p_t of the source places, expected: departures and who stays, why; answers wrong in a known way)
+_DEPARTURES = [
+    (([0.75, 1.0, 1.0],), ([0.25, 0.0, 0.0], 0.75), "only the first place hesitates", {}),
+    (
+        ([0.5, 0.5],),
+        ([0.5, 0.25], 0.25),
+        "who departs at the second place has passed the first",
+        {
+            ((0.5, 0.5), 0.25): "together 1.25: the second place counts those who had left before",
+            ((0.5, 0.5), 0.5): "together 1.5: each place counts as if it were the only one",
+            ((0.5, 0.25), 0.5): "together 1.25: to stay is to keep the path at both places",
+        },
+    ),
+    (([],), ([], 1.0), "there is no place to depart at, and the path is kept", {}),
+]
+
+
+def departures(attempt: Callable[[list[float]], tuple[list[float], float]]) -> None:
     """Exercise 2 of notebook 02: the weights of one target place."""
-    cases = [
-        (([0.7, 1.0, 1.0],), ([0.3, 0.0, 0.0], 0.7), "only the first place hesitates"),
-        (([0.5, 0.5],), ([0.5, 0.25], 0.25), "who departs at the second place has passed the first"),
-        (([],), ([], 1.0), "no place to depart at: the path is kept"),
-    ]
     _report(
-        lambda: _departure_fault(attempt, cases),
-        "what departs and what stays make 1 together, whatever the probabilities: the map loses and makes nothing.",
+        lambda: _first_fault(lambda kept: _plain_numbers(attempt(kept)), _DEPARTURES),
+        "What departs and what stays make 1 together, whatever the probabilities: the map loses and makes nothing.",
     )
 
 
-def _tensor_fault(attempt: Callable, cases: list[tuple]) -> str | None:
-    for arguments, expected, reason in cases:
-        try:
-            got = attempt(*arguments)
-        except NotImplementedError:
-            raise
-        except Exception as error:
-            return f"{reason}; yours raises {type(error).__name__}: {error}"
-        if not isinstance(got, torch.Tensor) or got.shape != expected.shape:
-            found = tuple(got.shape) if isinstance(got, torch.Tensor) else repr(got)
-            return f"the result has the shape {found} instead of {tuple(expected.shape)}"
-        if not torch.allclose(got, expected, atol=1e-5):
-            return f"{reason}; yours gives {got.tolist()} instead of {expected.tolist()}"
-    return None
-
-
-def _departure_fault(attempt: Callable, cases: list[tuple]) -> str | None:
-    for arguments, (leaving, staying), reason in cases:
-        try:
-            got = attempt(*deepcopy(arguments))
-            away, kept = list(map(float, got[0])), float(got[1])
-        except NotImplementedError:
-            raise
-        except Exception as error:
-            return f"{reason}; yours raises {type(error).__name__}: {error}"
-        if len(away) != len(leaving) or not np.allclose([*away, kept], [*leaving, staying]):
-            total = sum(away) + kept
-            hint = "" if isclose(total, 1) else f" (together {total:.3f}, not 1)"
-            return f"{reason}: {leaving} and {staying}; yours gives {away} and {kept}{hint}"
-    return None
+def _plain_numbers(value):
+    """Tensors, arrays and tuples as lists and floats, which compare and print as one reads them."""
+    value = value.tolist() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
+    if isinstance(value, (list, tuple)):
+        return list(map(_plain_numbers, value))
+    return round(value, 9) if isinstance(value, float) else value

@@ -73,8 +73,12 @@ class GumbelNoise(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         uniform = torch.stack([torch.rand(scores.shape[-1], generator=g) for g in self.generators])  # (B, V) in [0, 1)
-        noise = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(uniform.dtype).tiny)))
-        return scores + noise.to(scores.device)
+        return scores + gumbel(uniform).to(scores.device)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Gumbel(0, 1) noise, finite, from random numbers in [0, 1)."""
+    return -torch.log(-torch.log(uniform.clamp_min(torch.finfo(uniform.dtype).tiny)))
 
 
 class WordLimits(LogitsProcessor):

@@ -5,7 +5,7 @@ function of its caption and its seed, not of the batch it was drawn in.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class Generator:
 
     def render(
         self,
-        captions: Sequence[str],
+        captions: Sequence[str | Tensor],
         seeds: Sequence[int],
         steps: int = 50,
         guidance_scale: float = 7.5,
@@ -69,7 +69,8 @@ class Generator:
         """One picture for each (caption, seed).
 
         Args:
-            captions: N texts; "" draws without a caption. Each distinct one is encoded once.
+            captions: N texts, each distinct one encoded once, "" for a picture without a caption; or their (T, D)
+                states, from the text encoder or from the bridge.
             seeds: N non-negative integers.
             guidance_scale: 1 or less is without guidance.
             batch_size: pictures drawn at once: memory and speed, never the result.
@@ -81,29 +82,16 @@ class Generator:
         """
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds: give every picture one of each")
-        self._warn_of_long(captions)
-        encoded = self._encode(dict.fromkeys(captions), batch_size)
-        states = [encoded[caption] for caption in captions]
-        return self.render_states(states, seeds, steps, guidance_scale, batch_size, progress)
-
-    def render_states(
-        self,
-        states: Sequence[Tensor],
-        seeds: Sequence[int],
-        steps: int = 50,
-        guidance_scale: float = 7.5,
-        batch_size: int = 16,
-        progress: Callable[[int], object] | None = None,
-    ) -> list[Image]:
-        """`render`, from what the text encoder made of N captions, or from what the bridge did: each (T, D)."""
-        if len(states) == 0:
-            return []
-        unconditional, pictures = self._encode([""], 1)[""], []
-        for start in range(0, len(states), batch_size):
-            batch = list(states[start : start + batch_size])
+        texts = [caption for caption in captions if isinstance(caption, str)]
+        self._warn_of_long(texts)
+        encoded = self._encode(dict.fromkeys([*texts, ""]), batch_size)
+        pictures = []
+        for start in range(0, len(captions), batch_size):
+            batch = captions[start : start + batch_size]
+            states = [encoded[caption] if isinstance(caption, str) else caption for caption in batch]
             pictures += self.pipeline(
-                prompt_embeds=torch.stack(batch),  # (B, T, D)
-                negative_prompt_embeds=torch.stack([unconditional] * len(batch)),
+                prompt_embeds=torch.stack(states),  # (B, T, D)
+                negative_prompt_embeds=torch.stack([encoded[""]] * len(states)),
                 generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[start : start + batch_size]],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
@@ -138,7 +126,7 @@ class Generator:
         return F.mse_loss(predicted.float(), wanted.float())
 
     @torch.no_grad()
-    def _encode(self, captions: Sequence[str], batch_size: int) -> dict[str, Tensor]:
+    def _encode(self, captions: Iterable[str], batch_size: int) -> dict[str, Tensor]:
         """Text embeddings τ(w) of distinct captions, each (T, D)."""
         captions, encoded = list(captions), {}
         for start in range(0, len(captions), batch_size):

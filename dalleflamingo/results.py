@@ -85,7 +85,7 @@ def write(
     """
     folder = docs / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    commit = _commit()
+    commit = current_commit()
     stamped = table.copy()
     stamped.attrs = {**asdict(settings), "commit": commit}
     _whole(folder / f"{name}.parquet", lambda path: stamped.to_parquet(path, index=False))
@@ -294,7 +294,7 @@ def _rounded(effect: Interval) -> dict[str, float]:
     return {name: round(value, 4) for name, value in bounds.items()} | {"n": effect.n}
 
 
-def _commit() -> str:
+def current_commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()

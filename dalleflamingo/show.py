@@ -184,7 +184,7 @@ def gain_bars(gains: Mapping[str, Mapping[str, Interval]], score: str) -> Figure
 
 
 def words(texts: Sequence[str], values: Sequence[float], note: str = "") -> Figure:
-    """Words in a row, each on a ground whose colour and depth tell its value: blue above 0, orange below.
+    """Words in a row, each on a ground whose colour and depth tell its value: blue above 0, pink below.
 
     Raises:
         ValueError: not as many values as words.
@@ -198,7 +198,8 @@ def words(texts: Sequence[str], values: Sequence[float], note: str = "") -> Figu
     axes.axis("off")
     place = 0.02
     for text, share in zip(texts, shares, strict=True):
-        ground = dict(facecolor=to_rgba("#0072B2" if share > 0 else "#E69F00", abs(share) * 0.8), edgecolor="none")
+        colour = PALETTE["more" if share > 0 else "less"]
+        ground = dict(facecolor=to_rgba(colour, 0.8 * abs(share)), edgecolor="none")
         word = axes.text(place, 0.6, text, fontsize=10, parse_math=False, bbox=ground)
         place += word.get_window_extent().width / figure.bbox.width + 0.02
     axes.text(0.02, 0.12, note, fontsize=8, style="italic")

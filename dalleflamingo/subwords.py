@@ -128,7 +128,23 @@ def aligned_words(
         TypeError, ValueError: as `pieces`.
     """
     pairs = zip(captions, cuts(source, captions), cuts(target, captions), strict=True)
-    return [_align(caption, first, second) for caption, first, second in pairs]
+    return [align(caption, first, second) for caption, first, second in pairs]
+
+
+def align(caption: str, source: Cut, target: Cut) -> list[Word]:
+    """One caption, cut by both tokenizers, as words that both agree to end."""
+    shared = sorted(_word_ends(source) & _word_ends(target) | {len(caption)})
+    sides = (defaultdict(list), defaultdict(list))
+    starts = defaultdict(lambda: len(caption))
+    for cut, words in zip((source, target), sides, strict=True):
+        for piece, (start, end) in zip(cut.pieces, cut.spans, strict=True):
+            word = bisect_left(shared, end)
+            words[word].append(piece)
+            starts[word] = min(starts[word], start)
+    return [
+        Word(caption[starts[word] : shared[word]].strip(), tuple(sides[0][word]), tuple(sides[1][word]))
+        for word in sorted(starts)
+    ]
 
 
 def split_differently(captions: Iterable[Iterable[Word]]) -> pd.DataFrame:
@@ -212,21 +228,6 @@ def _plain(token: str, how: Style) -> str:
     if how.in_bytes:
         return token_bytes(token, how).decode("utf-8", errors="backslashreplace").strip()
     return token.removeprefix(how.goes_on)
-
-
-def _align(caption: str, source: Cut, target: Cut) -> list[Word]:
-    shared = sorted(_word_ends(source) & _word_ends(target) | {len(caption)})
-    sides = (defaultdict(list), defaultdict(list))
-    starts = defaultdict(lambda: len(caption))
-    for cut, words in zip((source, target), sides, strict=True):
-        for piece, (start, end) in zip(cut.pieces, cut.spans, strict=True):
-            word = bisect_left(shared, end)
-            words[word].append(piece)
-            starts[word] = min(starts[word], start)
-    return [
-        Word(caption[starts[word] : shared[word]].strip(), tuple(sides[0][word]), tuple(sides[1][word]))
-        for word in sorted(starts)
-    ]
 
 
 def _word_ends(cut: Cut) -> set[int]:

@@ -20,14 +20,10 @@ vocabulary, still as distributions, so that gradients find the way back. Three m
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path as File
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -35,8 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dalleflamingo.alignment import Path, paths_of_ids, paths_of_texts
-from dalleflamingo.intervals import Interval, proportion
-from dalleflamingo.subwords import END_OF_WORD, aligned_words, cuts, same_pieces, style
+from dalleflamingo.subwords import END_OF_WORD, cuts, style, token_bytes
 
 KINDS = ("one-to-one", "released", "word-aligned")
 
@@ -59,8 +54,8 @@ class VocabularyMap:
         target: PreTrainedTokenizerBase,
         captions: int,
     ):
-        self.kind, self.matrix = kind, matrix.coalesce()
-        self.source, self.target, self.captions = source, target, captions
+        self.kind, self.matrix, self.captions = kind, matrix, captions
+        self.source, self.target = source, target
 
     @classmethod
     def learn(
@@ -166,7 +161,7 @@ class VocabularyMap:
             (B, T', |V_target|), T' the longest caption there (T with the other two maps); rows behind a shorter caption
             are 0.
         Raises:
-            ValueError: the shapes do not fit the paths.
+            ValueError: there are no captions, or the shapes do not fit the paths.
         """
         readings = self.matrix.to(distributions.device, distributions.dtype)
         return self._carry(
@@ -188,6 +183,8 @@ class VocabularyMap:
     def _carry(
         self, distributions: Tensor, paths: Sequence[Path], readings: Tensor, look_up: Callable[[Tensor], Tensor]
     ) -> Tensor:
+        if not paths:
+            raise ValueError("there are no captions to carry: give at least one")
         source, target, lands = (_padded(part, distributions.device) for part in zip(*paths, strict=True))
         if distributions.shape[-1] != self.matrix.shape[0]:
             raise ValueError(
@@ -245,7 +242,7 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 def _counts(paths: Sequence[Path], rows: int, columns: int, alike_only: bool) -> Tensor:
     """Sparse (rows, columns): how often a source piece began in a target piece.
 
-    alike_only: count captions that both sides cut into as many pieces, each beginning in its own (the paper's rule).
+    alike_only: count captions that both sides cut into as many pieces, each beginning in its own, as the paper does.
     """
     kept = [path for path in paths if not alike_only or path.lands == tuple(range(len(path.target)))]
     source = np.fromiter((id for path in kept for id in path.source), np.int64)
@@ -261,9 +258,10 @@ def _readings(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) 
     """
     how, special = style(source), set(source.all_special_ids)
     tokens = source.convert_ids_to_tokens(list(range(len(source))))
-    texts = ["" if id in special else token.removeprefix(how.goes_on) for id, token in enumerate(tokens)]
-    if how.in_bytes:
-        texts = [source.convert_tokens_to_string([token]).strip() if token else "" for token in texts]
+    texts = [
+        "" if id in special else token_bytes(token, how).decode(errors="ignore").strip()
+        for id, token in enumerate(tokens)
+    ]
     first = [cut.ids[0] if cut.ids else target.unk_token_id for cut in cuts(target, texts)]
     ends = {source.sep_token_id, source.eos_token_id} - {None}
     end = target.sep_token_id if target.eos_token_id is None else target.eos_token_id
@@ -293,9 +291,8 @@ def _most_frequent(counts: Tensor, readings: Tensor) -> Tensor:
 def _released(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> Tensor:
     """Every target piece reads off one source piece: its equal, word-final or not, else its equal with ##, else [UNK].
 
-    A reconstruction: of the authors' 49,408 pairs 13,038 are equal and word-final, 829 equal inside a word, 1,469
-    equal to
-    a ## piece, 5,189 unequal by no rule that we know, 28,883 [UNK]. Ours has 18,034, 5,064, 1,051, none, and 25,259.
+    A reconstruction: of the authors' 49,408 pairs 13,038 are equal and word-final, 829 equal inside a word, 1,469 equal
+    to a ## piece, 5,189 unequal by no rule that we know, 28,883 [UNK]. Ours has 18,034, 5,064, 1,051, none, and 25,259.
     """
     ids, unknown = source.get_vocab(), source.unk_token_id
     prefix = style(source).goes_on
@@ -314,83 +311,3 @@ def _sparse(where: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | int]:
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return {"pieces": len(tokenizer), "sha256": hashlib.sha256(vocabulary).hexdigest()}
-
-
-# ── what it does to captions ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Report:
-    """How captions cross, by pieces said with certainty.
-
-    Attributes:
-        same: share of captions that both tokenizers cut into the same pieces.
-        exact: share of captions whose every right target piece is what its source piece is read as.
-        unknown: share of source pieces that are read as [UNK].
-        made: mean of (mass of a row − 1) over source pieces; 0 but for `released`.
-        words: word, source and target (pieces), count: the words that do not cross, most frequent first.
-    """
-
-    same: Interval
-    exact: Interval
-    unknown: Interval
-    made: float
-    words: pd.DataFrame
-
-    @property
-    def lost(self) -> int:
-        """Occurrences of words that do not cross."""
-        return int(self.words["count"].sum())
-
-
-def report(vocabulary_map: VocabularyMap, captions: Sequence[str]) -> Report:
-    """What a map does to captions that are known as the captioner's pieces only (the harder way; texts always cross).
-
-    Raises:
-        ValueError: there are no captions.
-    """
-    source, target = vocabulary_map.source, vocabulary_map.target
-    first, second = cuts(source, captions), cuts(target, captions)
-    crosses = _Crossing(vocabulary_map)
-    exact = crosses([(a.ids, b.ids) for a, b in zip(first, second, strict=True)])
-    found = Counter()
-    for words, a, b in zip(aligned_words(source, target, captions), first, second, strict=True):
-        there = iter(a.ids), iter(b.ids)
-        for word in words:
-            ids = (tuple(islice(there[0], len(word.source))), tuple(islice(there[1], len(word.target))))
-            found[word.text.lower(), word.source, word.target, *ids] += 1
-    fates = crosses([(said, wanted) for *_, said, wanted in found])
-    lost = [(*word[:3], times) for (word, times), fate in zip(found.items(), fates, strict=True) if not fate]
-    words = pd.DataFrame(sorted(lost, key=lambda row: (-row[3], row[0])), columns=["word", "source", "target", "count"])
-    said = torch.tensor([id for cut in first for id in cut.ids])
-    return Report(
-        same=same_pieces([cut.pieces for cut in first], [cut.pieces for cut in second]),
-        exact=proportion(sum(exact), len(captions)),
-        unknown=proportion(int(crosses.unknown[said].sum()), len(said)),
-        made=float((crosses.mass[said] - 1).mean()),
-        words=words,
-    )
-
-
-class _Crossing:
-    """Are these source pieces, said with certainty, read as those target pieces?"""
-
-    def __init__(self, vocabulary_map: VocabularyMap):
-        self.map = vocabulary_map
-        rows, columns = vocabulary_map.matrix.indices()
-        values = vocabulary_map.matrix.values()
-        shape = (vocabulary_map.matrix.shape[0],)
-        self.mass = torch.zeros(shape).index_add(0, rows, values)
-        largest = torch.zeros(shape).scatter_reduce(0, rows, values, "amax")
-        best = values == largest[rows]
-        self.unknown = torch.zeros(shape, dtype=torch.bool)
-        self.unknown[rows[best & (columns == vocabulary_map.target.unk_token_id)]] = True
-        self.best = set(zip(rows[best].tolist(), columns[best].tolist(), strict=True))
-
-    def __call__(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[bool]:
-        if self.map.kind == "word-aligned":
-            paths = paths_of_ids(self.map.source, self.map.target, [said for said, _ in pairs])
-            return [path.target == wanted for path, (_, wanted) in zip(paths, pairs, strict=True)]
-        return [
-            len(said) == len(wanted) and self.best.issuperset(zip(said, wanted, strict=True)) for said, wanted in pairs
-        ]

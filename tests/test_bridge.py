@@ -119,7 +119,7 @@ def test_pictures_from_a_caption_and_from_its_one_hot_bridge_are_identical():
     bridge = Bridge(VocabularyMap.learn(source, target, captions), generator.pipeline.text_encoder)
     with torch.no_grad():
         states = bridge(*batch(source, captions), captions)
-    drawn, crossed = generator.render(captions, [3, 4], steps=4), generator.render_states(states, [3, 4], steps=4)
+    drawn, crossed = generator.render(captions, [3, 4], steps=4), generator.render(states, [3, 4], steps=4)
     assert [picture.tobytes() for picture in drawn] == [picture.tobytes() for picture in crossed]
 
 
@@ -158,12 +158,9 @@ def test_gradient_reaches_the_captioners_cross_attention_and_nothing_frozen(tmp_
         parameter.requires_grad_()
     encoder = text_encoder(64, 2).requires_grad_(False)
     text = "a red bird in the tree"
-    ids = torch.tensor([[model.config.text_config.bos_token_id, *source(text).input_ids[1:]]])
-    pixel_values = captioner.processor(images=tiny.pictures(1), return_tensors="pt").pixel_values
-    seen = model.vision_model(pixel_values).last_hidden_state
-    logits = model.text_decoder(input_ids=ids, encoder_hidden_states=seen).logits
+    logits, ids = captioner.token_logits(tiny.pictures(1), [text])
     learned = VocabularyMap.learn(source, CLIP, [text]).widened(logits.shape[-1])
-    states = Bridge(learned, encoder)(relax(logits[:, :-1]), ids[:, 1:], [text])
+    states = Bridge(learned, encoder)(relax(logits), ids, [text])
     states.square().sum().backward()
     assert queries and all(p.grad is not None and p.grad.abs().sum() > 0 for p in queries)
     frozen = [p for p in [*model.parameters(), *encoder.parameters()] if not p.requires_grad]
@@ -226,3 +223,5 @@ def test_bad_input_says_what_was_expected(small):
         relax(torch.zeros(1, 3), "hard")
     with pytest.raises(ValueError, match="temperature 0: it divides the logits"):
         relax(torch.zeros(1, 3), temperature=0)
+    with pytest.raises(ValueError, match="no captions to carry"):
+        Bridge(learned, small)(torch.zeros(0, 3, len(WORDPIECE)), torch.zeros(0, 3, dtype=torch.long))

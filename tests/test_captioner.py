@@ -196,3 +196,25 @@ def test_impossible_word_limits_are_refused(captioner):
 def test_no_pictures_and_no_seeds_give_no_captions(captioner):
     assert captioner.sample([], []) == captioner.describe([]) == []
     assert captioner.sample(PHOTOS[:2], [[], []]) == [[], []]
+
+
+# Teacher forcing
+
+
+def test_token_logits_are_the_models_own_without_the_prompt(captioner, stock):
+    """One caption at a time through the stock model: what it says behind the prompt, place by place."""
+    captions = ["a bird", "a red bird on the grass", "dog"]
+    prompt = captioner.prompt_ids.flatten().tolist()
+    with torch.no_grad():
+        logits, ids = captioner.token_logits(PHOTOS[:3], captions)
+        for b, caption in enumerate(captions):
+            words = captioner.processor.tokenizer(caption).input_ids[1:]  # with [SEP]
+            pixels = captioner.processor(images=PHOTOS[b], return_tensors="pt").pixel_values
+            own = stock(pixel_values=pixels, input_ids=torch.tensor([prompt + words])).logits[0]
+            assert ids[b, : len(words)].tolist() == words
+            torch.testing.assert_close(logits[b, : len(words)], own[len(prompt) - 1 : -1], atol=1e-5, rtol=1e-5)
+
+
+def test_token_logits_want_a_caption_for_each_picture(captioner):
+    with pytest.raises(ValueError, match="2 pictures but 1 captions"):
+        captioner.token_logits(PHOTOS[:2], ["a bird"])

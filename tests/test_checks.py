@@ -12,7 +12,7 @@ def right(claims, facts):
     return 2 * hits / (len(claims) + len(facts))
 
 
-def not_done(claims, facts):
+def not_done(*arguments):
     raise NotImplementedError
 
 
@@ -123,4 +123,50 @@ INTERVALS = [
 @pytest.mark.parametrize(("attempt", "said"), INTERVALS)
 def test_an_interval_is_told_what_is_wrong_with_it(attempt, said, capsys):
     checks.bootstrap(attempt)
+    assert said in capsys.readouterr().out
+
+
+# ── notebook 02 ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+EMBEDDINGS = [
+    (lambda said, table: said @ table, "Right. A text encoder that looks words up"),
+    (not_done, "Not done yet"),
+    (lambda said, table: table[said.argmax(-1)], "equal shares give the mean"),
+    (lambda said, table: table.mean(0).expand(2, -1), "one-hot rows give back rows"),
+    (lambda said, table: (said @ table).sum(0), "make (2, 3); yours has (3,)"),
+    (lambda said, table: None, "`return …`"),
+    (lambda said, table: table @ said, "yours raises RuntimeError"),
+]
+
+
+@pytest.mark.parametrize(("attempt", "said"), EMBEDDINGS)
+def test_an_expected_embedding_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.soft_embedding(attempt)
+    assert said in capsys.readouterr().out
+
+
+def departures(kept):
+    on_the_path, leaving = 1.0, []
+    for stay in kept:
+        leaving.append(on_the_path * (1 - stay))
+        on_the_path *= stay
+    return leaving, on_the_path
+
+
+DEPARTURES = [
+    (departures, "Right. What departs and what stays"),
+    (lambda kept: tuple(map(np.array, departures(kept))), "Right."),
+    (not_done, "Not done yet"),
+    (lambda kept: ([1 - stay for stay in kept], departures(kept)[1]), "counts those who had left before"),
+    (lambda kept: ([1 - stay for stay in kept], min(kept, default=1.0)), "as if it were the only one"),
+    (lambda kept: (departures(kept)[0], min(kept, default=1.0)), "keep the path at both places"),
+    (lambda kept: departures(kept)[0], "only the first place hesitates"),
+    (lambda kept: departures(kept) if kept else None, "no place to depart at"),
+    (lambda kept: kept / 2, "yours raises TypeError"),
+]
+
+
+@pytest.mark.parametrize(("attempt", "said"), DEPARTURES)
+def test_weights_of_a_place_are_told_what_is_wrong_with_them(attempt, said, capsys):
+    checks.departures(attempt)
     assert said in capsys.readouterr().out

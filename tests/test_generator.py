@@ -3,6 +3,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import warnings
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -136,3 +137,40 @@ def test_another_number_of_seeds_than_captions_is_refused(generator):
 
 def test_no_captions_give_no_pictures(generator):
     assert generator.render([], []) == []
+
+
+# The denoising loss
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_noise_loss_is_zero_for_who_knows_the_answer_and_one_for_who_says_nothing(folder, monkeypatch, prediction_type):
+    """From z_t = √ᾱ z + √(1−ᾱ) ε and a known z the noise follows, and from it v = √ᾱ ε − √(1−ᾱ) z."""
+    generator = Generator.from_pretrained(folder)
+    pipeline, images = generator.pipeline, tiny.pictures(64)
+    pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    pixels = torch.stack([torch.tensor(np.asarray(image)) for image in images]).movedim(3, 1) / 127.5 - 1
+    with torch.no_grad():
+        clean = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+    asked = []
+
+    def answer(noised, timesteps, encoder_hidden_states):
+        asked.append(timesteps)
+        kept = pipeline.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noise = (noised - kept.sqrt() * clean) / (1 - kept).sqrt()
+        velocity = kept.sqrt() * noise - (1 - kept).sqrt() * clean
+        return SimpleNamespace(sample=noise if prediction_type == "epsilon" else velocity)
+
+    states = torch.zeros(64, 77, pipeline.text_encoder.config.hidden_size)
+    monkeypatch.setattr(pipeline.unet, "forward", answer)
+    assert generator.noise_loss(images, states, seed=0) < 1e-6
+    assert generator.noise_loss(images, states, seed=0) < 1e-6 and torch.equal(*asked)
+    assert asked[0].min() < 100 and asked[0].max() > 900 and len(asked[0].unique()) > 50
+    if prediction_type == "epsilon":
+        monkeypatch.setattr(pipeline.unet, "forward", lambda noised, *_, **__: SimpleNamespace(sample=0 * noised))
+        assert generator.noise_loss(images, states, seed=0) == pytest.approx(1, abs=0.1)
+
+
+def test_gradient_of_the_noise_loss_reaches_the_text_states(generator):
+    states = torch.randn(2, 77, generator.pipeline.text_encoder.config.hidden_size, requires_grad=True)
+    generator.noise_loss(tiny.pictures(2), states, seed=0).backward()
+    assert (states.grad.abs().sum(dim=(1, 2)) > 0).all()

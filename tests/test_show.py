@@ -227,7 +227,7 @@ def test_words_are_coloured_by_sign_and_deepest_at_the_largest():
     [axes] = show.words(["a", "red", "<b>$x$"], [0.0, 2.0, -1.0], "note").axes
     grounds = [word.get_bbox_patch().get_facecolor() for word in axes.texts[:3]]
     assert [round(colour[3], 2) for colour in grounds] == [0, 0.8, 0.4]
-    assert grounds[1][2] > grounds[1][0] and grounds[2][0] > grounds[2][2]  # blue above 0, orange below
+    assert grounds[1][2] > grounds[1][0] and grounds[2][0] > grounds[2][2]  # blue above 0, pink below
     places = [word.get_position()[0] for word in axes.texts[:3]]
     assert places == sorted(places) and axes.texts[2].get_text() == "<b>$x$"
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 
 from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
-from dalleflamingo.vocabulary import KINDS, VocabularyMap, report
+from dalleflamingo.vocabulary import KINDS, VocabularyMap
+from dalleflamingo.vocabulary_report import report
 
 WORDPIECE, CLIP, BYTES = wordpiece_vocabulary(), clip_vocabulary(), tiny.byte_level_bpe()
 CAPTIONS = [

@@ -11,9 +11,9 @@ what the text says. The velocity v = √ᾱ ε − √(1−ᾱ) z (Salimans & Ho
 but asks there for the picture itself. Side by side, 600 steps from the same weights: the clean latent's squared error
 at t = 800 is 1.28 with ε and 0.66 with v, where 0.65 is what knowing the ground alone leaves.
 
-The text encoder. SD's stays as CLIP left it. Ours learns on: seven tenths of what varies in the small tower's states is
-the ground, a sixth the kind, and a U-Net that sees only as many pictures as a laptop draws takes long to find that
-sixth.
+The text encoder. SD's stays as CLIP left it. Ours learns on: of what varies between captions of one thing in the small
+tower's states (those behind the text's end) 71 % is the ground and 16 % the kind, and a U-Net that sees only as many
+pictures as a laptop draws takes long to find them.
 """
 
 from collections.abc import Iterable
