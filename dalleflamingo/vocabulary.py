@@ -248,7 +248,7 @@ def _counts(paths: Sequence[Path], rows: int, columns: int, alike_only: bool) ->
     source = np.fromiter((id for path in kept for id in path.source), np.int64)
     target = np.fromiter((path.target[land] if land >= 0 else -1 for path in kept for land in path.lands), np.int64)
     pairs, times = np.unique(np.stack([source, target])[:, target >= 0], axis=1, return_counts=True)
-    return _sparse(torch.from_numpy(pairs), torch.from_numpy(times).float(), (rows, columns))
+    return _sparse(torch.from_numpy(pairs), torch.from_numpy(times), (rows, columns))
 
 
 def _readings(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> Tensor:
@@ -305,7 +305,7 @@ def _released(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) 
 
 
 def _sparse(where: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_coo_tensor(where, values, shape, check_invariants=True).coalesce()
+    return torch.sparse_coo_tensor(where, values.float(), shape, check_invariants=True).coalesce()
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | int]:

@@ -3,13 +3,10 @@
 import pytest
 import tiny
 import torch
-from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from dalleflamingo import registry
 from dalleflamingo.bridge import MODES, Bridge, embeddings_replaced, relax
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.generator import Generator
-from dalleflamingo.miniature.tokenizers import train_clip_bpe, train_wordpiece
 from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
 from dalleflamingo.vocabulary import KINDS, VocabularyMap
 
@@ -111,27 +108,23 @@ def test_prompt_begins_ends_and_is_padded_as_the_text_encoder_expects(small, kin
         assert torch.equal(row[1 + length :], table[CLIP.eos_token_id].expand(76 - length, -1))
 
 
-def test_pictures_from_a_caption_and_from_its_one_hot_bridge_are_identical():
-    captioner = Captioner.from_pretrained(registry.locate("miniature/blip"))
-    generator = Generator.from_pretrained(registry.locate("miniature/sd"))
-    source, target = captioner.processor.tokenizer, generator.pipeline.tokenizer
-    captions = ["a red cat to the left of a blue boat on the grass", "two purple mushrooms at night"]
-    bridge = Bridge(VocabularyMap.learn(source, target, captions), generator.pipeline.text_encoder)
-    with torch.no_grad():
-        states = bridge(*batch(source, captions), captions)
-    drawn, crossed = generator.render(captions, [3, 4], steps=4), generator.render(states, [3, 4], steps=4)
-    assert [picture.tobytes() for picture in drawn] == [picture.tobytes() for picture in crossed]
-
-
 # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture
+def in_float64():
+    """transformers 4.57 makes the causal mask in the default type before it converts it."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_equals_finite_differences(kind, tmp_path):
+def test_gradient_equals_finite_differences(kind):
     """In float64, through softmax, map and a text encoder of two layers."""
     words = ["a giraffe", "the dog's ball"]
-    blip = BertTokenizer.from_pretrained(train_wordpiece(words * 3, 60, tmp_path / "wordpiece"))
-    clip = CLIPTokenizer.from_pretrained(train_clip_bpe(words * 3, 540, tmp_path / "byte-pairs"))
+    blip, clip = tiny.shipped_tokenizers()
     encoder = text_encoder(
         16, 2, len(clip), **{f"{end}_token_id": getattr(clip, f"{end}_token_id") for end in ("bos", "eos", "pad")}
     ).double()

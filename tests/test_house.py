@@ -64,7 +64,8 @@ def _applies(requirement: Requirement, extra: str, minor: int) -> bool:
 
 
 def pip_arguments_of_make() -> list[str]:
-    [line] = [line for line in (ROOT / "Makefile").read_text().splitlines() if "-m pip install" in line]
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    [line] = [line for line in lines if "-m pip install" in line and "--constraint" in line]
     return shlex.split(line.split("pip install")[1].replace("--only-binary=:all:", ""))
 
 

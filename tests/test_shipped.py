@@ -6,14 +6,19 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from transformers import BlipForConditionalGeneration, BlipProcessor, ViTModel
 
 from dalleflamingo import registry
+from dalleflamingo.bridge import Bridge
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.generator import Generator
 from dalleflamingo.miniature import gates
 from dalleflamingo.picture_score import score_in_place, total
 from dalleflamingo.recogniser import Recogniser
 from dalleflamingo.scene_graph import f1
+from dalleflamingo.vocabulary import VocabularyMap
 
 MODELS = ("blip", "sd", "clip", "dino", "recogniser")
 
@@ -36,6 +41,19 @@ def test_stock_pipeline_opens_and_draws():
     picture = pipeline("a red car on the sand", num_inference_steps=2, output_type="np").images[0]
     assert picture.shape == (64, 64, 3)
     assert np.isfinite(picture).all()
+
+
+def test_pictures_from_a_caption_and_from_its_one_hot_bridge_are_identical():
+    captioner = Captioner.from_pretrained(registry.locate("miniature/blip"))
+    generator = Generator.from_pretrained(registry.locate("miniature/sd"))
+    source, target = captioner.processor.tokenizer, generator.pipeline.tokenizer
+    captions = ["a red cat to the left of a blue boat on the grass", "two purple mushrooms at night"]
+    ids = source(captions, padding=True, return_tensors="pt").input_ids[:, 1:]
+    bridge = Bridge(VocabularyMap.learn(source, target, captions), generator.pipeline.text_encoder)
+    with torch.no_grad():
+        states = bridge(F.one_hot(ids, len(source)).float(), ids, captions)
+    drawn, crossed = generator.render(captions, [3, 4], steps=4), generator.render(states, [3, 4], steps=4)
+    assert [picture.tobytes() for picture in drawn] == [picture.tobytes() for picture in crossed]
 
 
 def test_stock_blip_opens_and_describes():

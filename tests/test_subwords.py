@@ -6,12 +6,12 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+import tiny
 from hypothesis import given
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from dalleflamingo import checks, datasets
-from dalleflamingo.miniature.tokenizers import train_clip_bpe, train_wordpiece
 from dalleflamingo.subwords import (
     END_OF_WORD,
     aligned_words,
@@ -41,13 +41,9 @@ def karpathy(real_data):
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """The real vocabularies, and two small ones of the same kinds."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    wordpiece = train_wordpiece(CAPTIONS * 3, 140, folder / "wordpiece")
-    byte_pairs = train_clip_bpe(CAPTIONS * 3, 560, folder / "byte-pairs")
-    small = type(WORDPIECE).from_pretrained(wordpiece), type(CLIP).from_pretrained(byte_pairs)
-    return (WORDPIECE, CLIP), small
+def pairs():
+    """The real vocabularies, and the miniature's, two small ones of the same kinds."""
+    return (WORDPIECE, CLIP), tiny.shipped_tokenizers()
 
 
 # ── known words ──────────────────────────────────────────────────────────────────────────────────────────────────────

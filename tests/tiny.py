@@ -1,4 +1,7 @@
-"""Folders of the four kinds of model, tiny and untrained: what the real ones look like on disk, made in a second."""
+"""Folders of the four kinds of model, tiny and untrained: what the real ones look like on disk, made in a second.
+
+diffusers is imported where it is needed: the tests of the bridge also run with a transformers that is too old for it.
+"""
 
 import json
 from pathlib import Path
@@ -6,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    BertTokenizer,
+    AutoTokenizer,
     BlipConfig,
     BlipForConditionalGeneration,
     BlipImageProcessor,
@@ -19,11 +21,14 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
 )
+
+from dalleflamingo import registry
 
 WORDS = "a the of in on red blue green bird cat house tree boat kite sits flies two with and small large it".split()
 PIECES = ["##s", "##ing", "##boat", "n", "t", "x", ",", ".", "'", "-"]
@@ -53,12 +58,19 @@ def byte_level_bpe() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
+def shipped_tokenizers() -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The miniature BLIP's and Stable Diffusion's."""
+    folders = registry.locate("miniature/blip"), Path(registry.locate("miniature/sd"), "tokenizer")
+    return tuple(map(AutoTokenizer.from_pretrained, folders))
+
+
 def blip(folder: Path) -> Path:
     """A BLIP whose [DEC] token lies outside its tokenizer, as the published one's does."""
     torch.manual_seed(0)
     vocabulary = [*SPECIAL, *WORDS, *PIECES]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     image_processor = BlipImageProcessor(size={"height": SIZE, "width": SIZE})
     BlipProcessor(image_processor, tokenizer).save_pretrained(folder)
     small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
@@ -85,6 +97,8 @@ def blip(folder: Path) -> Path:
 
 def stable_diffusion(folder: Path) -> Path:
     """A pipeline with a byte-pair tokenizer of its own, as in SD v1, of 16 tokens a caption."""
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
     torch.manual_seed(0)
     tokenizer = _clip_tokenizer()
     text_encoder = CLIPTextModel(
