@@ -1,4 +1,4 @@
-"""The map and the bridge, measured: `python benchmarks/bridge.py [--captions FOLDER] [--images N]`.
+"""The map and the bridge, measured: `python benchmarks/bridge.py [--captions FOLDER] [--opt FOLDER] [--images N]`.
 
 * What crosses: shares of captions, on COCO's Karpathy split (learned on val, measured on test) and on the miniature's.
 * What it costs: learning the map and carrying captions, against the same by one caption at a time and a dense matrix,
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from dalleflamingo import registry
 from dalleflamingo.bridge import MODES, Bridge, relax
@@ -44,6 +44,7 @@ def main() -> None:
     default = os.environ.get("DALLEFLAMINGO_COCO") or f"{os.environ.get('DALLEFLAMINGO_REAL_DATA', '')}/coco-karpathy"
     parser.add_argument("--captions", type=Path, default=default, help="folder of coco_karpathy_{val,test}_gt.json")
     parser.add_argument("--images", type=int, default=100, help="pictures for each map and mode")
+    parser.add_argument("--opt", type=Path, help="folder of BLIP-2's tokenizer, OPT's or any of GPT-2's merges")
     arguments = parser.parse_args()
     file = RESULTS / "bridge.json"
     found = json.loads(file.read_text()) if file.exists() else {"commits": {}}
@@ -56,6 +57,9 @@ def main() -> None:
         coco = {part: read(arguments.captions / f"coco_karpathy_{part}_gt.json") for part in ("val", "test")}
         keep("coco", crossings(wordpiece_vocabulary(), clip_vocabulary(), coco["val"], coco["test"]))
         keep("cost", costs(coco["val"]))
+        if arguments.opt:
+            opt = AutoTokenizer.from_pretrained(arguments.opt)
+            keep("opt", crossings(opt, clip_vocabulary(), coco["val"], coco["test"], ("one-to-one", "word-aligned")))
     keep("miniature", miniature_crossings())
     keep("pictures", pictures(arguments.images))
     (RESULTS / "bridge.md").write_text(page(found))
@@ -69,11 +73,11 @@ def read(file: Path) -> list[str]:
 # ── what crosses ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def crossings(captioners, generators, learned: list[str], measured: list[str]) -> list[dict]:
+def crossings(captioners, generators, learned: list[str], measured: list[str], kinds=KINDS) -> list[dict]:
     """A row a map and direction."""
     rows = []
     for direction, source, target in (("there", captioners, generators), ("back", generators, captioners)):
-        for kind in KINDS if direction == "there" else ("one-to-one", "word-aligned"):
+        for kind in kinds if direction == "there" else ("one-to-one", "word-aligned"):
             told = report(VocabularyMap.learn(source, target, learned, kind), measured)
             rows.append(
                 {
@@ -218,7 +222,11 @@ def row(kind: str, mode: str, mine: list, text: list) -> dict:
 
 def page(found: dict) -> str:
     lines = ["# The map and the bridge, measured", "", "Made by `python benchmarks/bridge.py`.", ""]
-    titles = {"coco": "COCO: learned on Karpathy val, measured on Karpathy test", "miniature": "The miniature"}
+    titles = {
+        "coco": "COCO, BLIP to CLIP: learned on Karpathy val, measured on Karpathy test",
+        "opt": "COCO, byte-level BPE (BLIP-2's OPT has GPT-2's merges) to CLIP",
+        "miniature": "The miniature",
+    }
     for name, title in titles.items():
         if name not in found:
             continue

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from dalleflamingo.subwords import Cut, Style, cuts, style, token_bytes
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands in the text for a piece that spells nothing
+_OUTER = re.compile(r"^ +| +$")  # pieces bring their spaces along; a caption neither begins nor ends with one
 # What transformers' decoder tidies after WordPiece, which sets every punctuation mark apart: "dog ' s ." is "dog's."
-_SUPERFLUOUS = re.compile(r" (?=[.?!,])| (?=' )|(?<= ') ")
+_SUPERFLUOUS = re.compile(_OUTER.pattern + r"| (?=[.?!,])| (?=' )|(?<= ') ")
 
 
 class Path(NamedTuple):
@@ -86,15 +87,13 @@ def _spell(tokens: Sequence[str], special: Sequence[bool], how: Style) -> tuple[
     firsts = [offset + len(part) - len(part.lstrip()) for offset, part in zip(offsets, parts, strict=False)]
     letters = [bisect_right(ends, first) for first in firsts]
     text = "".join(_UNKNOWN if "\ud800" <= letter <= "\udfff" else letter for letter in text)
-    return _tidy(text, letters, how)
+    return _without(_SUPERFLUOUS if how.goes_on else _OUTER, text, letters)
 
 
-def _tidy(text: str, letters: list[int], how: Style) -> tuple[str, list[int]]:
-    """Without the spaces that WordPiece adds around punctuation; `letters` are places in the text, moved with it."""
-    if not how.goes_on:
-        return text, letters
-    gone = [match.start() for match in _SUPERFLUOUS.finditer(text)]
-    return _SUPERFLUOUS.sub("", text), [letter - bisect_left(gone, letter) for letter in letters]
+def _without(spaces: re.Pattern, text: str, letters: list[int]) -> tuple[str, list[int]]:
+    """The text without those spaces; `letters` are places in it, moved with it."""
+    gone = [place for match in spaces.finditer(text) for place in range(*match.span())]
+    return spaces.sub("", text), [letter - bisect_left(gone, letter) for letter in letters]
 
 
 def _collapse(cut: Cut, text: str, unknown: int) -> Cut:

@@ -5,17 +5,19 @@ hand, every caption crosses the word-aligned map.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from difflib import SequenceMatcher
 
 import pandas as pd
 import torch
 
 from dalleflamingo.alignment import paths_of_ids
 from dalleflamingo.intervals import Interval, proportion
-from dalleflamingo.subwords import align, cuts, same_pieces
+from dalleflamingo.subwords import Cut, Word, align, cuts, same_pieces
 from dalleflamingo.vocabulary import VocabularyMap
+
+Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,29 +52,27 @@ def report(vocabulary_map: VocabularyMap, captions: Sequence[str]) -> Report:
     """
     source, target = vocabulary_map.source, vocabulary_map.target
     first, second = cuts(source, captions), cuts(target, captions)
-    crosses = _Crossing(vocabulary_map)
-    exact = crosses([(a.ids, b.ids) for a, b in zip(first, second, strict=True)])
-    found = Counter()
-    for caption, a, b in zip(captions, first, second, strict=True):
-        said, wanted = iter(a.ids), iter(b.ids)
-        for word in align(caption, a, b):
-            ids = (tuple(islice(said, len(word.source))), tuple(islice(wanted, len(word.target))))
-            found[word.text.lower(), word.source, word.target, *ids] += 1
-    fates = crosses([(said, wanted) for *_, said, wanted in found])
-    lost = [(*word[:3], times) for (word, times), fate in zip(found.items(), fates, strict=True) if not fate]
-    words = pd.DataFrame(sorted(lost, key=lambda row: (-row[3], row[0])), columns=["word", "source", "target", "count"])
-    said = torch.tensor([id for cut in first for id in cut.ids])
+    crossing = _Crossing(vocabulary_map)
+    exact = crossing.exact([cut.ids for cut in first], [cut.ids for cut in second])
+    found = Counter(
+        (word.text.lower(), word.source, word.target)
+        for caption, said, wanted, whole in zip(captions, first, second, exact, strict=True)
+        if not whole
+        for word in crossing.lost_words(caption, said, wanted)
+    )
+    lost = sorted(([*word, times] for word, times in found.items()), key=lambda row: (-row[3], row[0]))
+    pieces = torch.tensor([id for cut in first for id in cut.ids])
     return Report(
         same=same_pieces([cut.pieces for cut in first], [cut.pieces for cut in second]),
         exact=proportion(sum(exact), len(captions)),
-        unknown=proportion(int(crosses.unknown[said].sum()), len(said)),
-        made=float((crosses.mass[said] - 1).mean()),
-        words=words,
+        unknown=proportion(int(crossing.unknown[pieces].sum()), len(pieces)),
+        made=float((crossing.mass[pieces] - 1).mean()),
+        words=pd.DataFrame(lost, columns=["word", "source", "target", "count"]),
     )
 
 
 class _Crossing:
-    """Are these source pieces, said with certainty, read as those target pieces?"""
+    """Are source pieces, said with certainty, read as the right target pieces?"""
 
     def __init__(self, vocabulary_map: VocabularyMap):
         self.map = vocabulary_map
@@ -86,10 +86,29 @@ class _Crossing:
         self.unknown[rows[best & (columns == vocabulary_map.target.unk_token_id)]] = True
         self.best = set(zip(rows[best].tolist(), columns[best].tolist(), strict=True))
 
-    def __call__(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[bool]:
+    def exact(self, said: Sequence[Ids], wanted: Sequence[Ids]) -> list[bool]:
+        """For each caption: is every piece right?"""
         if self.map.kind == "word-aligned":
-            paths = paths_of_ids(self.map.source, self.map.target, [said for said, _ in pairs])
-            return [path.target == wanted for path, (_, wanted) in zip(paths, pairs, strict=True)]
-        return [
-            len(said) == len(wanted) and self.best.issuperset(zip(said, wanted, strict=True)) for said, wanted in pairs
-        ]
+            paths = paths_of_ids(self.map.source, self.map.target, said)
+            return [path.target == ids for path, ids in zip(paths, wanted, strict=True)]
+        return [self._equal(*pair) for pair in zip(said, wanted, strict=True)]
+
+    def lost_words(self, caption: str, said: Cut, wanted: Cut) -> Iterator[Word]:
+        """The words of a caption that do not arrive whole."""
+        if self.map.kind == "word-aligned":  # judged in its caption: whether a space stands before a word matters
+            [path] = paths_of_ids(self.map.source, self.map.target, [said.ids])
+            blocks = SequenceMatcher(None, path.target, wanted.ids, autojunk=False).get_matching_blocks()
+            arrived = {place for _, start, size in blocks for place in range(start, start + size)}
+        i = j = 0
+        for word in align(caption, said, wanted):
+            to_i, to_j = i + len(word.source), j + len(word.target)
+            if self.map.kind == "word-aligned":
+                whole = arrived.issuperset(range(j, to_j))
+            else:
+                whole = self._equal(said.ids[i:to_i], wanted.ids[j:to_j])
+            if not whole:
+                yield word
+            i, j = to_i, to_j
+
+    def _equal(self, said: Ids, wanted: Ids) -> bool:
+        return len(said) == len(wanted) and self.best.issuperset(zip(said, wanted, strict=True))

@@ -11,7 +11,7 @@ from dalleflamingo.alignment import paths_of_ids, paths_of_texts
 from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
 
 WORDPIECE, CLIP, BYTES = wordpiece_vocabulary(), clip_vocabulary(), tiny.byte_level_bpe()
-PAIRS = [(WORDPIECE, CLIP), (BYTES, CLIP), (CLIP, WORDPIECE)]
+PAIRS = [(WORDPIECE, CLIP), (BYTES, CLIP), (CLIP, WORDPIECE), (CLIP, BYTES)]
 
 
 def read(tokenizer, ids) -> list[str]:
@@ -50,6 +50,14 @@ def test_pieces_alone_tell_what_the_text_told(text):
     for source in (WORDPIECE, BYTES):
         [known] = paths_of_texts(source, CLIP, [text])
         assert paths_of_ids(source, CLIP, [known.source]) == [known]
+
+
+@pytest.mark.parametrize("text", ["a dog sits on the grass", "giraffe"])
+def test_spaces_that_pieces_bring_along_are_not_the_captions(text):
+    """Bytes with their spaces read "a" and " a" differently, and CLIP's pieces end, WordPiece's begin with a space."""
+    for source in (CLIP, WORDPIECE):
+        [known] = paths_of_texts(source, BYTES, [text])
+        assert paths_of_ids(source, BYTES, [known.source]) == [known]
 
 
 def test_a_letter_that_is_cut_into_bytes_is_landed_in_at_its_first():

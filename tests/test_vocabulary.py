@@ -203,6 +203,14 @@ def test_report_names_the_words_that_are_lost(maps):
     assert whole.exact.value == 1 and whole.words.empty
 
 
+def test_report_judges_a_word_in_its_caption():
+    """Bytes know "a" and " a", and capitals; of CLIP's lower-cased pieces only what capitals change is lost."""
+    back = VocabularyMap.learn(CLIP, BYTES, CAPTIONS)
+    told = report(back, ["a dog on a surf board", "A dog on a Surf board"])
+    assert told.exact.value == 0.5
+    assert sorted(told.words.word) == ["a", "surf"] and told.lost == 2
+
+
 def test_report_counts_what_is_unknown_and_what_is_made(maps):
     assert report(maps["word-aligned"], ["a 😀"]).unknown.value == 0.5
     assert report(maps["released"], ["a surf"]).made == pytest.approx(1.0)  # both are two target pieces each
