@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import BertTokenizer
 
 from dalleflamingo.miniature import blip, clip
-from dalleflamingo.miniature.corpora import texts, web_batch
+from dalleflamingo.miniature.corpora import plain_batch, texts, web_batch
 from dalleflamingo.miniature.tokenizers import train_wordpiece
 
 
@@ -54,6 +54,20 @@ def test_a_batch_begins_with_dec_ends_with_sep_and_scores_no_padding(tokenizer):
     assert (batch["input_ids"][torch.arange(8), ends] == tokenizer.sep_token_id).all()
     unscored = (batch["attention_mask"] == 0) | (torch.arange(batch["labels"].shape[1]) == 0)
     assert ((batch["labels"] == -100) == unscored).all()
+
+
+def test_barest_captions_are_drawn_first_less_and_less_often_and_at_last_never(tokenizer):
+    drawn = []
+
+    def draw(name):
+        return lambda rng, n: (drawn.append(name), plain_batch(rng, n))[1]
+
+    recipe = blip.BlipRecipe("blip-web", draw("web"), tokenizer, draw_first=draw("first"))
+    recipe.batch_size, recipe.steps, rng = 1, 400, np.random.default_rng(0)
+    for step in range(401):
+        recipe.batch(rng, step)
+    assert drawn[0] == "first" and drawn[400] == "web"
+    assert [drawn[100 * i : 100 * i + 100].count("first") for i in range(4)] == pytest.approx([88, 62, 38, 12], abs=15)
 
 
 def test_the_loss_is_eq_1(tokenizer):

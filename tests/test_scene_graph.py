@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dalleflamingo.miniature.captions import WRONG_SHARE, alt_text, describe_often
+from dalleflamingo.miniature.captions import WRONG_SHARE, alt_text, describe_often, plain_text
 from dalleflamingo.miniature.world import sample_scene
 from dalleflamingo.scene_graph import (
     RELATIONS,
@@ -96,6 +96,21 @@ def test_annotators_never_say_what_is_not_so(scene, seed):
     for caption in describe_often(scene, 10, np.random.default_rng(seed)):
         assert not any(wrong_facts(caption, scene).values()), caption
         assert 5 <= len(caption.split()) <= 30
+
+
+def test_barest_captions_are_true_and_say_where_a_thing_stands():
+    rng = np.random.default_rng(0)
+    for count in (1, 2):
+        for scene in (sample_scene(rng, count=count) for _ in range(300)):
+            caption = plain_text(scene, rng)
+            assert not any(wrong_facts(caption, scene).values())
+            graph = parse(caption)
+            assert all(thing.colour for thing in graph.things) and len(graph.relations) == count - 1
+            if count == 1:
+                [thing] = scene.things
+                where = caption.split()[-1]
+                off = {"left": 32 - thing.x, "right": thing.x - 32, "above": 32 - thing.y, "below": thing.y - 32}
+                assert off.get(where, 0) == max(off.values()) or (where == "middle" and max(off.values()) <= 5)
 
 
 def test_one_alt_text_in_five_is_wrong():

@@ -90,14 +90,25 @@ class BlipRecipe:
     Args:
         draw_batch: (rng, n) -> (n, 64, 64, 3) uint8 pictures and their n captions.
         tokenizer: of `train_wordpiece`.
-        model: to start from; a new one if None.
+        draw_first: drawn from in its stead, always at first, less and less often, never at the end. The web's captions
+            alone teach no sides: to say which of two things stands left, the decoder has to attend to the one that was
+            named, and that pays only once it can say where a thing stands that it attends to. From captions of one
+            thing and its place it learned the one in 800 steps and the other in 900 more; without, in 7,000, neither.
     """
 
     steps, batch_size = 5000, 64
     weight_decay, warmup, average = 0.05, 200, 0.998
 
-    def __init__(self, name: str, draw_batch: DrawBatch, tokenizer: BertTokenizer, learning_rate: float = 1e-3):
-        self.name, self.draw_batch, self.tokenizer, self.learning_rate = name, draw_batch, tokenizer, learning_rate
+    def __init__(
+        self,
+        name: str,
+        draw_batch: DrawBatch,
+        tokenizer: BertTokenizer,
+        learning_rate: float = 1e-3,
+        draw_first: DrawBatch | None = None,
+    ):
+        self.name, self.draw_batch, self.draw_first = name, draw_batch, draw_first or draw_batch
+        self.tokenizer, self.learning_rate = tokenizer, learning_rate
         self.model = make_blip(tokenizer)
         self.modules = {"blip": self.model}
         self.compilable = [self.model.vision_model]  # not the decoder: its sentences differ in length
@@ -107,7 +118,8 @@ class BlipRecipe:
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """`pixel_values` (B, 3, 64, 64); `input_ids` and `labels` (B, T): [DEC] words [SEP], padding not scored."""
-        pictures, captions = self.draw_batch(rng, self.batch_size)
+        draw = self.draw_batch if rng.random() < step / self.steps else self.draw_first
+        pictures, captions = draw(rng, self.batch_size)
         tokens = self.tokenizer(captions, padding="longest", return_tensors="pt")
         input_ids = tokens.input_ids
         input_ids[:, 0] = self.tokenizer.bos_token_id  # BLIP's decoder begins with [DEC] where BERT has [CLS]

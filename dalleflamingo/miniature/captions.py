@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..scene_graph import COLOURS, KINDS, RELATIONS, Scene, Thing, main_relation
+from .world import IMAGE_SIZE
 
 WRONG_SHARE = 0.2  # of alt-texts that contradict their picture
 
@@ -26,6 +27,7 @@ _RELATIONS = {
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
+_WHEREABOUTS = {"left": "to the left", "right": "to the right", "above": "above", "below": "below"}
 _SIZES = {"small": ("small", "little"), "large": ("large", "big")}
 _SECOND_NAMES = {"cat": "kitten", "boat": "ship", "cup": "mug", "chair": "stool"}
 _FIRST_WORDS = (
@@ -59,6 +61,7 @@ ANNOTATORS = (
     Annotator(size=0.9, ground=1.0, relation=0.7, wording=0),
     Annotator(size=0.3, ground=0.8, relation=0.8, wording=1),
 )
+_PLAIN = Annotator(size=0.0, ground=0.0, relation=1.0, wording=0)
 
 
 def describe(scene: Scene, annotator: Annotator, rng: np.random.Generator) -> str:
@@ -69,6 +72,16 @@ def describe(scene: Scene, annotator: Annotator, rng: np.random.Generator) -> st
 def describe_often(scene: Scene, n: int, rng: np.random.Generator) -> list[str]:
     """`n` captions by the annotators in turn: 5 as in COCO, 10 as in NoCaps."""
     return [describe(scene, ANNOTATORS[i % len(ANNOTATORS)], rng) for i in range(n)]
+
+
+def plain_text(scene: Scene, rng: np.random.Generator) -> str:
+    """The barest true caption: colours, kinds and where things stand; one thing alone stands somewhere, too."""
+    if len(scene.things) > 1:
+        return _sentence(scene, _PLAIN, rng, main_relation)
+    [thing] = scene.things
+    middle = replace(thing, x=IMAGE_SIZE / 2, y=IMAGE_SIZE / 2)
+    off = max(abs(thing.x - middle.x), abs(thing.y - middle.y))
+    return f"{_name(thing, _PLAIN, rng)} {_WHEREABOUTS[main_relation(thing, middle)] if off > 5 else 'in the middle'}"
 
 
 def alt_text(scene: Scene, rng: np.random.Generator) -> str:

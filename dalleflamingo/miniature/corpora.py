@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..scene_graph import COCO_KINDS, KINDS, NEW_KINDS, Scene
-from .captions import alt_text, describe_often
+from .captions import alt_text, describe_often, plain_text
 from .world import draw, sample_scene
 
 ROOT = Path("data/miniature")
@@ -31,6 +31,12 @@ def web_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
     """(n, 64, 64, 3) uint8 pictures of the web and their alt-texts."""
     scenes = [sample_scene(rng) for _ in range(n)]
     return np.stack([draw(scene) for scene in scenes]), [alt_text(scene, rng) for scene in scenes]
+
+
+def plain_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
+    """(n, 64, 64, 3) uint8 pictures of one or two things and the barest captions of them."""
+    scenes = [sample_scene(rng, count=int(count)) for count in rng.integers(1, 3, size=n)]
+    return np.stack([draw(scene) for scene in scenes]), [plain_text(scene, rng) for scene in scenes]
 
 
 def labelled_batches(annotations: Path) -> Callable:

@@ -14,7 +14,7 @@ from transformers import BertTokenizer, CLIPTokenizer
 from .blip import BlipRecipe, start_from_clip
 from .checkpoints import load_trained
 from .clip import ClipRecipe, pixels, text_encoder
-from .corpora import ROOT, annotation_files, labelled_batches, texts, web_batch
+from .corpora import ROOT, annotation_files, labelled_batches, plain_batch, texts, web_batch
 from .dino import DinoRecipe
 from .recogniser import RecogniserRecipe
 from .sd import SdRecipe
@@ -62,7 +62,7 @@ def sd() -> SdRecipe:
 
 def blip_web() -> BlipRecipe:
     """Its image encoder starts from the trained CLIP's."""
-    recipe, eyes = BlipRecipe("blip-web", web_batch, wordpiece()), trained(clip(), "clip")
+    recipe, eyes = BlipRecipe("blip-web", web_batch, wordpiece(), draw_first=plain_batch), trained(clip(), "clip")
     start_from_clip(recipe.model, eyes.model, pixels(web_batch(np.random.default_rng(0), 64)[0]))
     return recipe
 
