@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from dalleflamingo.subwords import Cut, Style, cuts, style, token_bytes
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands in the text for a piece that spells nothing
-_OUTER = re.compile(r"^ +| +$")  # pieces bring their spaces along; a caption neither begins nor ends with one
+# Pieces bring their spaces along; a caption neither begins nor ends with one, and no two stand side by side.
+_SPARE = re.compile(r"^ +| +$| +(?= )")
 # What transformers' decoder tidies after WordPiece, which sets every punctuation mark apart: "dog ' s ." is "dog's."
-_SUPERFLUOUS = re.compile(_OUTER.pattern + r"| (?=[.?!,])| (?=' )|(?<= ') ")
+_SUPERFLUOUS = re.compile(_SPARE.pattern + r"| (?=[.?!,])| (?=' )|(?<= ') ")
 
 
 class Path(NamedTuple):
@@ -87,7 +88,7 @@ def _spell(tokens: Sequence[str], special: Sequence[bool], how: Style) -> tuple[
     firsts = [offset + len(part) - len(part.lstrip()) for offset, part in zip(offsets, parts, strict=False)]
     letters = [bisect_right(ends, first) for first in firsts]
     text = "".join(_UNKNOWN if "\ud800" <= letter <= "\udfff" else letter for letter in text)
-    return _without(_SUPERFLUOUS if how.goes_on else _OUTER, text, letters)
+    return _without(_SUPERFLUOUS if how.goes_on else _SPARE, text, letters)
 
 
 def _without(spaces: re.Pattern, text: str, letters: list[int]) -> tuple[str, list[int]]:

@@ -28,7 +28,8 @@ def relax(
 
     * soft: softmax(logits / temperature).
     * straight-through: forward the argmax, backward as if soft (Bengio et al. 2013).
-    * gumbel: a sample of the softmax, hard forward and soft backward (Jang et al. 2017); `generator` seeds it.
+    * gumbel: a sample of softmax(logits), hard forward and soft backward (Jang et al. 2017); `generator` seeds it, and
+      the temperature shapes the backward pass only.
 
     Raises:
         ValueError: the mode is unknown, or the temperature is not above 0.
@@ -79,8 +80,9 @@ class Bridge:
                 f"the map leads to {vocabulary_map.matrix.shape[1]} pieces, the text encoder knows {len(table)}: "
                 "learn the map for this text encoder's own tokenizer"
             )
-        matrix = vocabulary_map.matrix.to(table.device)
-        self.readings = torch.sparse.mm(matrix, table.detach().float()).to(table.dtype)  # M·E, (|V_source|, D)
+        precise = torch.promote_types(table.dtype, torch.float32)
+        matrix = vocabulary_map.matrix.to(table.device, precise)
+        self.readings = torch.sparse.mm(matrix, table.detach().to(precise)).to(table.dtype)  # M·E, (|V_source|, D)
 
     def __call__(self, distributions: Tensor, ids: Tensor, texts: Sequence[str] | None = None) -> Tensor:
         """τ of soft captions.

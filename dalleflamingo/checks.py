@@ -261,6 +261,12 @@ _DEPARTURES = [
             ((0.5, 0.25), 0.5): "together 1.25: to stay is to keep the path at both places",
         },
     ),
+    (
+        ([0.75, 0.5, 0.75],),
+        ([0.25, 0.375, 0.09375], 0.28125),
+        "who departs at the third place has passed both before it",
+        {((0.25, 0.375, 0.125), 0.28125): "0.125 forgets those who had left at the first place"},
+    ),
     (([],), ([], 1.0), "there is no place to depart at, and the path is kept", {}),
 ]
 

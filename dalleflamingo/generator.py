@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
-from PIL.Image import Image
+from PIL import ImageOps
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from dalleflamingo.weights import check_weights
@@ -106,24 +107,35 @@ class Generator:
         A model that was trained to predict the velocity v instead of ε is asked for v, as it was taught.
 
         Args:
-            images: B pictures.
+            images: B pictures; their middle square is resized to the generator's own size.
             states: (B, T, D) of the text encoder; gradients pass.
             seed: of noise and timesteps, which are drawn uniformly.
         Returns:
             scalar, the mean squared error.
+        Raises:
+            ValueError: the generator predicts neither ε nor v.
         """
-        pipeline, device = self.pipeline, states.device
-        pixels = pipeline.image_processor.preprocess(list(images)).to(device, states.dtype)  # (B, 3, H, W) in [-1, 1]
-        with torch.no_grad():
-            latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
-        scheduler, draw = pipeline.scheduler, torch.Generator().manual_seed(seed)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=draw).to(device)
+        pipeline, asked = self.pipeline, self.pipeline.scheduler.config.prediction_type
+        if asked not in ("epsilon", "v_prediction"):
+            raise ValueError(f"the generator predicts {asked!r}: expected 'epsilon' or 'v_prediction'")
+        latents, draw = self._latents(images, states), torch.Generator().manual_seed(seed)
+        alphas = pipeline.scheduler.alphas_cumprod  # not `add_noise`, which some schedulers scale otherwise
+        timesteps = torch.randint(len(alphas), (len(latents),), generator=draw)
         noise = torch.randn(latents.shape, generator=draw).to(latents)
-        noised = scheduler.add_noise(latents, noise, timesteps)
-        velocity = scheduler.config.prediction_type == "v_prediction"
-        wanted = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-        predicted = pipeline.unet(noised, timesteps, encoder_hidden_states=states).sample
+        kept = alphas[timesteps].view(-1, 1, 1, 1).to(latents)
+        noised = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+        wanted = noise if asked == "epsilon" else kept.sqrt() * noise - (1 - kept).sqrt() * latents
+        predicted = pipeline.unet(noised, timesteps.to(latents.device), encoder_hidden_states=states).sample
         return F.mse_loss(predicted.float(), wanted.float())
+
+    @torch.no_grad()
+    def _latents(self, images: Sequence[Image], like: Tensor) -> Tensor:
+        """(B, 4, h, w) scaled latents of the pictures' middle squares, with the device and type of `like`."""
+        pipeline = self.pipeline
+        side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        squares = [ImageOps.fit(image.convert("RGB"), (side, side), Resampling.BICUBIC) for image in images]
+        pixels = pipeline.image_processor.preprocess(squares).to(like)  # (B, 3, H, W) in [-1, 1]
+        return pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
 
     @torch.no_grad()
     def _encode(self, captions: Iterable[str], batch_size: int) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from dalleflamingo.datasets import Example, open_picture
 from dalleflamingo.intervals import Interval
 from dalleflamingo.reconstruct import rank
 from dalleflamingo.scene_graph import Scene, main_relation
+from dalleflamingo.subwords import END_OF_WORD
 from dalleflamingo.tiles import DPI, MARGIN, PALETTE, POINTS, Tile
 
 OUTPUT = "DALLEFLAMINGO_OUTPUT"
@@ -202,7 +203,38 @@ def words(texts: Sequence[str], values: Sequence[float], note: str = "") -> Figu
         ground = dict(facecolor=to_rgba(colour, 0.8 * abs(share)), edgecolor="none")
         word = axes.text(place, 0.6, text, fontsize=10, parse_math=False, bbox=ground)
         place += word.get_window_extent().width / figure.bbox.width + 0.02
-    axes.text(0.02, 0.12, note, fontsize=8, style="italic")
+    deepest = f"The deepest colour is {np.abs(values).max(initial=0):.2g}."
+    axes.text(0.02, 0.12, f"{note} {deepest}".strip(), fontsize=8, style="italic")
+    return figure
+
+
+def words_cut_differently(table: pd.DataFrame, names: tuple[str, str], note: str) -> Figure:
+    """A bar for each word that two tokenizers cut differently, as long as it is frequent, with both cuts beside it.
+
+    Args:
+        table: as `subwords.split_differently` makes it. names: of the tokenizers, source and target.
+    """
+    height = 150 + 38 * len(table)
+    figure = tiles.blank(1000, height)
+    axes = figure.add_axes((0.15, 0.2, 0.65, 0.76))
+    finer = np.sign(table["source"].map(len) - table["target"].map(len)).to_numpy()
+    sides = (1, f"{names[0]} cuts it finer", "wordpiece"), (-1, f"{names[1]} cuts it finer", "clip")
+    for sign, label, colour in (*sides, (0, "as fine, elsewhere", "quiet")):
+        [places] = np.nonzero(finer == sign)
+        if len(places):
+            axes.barh(places, table["count"].to_numpy()[places], color=PALETTE[colour], label=label)
+    for place, row in enumerate(table.itertuples()):
+        cuts = " | ".join("·".join(side).replace(f"{END_OF_WORD}·", " ") for side in (row.source, row.target))
+        axes.text(row.count, place, f" {cuts.replace(END_OF_WORD, '')}", va="center", fontsize=7, parse_math=False)
+    axes.set_yticks(range(len(table)), table["word"], fontsize=8, parse_math=False)
+    axes.set_xlabel("occurrences", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    sentence = tiles.wrap(note, 1000 - 2 * MARGIN)
+    top = height - tiles.text_height(sentence)
+    tiles.write(figure, MARGIN, top, sentence, color=PALETTE["quiet"], style="italic")
     return figure
 
 

@@ -241,4 +241,6 @@ def _plain(token: str, how: Style) -> str:
 
 
 def _word_ends(cut: Cut) -> set[int]:
-    return {end for piece, (_, end) in zip(cut.pieces, cut.spans, strict=True) if piece.endswith(END_OF_WORD)}
+    """Letters behind which a word ends; of several pieces that end there (a letter cut into bytes) the last decides."""
+    last = {end: piece for piece, (_, end) in zip(cut.pieces, cut.spans, strict=True)}
+    return {end for end, piece in last.items() if piece.endswith(END_OF_WORD)}

@@ -4,7 +4,8 @@ Given are the captioner's distributions P (T × |V_source|), one a position, and
 *path*: the teacher-forced text in training, its own argmax otherwise. Wanted is the same caption in the generator's
 vocabulary, still as distributions, so that gradients find the way back. Three maps:
 
-* **one-to-one**, the paper's P·M: every source piece becomes one target piece. 68 % of COCO captions cross unchanged.
+* **one-to-one**, the paper's P·M as we read App. G: every source piece becomes one target piece. 68 % of COCO captions
+  fall into the same pieces, 67 % cross unchanged.
 * **released**, the authors' code as described: a target piece reads off the source piece it is paired with, so that
   one source piece may become many target pieces, and mass is made.
 * **word-aligned**, ours. Walking along the path, the captioner takes its piece s_t with probability p_t = P_t(s_t) or
@@ -68,14 +69,16 @@ class VocabularyMap:
         """A map from any corpus of captions.
 
         Raises:
-            ValueError: there are no captions, the kind is unknown, or a tokenizer is of a kind that is not known here.
+            ValueError: there are no captions, the kind is unknown, or a tokenizer is of a kind that is not known here
+                or, for "released", not WordPiece on the one side and byte pairs with `</w>` on the other.
+            TypeError: `captions` is one string.
         """
         if kind not in KINDS:
             raise ValueError(f"no map is called {kind!r}: choose one of {', '.join(KINDS)}")
         if len(captions) == 0:
             raise ValueError("a map is learned from captions, and there are none: was the right file read?")
         if kind == "released":
-            return cls(kind, _released(source, target), source, target, len(captions))
+            return cls(kind, _released(source, target), source, target, captions=0)
         paths = paths_of_texts(source, target, captions)
         counts = _counts(paths, len(source), len(target), alike_only=kind == "one-to-one")
         readings = _readings(source, target)
@@ -83,13 +86,13 @@ class VocabularyMap:
         return cls(kind, matrix, source, target, len(captions))
 
     def save(self, folder: str | File) -> None:
-        """`map.safetensors` (the entries of M) and `map.json` (kind, fingerprints of both vocabularies)."""
+        """`map.safetensors` (the entries of M) and `map.json` (kind, size, fingerprints of both vocabularies)."""
         folder = File(folder)
         folder.mkdir(parents=True, exist_ok=True)
         rows, columns = self.matrix.indices()
         entries = {"rows": rows.int(), "columns": columns.int(), "values": self.matrix.values()}
         save_file({name: tensor.contiguous() for name, tensor in entries.items()}, folder / "map.safetensors")
-        about = {"kind": self.kind, "captions": self.captions}
+        about = {"kind": self.kind, "captions": self.captions, "outputs": self.matrix.shape[0]}
         about |= {side: _fingerprint(getattr(self, side)) for side in ("source", "target")}
         (folder / "map.json").write_text(json.dumps(about, indent=1) + "\n")
 
@@ -112,7 +115,7 @@ class VocabularyMap:
                 )
         entries = load_file(folder / "map.safetensors")
         where = torch.stack([entries["rows"], entries["columns"]]).long()
-        matrix = _sparse(where, entries["values"], (len(source), len(target)))
+        matrix = _sparse(where, entries["values"], (about["outputs"], len(target)))
         return cls(about["kind"], matrix, source, target, about["captions"])
 
     def widened(self, size: int) -> "VocabularyMap":
@@ -141,10 +144,12 @@ class VocabularyMap:
             texts: the captions as written, where they are known; what pieces alone cannot tell (accents, `."`) then
                 crosses too.
         Raises:
-            ValueError: a text is not what the ids say.
+            ValueError: not as many texts as rows, or a text that is not what its ids say.
         """
         if texts is None:
             return paths_of_ids(self.source, self.target, ids)
+        if len(ids) != len(texts):
+            raise ValueError(f"{len(ids)} rows of tokens and {len(texts)} texts: give each row its own text")
         paths = paths_of_texts(self.source, self.target, texts)
         for row, text, path in zip(ids, texts, paths, strict=True):
             if tuple(map(int, row)) != path.source:
@@ -158,8 +163,8 @@ class VocabularyMap:
         Args:
             distributions: (B, T, |V_source|), T at least the longest path; what stands behind a path is not read.
         Returns:
-            (B, T', |V_target|), T' the longest caption there (T with the other two maps); rows behind a shorter caption
-            are 0.
+            (B, T', |V_target|), T' the longest caption there (here, with the other two maps), in pieces; rows behind a
+            shorter caption are 0.
         Raises:
             ValueError: there are no captions, or the shapes do not fit the paths.
         """
@@ -176,7 +181,9 @@ class VocabularyMap:
             readings: M·E, (|V_source|, D).
             table: E, (|V_target|, D).
         Returns:
-            (B, T', D)
+            (B, T', D), T' as for `rows`.
+        Raises:
+            ValueError: as `rows`.
         """
         return self._carry(distributions, paths, readings, lambda ids: F.embedding(ids, table))
 
@@ -197,8 +204,9 @@ class VocabularyMap:
                 f"distributions of shape {tuple(distributions.shape)} for {len(paths)} captions of up to "
                 f"{source.shape[1]} pieces: give each caption a row, and each of its pieces a position"
             )
+        soft = soft.masked_fill((source < 0)[..., None], 0)
         if self.kind != "word-aligned":
-            return _product(soft, readings) * (source >= 0)[..., None]
+            return _product(soft, readings)
         spoken = source.clamp(min=0)[..., None]  # (B, T, 1)
         kept = soft.gather(2, spoken)[..., 0]  # p_t, (B, T)
         departures = _product(soft.scatter(2, spoken, 0), readings)  # (B, T, D)
@@ -242,7 +250,8 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 def _counts(paths: Sequence[Path], rows: int, columns: int, alike_only: bool) -> Tensor:
     """Sparse (rows, columns): how often a source piece began in a target piece.
 
-    alike_only: count captions that both sides cut into as many pieces, each beginning in its own, as the paper does.
+    alike_only: count captions that both sides cut into as many pieces, each beginning in its own: the paper says that
+    M is "one-to-one" and learned from such captions, and no more.
     """
     kept = [path for path in paths if not alike_only or path.lands == tuple(range(len(path.target)))]
     source = np.fromiter((id for path in kept for id in path.source), np.int64)
@@ -254,7 +263,8 @@ def _counts(paths: Sequence[Path], rows: int, columns: int, alike_only: bool) ->
 def _readings(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> Tensor:
     """(|V_source|,) the target piece that the text of each source piece begins with: the reading of a rare piece.
 
-    The end of a caption is read as the end of a caption, every other special token as [UNK].
+    The end of a caption is read as the end of a caption, every other special token as [UNK] (which CLIP writes the
+    same: <|endoftext|>).
     """
     how, special = style(source), set(source.all_special_ids)
     tokens = source.convert_ids_to_tokens(list(range(len(source))))
@@ -279,7 +289,7 @@ def _normalised(counts: Tensor, readings: Tensor) -> Tensor:
 
 
 def _most_frequent(counts: Tensor, readings: Tensor) -> Tensor:
-    """One 1 a row, at the largest count; where nothing was counted, at the reading."""
+    """One 1 a row, at the largest count, of equals at the largest id; where nothing was counted, at the reading."""
     rows, columns = counts.indices()
     order = counts.values().argsort(stable=True)  # the largest is written last
     chosen = readings.clone().numpy()
@@ -289,13 +299,15 @@ def _most_frequent(counts: Tensor, readings: Tensor) -> Tensor:
 
 
 def _released(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> Tensor:
-    """Every target piece reads off one source piece: its equal, word-final or not, else its equal with ##, else [UNK].
+    """Every target piece reads off one source piece: its equal, inside a word else its equal with ##, else [UNK].
 
     A reconstruction: of the authors' 49,408 pairs 13,038 are equal and word-final, 829 equal inside a word, 1,469 equal
     to a ## piece, 5,189 unequal by no rule that we know, 28,883 [UNK]. Ours has 18,034, 5,064, 1,051, none, and 25,259.
     """
-    ids, unknown = source.get_vocab(), source.unk_token_id
     prefix = style(source).goes_on
+    if not prefix or not style(target).ends:
+        raise ValueError("the released rule leads from WordPiece to byte pairs with </w>: learn another kind of map")
+    ids, unknown = source.get_vocab(), source.unk_token_id
     pairs = [unknown] * len(target)
     for token, column in target.get_vocab().items():
         text = token.removesuffix(END_OF_WORD)

@@ -5,14 +5,14 @@ hand, every caption crosses the word-aligned map.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 import pandas as pd
 import torch
 
-from dalleflamingo.alignment import paths_of_ids
+from dalleflamingo.alignment import Path, paths_of_ids, paths_of_texts
 from dalleflamingo.intervals import Interval, proportion
 from dalleflamingo.subwords import Cut, Word, align, cuts, same_pieces
 from dalleflamingo.vocabulary import VocabularyMap
@@ -26,7 +26,11 @@ class Report:
 
     Attributes:
         same: share of captions that both tokenizers cut into the same pieces.
-        exact: share of captions whose every right target piece is what its source piece is read as.
+        exact: share of captions that arrive as the target's own reading. With the word-aligned map M has no part in it:
+            said with certainty, a caption is its text. With the others every right target piece has to be what its
+            source piece is read as, or one of them, where several are equally likely.
+        read: share of source pieces that M, by itself, reads as the target piece they begin in: what departures rely
+            on.
         unknown: share of source pieces that are read as [UNK].
         made: mean of (mass of a row − 1) over source pieces; 0 but for `released`.
         words: word, source and target (pieces), count: the words that do not cross, most frequent first.
@@ -34,6 +38,7 @@ class Report:
 
     same: Interval
     exact: Interval
+    read: Interval
     unknown: Interval
     made: float
     words: pd.DataFrame
@@ -48,7 +53,7 @@ def report(vocabulary_map: VocabularyMap, captions: Sequence[str]) -> Report:
     """What a map does to captions.
 
     Raises:
-        ValueError: there are no captions.
+        ValueError: there are no captions, or none that holds a word.
     """
     source, target = vocabulary_map.source, vocabulary_map.target
     first, second = cuts(source, captions), cuts(target, captions)
@@ -61,10 +66,14 @@ def report(vocabulary_map: VocabularyMap, captions: Sequence[str]) -> Report:
         for word in crossing.lost_words(caption, said, wanted)
     )
     lost = sorted(([*word, times] for word, times in found.items()), key=lambda row: (-row[3], row[0]))
-    pieces = torch.tensor([id for cut in first for id in cut.ids])
+    pieces = torch.tensor([id for cut in first for id in cut.ids], dtype=torch.long)
+    if not len(pieces):
+        raise ValueError(f"{len(captions)} captions without a piece: give captions that hold words")
+    begins = crossing.begins(paths_of_texts(source, target, captions))
     return Report(
         same=same_pieces([cut.pieces for cut in first], [cut.pieces for cut in second]),
         exact=proportion(sum(exact), len(captions)),
+        read=proportion(sum(begins), len(begins)),
         unknown=proportion(int(crossing.unknown[pieces].sum()), len(pieces)),
         made=float((crossing.mass[pieces] - 1).mean()),
         words=pd.DataFrame(lost, columns=["word", "source", "target", "count"]),
@@ -92,6 +101,15 @@ class _Crossing:
             paths = paths_of_ids(self.map.source, self.map.target, said)
             return [path.target == ids for path, ids in zip(paths, wanted, strict=True)]
         return [self._equal(*pair) for pair in zip(said, wanted, strict=True)]
+
+    def begins(self, paths: Iterable[Path]) -> list[bool]:
+        """For each source piece that begins in a target piece: is that how M reads it?"""
+        return [
+            (piece, path.target[land]) in self.best
+            for path in paths
+            for piece, land in zip(path.source, path.lands, strict=True)
+            if land >= 0
+        ]
 
     def lost_words(self, caption: str, said: Cut, wanted: Cut) -> Iterator[Word]:
         """The words of a caption that do not arrive whole."""

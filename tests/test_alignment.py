@@ -72,6 +72,14 @@ def test_a_piece_that_spells_nothing_crosses_as_unknown():
     assert path.lands == (0, 1, 2)
 
 
+def test_a_piece_that_spells_nothing_brings_no_space_along():
+    ids = CLIP("a red cat", add_special_tokens=False).input_ids
+    [path] = paths_of_ids(CLIP, BYTES, [[ids[0], CLIP.unk_token_id, ids[2]]])
+    space = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"
+    assert read(BYTES, path.target)[-1] == f"{space}cat"
+    assert BYTES.unk_token_id in path.target and space not in read(BYTES, path.target)
+
+
 def test_half_a_letter_and_an_empty_row_are_defined():
     half = BYTES("字", add_special_tokens=False).input_ids[:1]
     [broken, empty] = paths_of_ids(BYTES, CLIP, [half, []])

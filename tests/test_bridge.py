@@ -11,6 +11,7 @@ from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
 from dalleflamingo.vocabulary import KINDS, VocabularyMap
 
 WORDPIECE, CLIP, BYTES = wordpiece_vocabulary(), clip_vocabulary(), tiny.byte_level_bpe()
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 TEXTS = ["a giraffe's 10 frisbees, isn't it?", "a café by the sea 😀", "", "dog", "giraffe " * 90]
 
 
@@ -72,15 +73,16 @@ def test_one_hot_bridge_equals_text_encoder_at_full_size(full_size, source, mode
     assert (states - read_by(full_size, TEXTS)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keeps_its_dtype_and_comes_near(dtype):
-    reference, half = text_encoder(64, 2), text_encoder(64, 2).to(dtype)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.float16, 0.1), (torch.bfloat16, 0.1)])
+def test_every_precision_keeps_its_dtype_and_device_and_comes_near(dtype, near, device):
+    reference, encoder = text_encoder(64, 2), text_encoder(64, 2).to(device, dtype)
     said, ids = batch(WORDPIECE, TEXTS[:2])
-    bridge = Bridge(VocabularyMap.learn(WORDPIECE, CLIP, TEXTS), half)
+    bridge = Bridge(VocabularyMap.learn(WORDPIECE, CLIP, TEXTS), encoder)
     with torch.no_grad():
-        states = bridge(said.to(dtype), ids, TEXTS[:2])
-    assert states.dtype == dtype
-    assert (states.float() - read_by(reference, TEXTS[:2])).abs().max() < 0.1
+        states = bridge(said.to(device, dtype), ids.to(device), TEXTS[:2])
+    assert (states.dtype, states.device.type) == (dtype, device)
+    assert (states.float().cpu() - read_by(reference, TEXTS[:2])).abs().max() < near
 
 
 def test_released_map_is_what_the_released_code_computes(small):
@@ -129,7 +131,6 @@ def test_gradient_equals_finite_differences(kind):
         16, 2, len(clip), **{f"{end}_token_id": getattr(clip, f"{end}_token_id") for end in ("bos", "eos", "pad")}
     ).double()
     bridge = Bridge(VocabularyMap.learn(blip, clip, words, kind), encoder)
-    bridge.readings = torch.sparse.mm(bridge.map.matrix.double(), encoder.get_input_embeddings().weight.detach())
     _, ids = batch(blip, words)
     paths = bridge.map.paths(bridge.spoken(ids))
     weights = torch.randn(2, 77, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny
 
 from dalleflamingo import checks, scene_graph
 from dalleflamingo.scene_graph import Scene, Thing
@@ -128,6 +129,12 @@ def test_an_interval_is_told_what_is_wrong_with_it(attempt, said, capsys):
 
 # ── notebook 02 ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+@pytest.mark.parametrize("exercise", ["soft_embedding", "departures"])
+def test_printed_solutions_of_notebook_02_are_right(exercise, capsys):
+    getattr(checks, exercise)(tiny.printed_solution("02_differentiable_bridge", exercise))
+    assert capsys.readouterr().out.startswith("Right. ")
+
+
 EMBEDDINGS = [
     (lambda said, table: said @ table, "Right. A text encoder that looks words up"),
     (not_done, "Not done yet"),
@@ -160,6 +167,10 @@ DEPARTURES = [
     (lambda kept: ([1 - stay for stay in kept], departures(kept)[1]), "counts those who had left before"),
     (lambda kept: ([1 - stay for stay in kept], min(kept, default=1.0)), "as if it were the only one"),
     (lambda kept: (departures(kept)[0], min(kept, default=1.0)), "keep the path at both places"),
+    (
+        lambda kept: ([(kept[i - 1] if i else 1) * (1 - p) for i, p in enumerate(kept)], departures(kept)[1]),
+        "forgets those who had left at the first place",
+    ),
     (lambda kept: departures(kept)[0], "only the first place hesitates"),
     (lambda kept: departures(kept) if kept else None, "no place to depart at"),
     (lambda kept: kept / 2, "yours raises TypeError"),

@@ -146,7 +146,7 @@ def test_no_captions_give_no_pictures(generator):
 def test_noise_loss_is_zero_for_who_knows_the_answer_and_one_for_who_says_nothing(folder, monkeypatch, prediction_type):
     """From z_t = √ᾱ z + √(1−ᾱ) ε and a known z the noise follows, and from it v = √ᾱ ε − √(1−ᾱ) z."""
     generator = Generator.from_pretrained(folder)
-    pipeline, images = generator.pipeline, tiny.pictures(64)
+    pipeline, images = generator.pipeline, [image.resize((16, 16)) for image in tiny.pictures(64)]
     pipeline.scheduler.register_to_config(prediction_type=prediction_type)
     pixels = torch.stack([torch.tensor(np.asarray(image)) for image in images]).movedim(3, 1) / 127.5 - 1
     with torch.no_grad():
@@ -174,3 +174,23 @@ def test_gradient_of_the_noise_loss_reaches_the_text_states(generator):
     states = torch.randn(2, 77, generator.pipeline.text_encoder.config.hidden_size, requires_grad=True)
     generator.noise_loss(tiny.pictures(2), states, seed=0).backward()
     assert (states.grad.abs().sum(dim=(1, 2)) > 0).all()
+
+
+def test_noise_loss_is_the_same_for_every_scheduler_and_picture_size(folder):
+    states = torch.randn(2, 77, 16, generator=torch.Generator().manual_seed(0))
+    small = [image.resize((16, 16)) for image in tiny.pictures(2)]
+    wide = small[1].resize((32, 16))
+    losses = []
+    for scheduler in (None, "Euler", "DPMSolverMultistep"):
+        generator = Generator.from_pretrained(folder, scheduler=scheduler)
+        generator.render(["a cat"], [0], steps=2)
+        losses.append(generator.noise_loss(small, states, seed=0).item())
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    assert generator.noise_loss([small[0], wide], states, seed=0).isfinite()
+
+
+def test_noise_loss_refuses_a_generator_that_predicts_the_picture(folder):
+    generator = Generator.from_pretrained(folder)
+    generator.pipeline.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(ValueError, match="predicts 'sample': expected 'epsilon' or 'v_prediction'"):
+        generator.noise_loss(tiny.pictures(1), torch.zeros(1, 77, 16), seed=0)

@@ -56,7 +56,7 @@ def test_a_batch_begins_with_dec_ends_with_sep_and_scores_no_padding(tokenizer):
     assert ((batch["labels"] == -100) == unscored).all()
 
 
-def test_barest_captions_are_drawn_first_less_and_less_often_and_at_last_never(tokenizer):
+def test_barest_captions_are_drawn_first_then_less_and_less_often_and_at_last_never(tokenizer):
     drawn = []
 
     def draw(name):
@@ -67,7 +67,8 @@ def test_barest_captions_are_drawn_first_less_and_less_often_and_at_last_never(t
     for step in range(401):
         recipe.batch(rng, step)
     assert drawn[0] == "first" and drawn[400] == "web"
-    assert [drawn[100 * i : 100 * i + 100].count("first") for i in range(4)] == pytest.approx([88, 62, 38, 12], abs=15)
+    first = [drawn[100 * i : 100 * i + 100].count("first") for i in range(4)]
+    assert first == pytest.approx([100, 100, 75, 25], abs=15)
 
 
 def test_the_loss_is_eq_1(tokenizer):

@@ -235,3 +235,24 @@ def test_words_are_coloured_by_sign_and_deepest_at_the_largest():
 def test_words_and_values_must_be_as_many():
     with pytest.raises(ValueError, match="2 words and 1 values"):
         show.words(["a", "b"], [1.0])
+
+
+def test_words_cut_differently_are_as_long_as_frequent_and_coloured_by_the_finer_side():
+    rows = [
+        ["giraffe", ("gi", "raf", "fe</w>"), ("giraffe</w>",), 7, 5],
+        ["$x$'s", ("'</w>", "s</w>"), ("'s</w>",), 5, 5],
+        ["computer", ("computer</w>",), ("compu", "ter</w>"), 3, 2],
+        ["zebras", ("zebra", "s</w>"), ("ze", "bras</w>"), 2, 2],
+    ]
+    table = pd.DataFrame(rows, columns=["word", "source", "target", "count", "captions"])
+    [axes] = show.words_cut_differently(table, ("WordPiece", "CLIP"), "note").axes
+    bars = {bar.get_y() + bar.get_height() / 2: bar for bar in axes.patches}
+    assert [bars[i].get_width() for i in range(4)] == [7, 5, 3, 2]
+    colours = [tiles.PALETTE[name] for name in ("wordpiece", "wordpiece", "clip", "quiet")]
+    assert [to_hex(bars[i].get_facecolor()) for i in range(4)] == [colour.lower() for colour in colours]
+    assert [text.get_text().strip() for text in axes.texts] == [
+        "gi·raf·fe | giraffe", "' s | 's", "computer | compu·ter", "zebra·s | ze·bras",
+    ]  # fmt: skip
+    assert [label.get_text() for label in axes.get_legend().get_texts()] == [
+        "WordPiece cuts it finer", "CLIP cuts it finer", "as fine, elsewhere",
+    ]  # fmt: skip

@@ -1,13 +1,10 @@
 """Both real vocabularies against the paper's figure, open_clip's own tokenizer and the laws of cutting text."""
 
-import json
-import re
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import tiny
-from hypothesis import given
+from hypothesis import example, given
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -117,6 +114,7 @@ def test_a_caption_has_the_same_pieces_exactly_if_all_its_words_have(pairs, capt
 
 
 @given(caption=TEXTS)
+@example(caption="İ:")  # one letter, of which CLIP makes a word and the beginning of the next
 def test_a_word_ends_where_both_sides_end_one_and_not_earlier(pairs, caption):
     for source, target in pairs:
         for word in aligned_words(source, target, [caption])[0]:
@@ -208,20 +206,9 @@ def test_shares_of_different_captions_are_refused():
 # ── the exercises of notebook 01 ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def printed_solution(name):
-    """The function `name` as the notebook prints it under its exercise."""
-    notebook = Path(__file__).resolve().parents[1] / "notebooks" / "01_tokenizer_mapping.ipynb"
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    [code] = re.findall(rf"```python\n(def {name}\(.*?)```", text, re.DOTALL)
-    names = {}
-    exec(code, names)
-    return names[name]
-
-
 @pytest.mark.parametrize("exercise", ["with_word_ends", "differing_words"])
 def test_printed_solution_is_right_and_agrees_with_the_package(exercise, capsys):
-    solution = printed_solution(exercise)
+    solution = tiny.printed_solution("01_tokenizer_mapping", exercise)
     getattr(checks, exercise)(solution)
     assert capsys.readouterr().out.startswith("Right. ")
 
@@ -233,6 +220,13 @@ def test_printed_solution_is_right_and_agrees_with_the_package(exercise, capsys)
             words = aligned_words(WORDPIECE, CLIP, [caption])[0]
             expected = [(list(word.source), list(word.target)) for word in words if not word.alike]
             assert solution(source, target) == expected
+
+
+def test_printed_walk_ends_where_the_sides_spell_different_letters():
+    walk = tiny.printed_solution("01_tokenizer_mapping", "differing_words")
+    assert walk(["ab</w>", "c</w>"], ["a</w>"]) == [(["ab</w>", "c</w>"], ["a</w>"])]
+    unknown = pieces(WORDPIECE, ["a 🦓"])[0], pieces(CLIP, ["a 🦓"])[0]
+    assert walk(*map(list, unknown)) == [(list(unknown[0][1:]), list(unknown[1][1:]))]
 
 
 def place_by_place(source, target):

@@ -178,11 +178,12 @@ def test_more_outputs_than_pieces_are_read_as_unknown(maps):
 
 @pytest.mark.parametrize("kind", [*KINDS, "bytes"])
 def test_a_saved_map_is_loaded_identical(maps, kind, tmp_path):
-    maps[kind].save(tmp_path / "map")
-    loaded = VocabularyMap.load(tmp_path / "map", maps[kind].source, CLIP)
-    assert (loaded.kind, loaded.captions) == (maps[kind].kind, len(CAPTIONS))
-    assert torch.equal(loaded.matrix.indices(), maps[kind].matrix.indices())
-    assert torch.equal(loaded.matrix.values(), maps[kind].matrix.values())
+    for saved in (maps[kind], maps[kind].widened(len(maps[kind].source) + 2)):
+        saved.save(tmp_path / "map")
+        loaded = VocabularyMap.load(tmp_path / "map", saved.source, CLIP)
+        assert (loaded.kind, loaded.captions, loaded.matrix.shape) == (saved.kind, saved.captions, saved.matrix.shape)
+        assert torch.equal(loaded.matrix.indices(), saved.matrix.indices())
+        assert torch.equal(loaded.matrix.values(), saved.matrix.values())
 
 
 def test_a_map_for_other_vocabularies_is_refused(maps, tmp_path):
@@ -216,6 +217,16 @@ def test_report_counts_what_is_unknown_and_what_is_made(maps):
     assert report(maps["released"], ["a surf"]).made == pytest.approx(1.0)  # both are two target pieces each
 
 
+def test_report_counts_how_m_alone_reads_a_piece():
+    """A source piece counts if the target piece it begins in is the likeliest of its row."""
+    learned = VocabularyMap.learn(WORDPIECE, CLIP, ["surf", "surf", "a ski", "two skis"])
+    assert report(learned, ["a surf"]).read.value == 1
+    assert report(learned, ["ski"]).read.value == 1
+    two = report(learned, ["ski 10 10"]).read  # 10 was never seen: it is read as what its text begins with, a 1
+    assert (two.value, two.n) == (1, 3)
+    assert report(VocabularyMap.learn(WORDPIECE, CLIP, ["a dog"], "released"), ["surf giraffe"]).read.value == 0.25
+
+
 def test_shares_on_published_captions(real_data):
     """Learned on Karpathy val, measured on test: the released rule as the fact sheet measured it."""
     folder = real_data / "coco-karpathy"
@@ -241,6 +252,14 @@ def test_bad_input_says_what_was_expected(maps):
         VocabularyMap.learn(WORDPIECE, CLIP, [])
     with pytest.raises(ValueError, match="no map is called 'soft': choose one of one-to-one, released, word-aligned"):
         VocabularyMap.learn(WORDPIECE, CLIP, CAPTIONS, "soft")
+    with pytest.raises(ValueError, match="the released rule leads from WordPiece to byte pairs"):
+        VocabularyMap.learn(BYTES, CLIP, CAPTIONS, "released")
+    with pytest.raises(TypeError, match="expected a list of captions"):
+        VocabularyMap.learn(WORDPIECE, CLIP, "a dog")
+    with pytest.raises(ValueError, match="1 rows of tokens and 2 texts"):
+        aligned.paths([[5]], ["a dog", "a cat"])
+    with pytest.raises(ValueError, match="2 captions without a piece"):
+        report(aligned, ["", " "])
     with pytest.raises(ValueError, match="the text is 'a dog', but the tokens say 'a cat'"):
         aligned.paths([WORDPIECE("a cat", add_special_tokens=False).input_ids], ["a dog"])
     paths = aligned.paths([WORDPIECE("a cat", add_special_tokens=False).input_ids])

@@ -4,6 +4,8 @@ diffusers is imported where it is needed: the tests of the bridge also run with 
 """
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,17 @@ def pictures(n: int, seed: int = 0) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     arrays = rng.integers(0, 256, (n, 1, 1, 3)) // 2 + rng.integers(0, 128, (n, SIZE, SIZE, 3))
     return [Image.fromarray(array.astype(np.uint8)) for array in arrays]
+
+
+def printed_solution(notebook: str, name: str) -> Callable:
+    """The function `name` as a notebook prints it under its exercise."""
+    file = Path(__file__).resolve().parents[1] / "notebooks" / f"{notebook}.ipynb"
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    [code] = re.findall(rf"```python\n(def {name}\(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(code, names)
+    return names[name]
 
 
 def byte_level_bpe() -> PreTrainedTokenizerFast:

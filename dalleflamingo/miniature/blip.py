@@ -90,7 +90,7 @@ class BlipRecipe:
     Args:
         draw_batch: (rng, n) -> (n, 64, 64, 3) uint8 pictures and their n captions.
         tokenizer: of `train_wordpiece`.
-        draw_first: drawn from in its stead, always at first, less and less often, never at the end. The web's captions
+        draw_first: drawn from in its stead, half of the training always, then less and less often. The web's captions
             alone teach no sides: to say which of two things stands left, the decoder has to attend to the one that was
             named, and that pays only once it can say where a thing stands that it attends to. From captions of one
             thing and its place it learned the one in 800 steps and the other in 900 more; without, in 7,000, neither.
@@ -118,7 +118,7 @@ class BlipRecipe:
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """`pixel_values` (B, 3, 64, 64); `input_ids` and `labels` (B, T): [DEC] words [SEP], padding not scored."""
-        draw = self.draw_batch if rng.random() < step / self.steps else self.draw_first
+        draw = self.draw_batch if rng.random() < 2 * step / self.steps - 1 else self.draw_first
         pictures, captions = draw(rng, self.batch_size)
         tokens = self.tokenizer(captions, padding="longest", return_tensors="pt")
         input_ids = tokens.input_ids
