@@ -241,9 +241,9 @@ def page(found: dict) -> str:
         lines += [
             f"## {title}",
             "",
-            "Captions are known as the captioner's pieces only, said with certainty; from its text every caption crosses "
-            "the word-aligned map, in which M serves departures only. *Read*: pieces that M by itself reads as what they "
-            f"begin in. {measured_at(found, name)}",
+            "Captions are known as the captioner's pieces only, said with certainty; from its text every caption "
+            "crosses the word-aligned map, in which M serves departures only. *Read*: pieces that M by itself reads as "
+            f"what they begin in. {measured_at(found, name)}",
             "",
         ]
         lines += [
@@ -254,14 +254,15 @@ def page(found: dict) -> str:
         for entry in found[name]:
             exact, low, high = entry["exact"]
             words = f"{entry['lost']}: {', '.join(entry['words'])}" if entry["lost"] else "0"
+            made = round(entry["made"], 3) + 0  # no −0.000
             lines += [
                 f"| {entry['direction']} | {entry['map']} | {entry['n']:,} | {entry['same']:.2%} | {exact:.2%} "
-                f"({low:.2%} … {high:.2%}) | {entry['read']:.2%} | {entry['unknown']:.3%} | {round(entry['made'], 3) + 0:+.3f} | {words} |"
+                f"({low:.2%} … {high:.2%}) | {entry['read']:.2%} | {entry['unknown']:.3%} | {made:+.3f} | {words} |"
             ]
         lines += [
             "",
-            "*released* is our reconstruction of the authors' rule. It pairs 5,064 pieces inside words with a whole word, "
-            "theirs 829, so it makes more mass than theirs does.",
+            "*released* is our reconstruction of the authors' rule. It pairs 5,064 pieces inside words with a whole "
+            "word, theirs 829, so it makes more mass than theirs does.",
             "",
         ]
     if cost := found.get("cost"):
@@ -269,10 +270,11 @@ def page(found: dict) -> str:
             "## Cost",
             "",
             f"Learned from {cost['captions']:,} captions in {cost['learn']:.1f} s. {cost['batch']} captions over the "
-            f"real vocabularies, to embeddings of 768 numbers: {cost['carry'] * 1e3:.0f} ms; batched, but with M's "
-            f"rows written down before they are multiplied with the table, {cost['rows'] / cost['carry']:.1f} times as "
-            f"long; one caption and one place at a time with a dense matrix {cost['plain']:.1f} s, "
-            f"**{cost['ratio']:.0f} times** as long, in the same run. Memory: {cost['megabytes']:.0f} MB (M·E and M) instead of {cost['dense_megabytes']:,.0f} MB. "
+            f"real vocabularies, to embeddings of 768 numbers: {cost['carry'] * 1e3:.0f} ms. In the same run: batched, "
+            f"but with M's rows written down before they meet the table, {cost['rows'] / cost['carry']:.1f} times as "
+            f"long; one caption and one place at a time with a dense matrix, {cost['plain']:.1f} s, "
+            f"**{cost['ratio']:.0f} times** as long. Memory: {cost['megabytes']:.0f} MB (M·E and M) instead of "
+            f"{cost['dense_megabytes']:,.0f} MB. "
             f"{measured_at(found, 'cost')}",
             "",
         ]
