@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dalleflamingo.miniature.captions import WRONG_SHARE, alt_text, describe_often, plain_text
+from dalleflamingo.miniature.sd import web_caption
 from dalleflamingo.miniature.world import sample_scene
 from dalleflamingo.scene_graph import (
     RELATIONS,
@@ -111,6 +112,16 @@ def test_barest_captions_are_true_and_say_where_a_thing_stands():
                 where = caption.split()[-1]
                 off = {"left": 32 - thing.x, "right": thing.x - 32, "above": 32 - thing.y, "below": thing.y - 32}
                 assert off.get(where, 0) == max(off.values()) or (where == "middle" and max(off.values()) <= 5)
+
+
+def test_the_generator_is_told_nothing_at_times_and_of_one_or_two_things_often_the_bare_truth():
+    rng = np.random.default_rng(0)
+    drawn = [sample_scene(rng) for _ in range(4000)]
+    told = [web_caption(scene, rng) for scene in drawn]
+    assert np.mean([caption == "" for caption in told]) == pytest.approx(0.12, abs=0.03)
+    wrong = [any(wrong_facts(caption, scene).values()) for caption, scene in zip(told, drawn, strict=True) if caption]
+    of_few = np.mean([len(scene.things) < 3 for scene in drawn])
+    assert np.mean(wrong) == pytest.approx(WRONG_SHARE * (1 - of_few / 2), abs=0.03)
 
 
 def test_one_alt_text_in_five_is_wrong():

@@ -160,7 +160,7 @@ def blip_gates(captioner: Captioner, test: Dataset, nocaps: Dataset) -> list[Gat
             0.80,
         ),
     ]
-    gates += _sampling_gates(captioner, test.subset(100, SEED), "coco test", (0.40, 0.85), (0.45, 0.80))
+    gates += _sampling_gates(captioner, test, "coco test", (0.40, 0.85), (0.45, 0.80))
     for domain, part in nocaps.by_domain().items():
         gates += _sampling_gates(captioner, part.subset(60, SEED), domain, None, None)
     return gates

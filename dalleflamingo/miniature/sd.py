@@ -29,7 +29,7 @@ from tqdm.auto import trange
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..scene_graph import Scene
-from .captions import alt_text
+from .captions import alt_text, plain_text
 from .tokenizers import save_tokenizer
 from .vae import to_pixels
 from .world import draw, sample_scene
@@ -38,6 +38,7 @@ BANK = 40_000  # pictures whose latents are computed once; their captions are to
 UNCONDITIONAL_SHARE = (
     0.12  # of captions replaced by "", which makes classifier-free guidance possible (Ho & Salimans 2022)
 )
+PLAIN_SHARE = 0.5  # of the others' captions, up to two things, told barely and truly: alt-text is wrong in one of five
 TIMESTEPS = (2.0, 3.0)  # of the beta distribution of t/T: mostly where text, not what is still visible, must decide
 
 
@@ -71,6 +72,13 @@ def web_scene(index: int) -> Scene:
     """The scene of latent `index` of the bank; every other one holds a single thing."""
     rng = np.random.default_rng([7, index])
     return sample_scene(rng, count=1 if index % 2 else None)
+
+
+def web_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """What the generator is told of a picture, told anew each time."""
+    if rng.random() < UNCONDITIONAL_SHARE:
+        return ""
+    return (plain_text if len(scene.things) < 3 and rng.random() < PLAIN_SHARE else alt_text)(scene, rng)
 
 
 @torch.no_grad()
@@ -121,7 +129,7 @@ class SdRecipe:
         index = 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + (
             rng.random(self.batch_size) < one_thing
         )
-        captions = ["" if rng.random() < UNCONDITIONAL_SHARE else alt_text(web_scene(i), rng) for i in index]
+        captions = [web_caption(web_scene(i), rng) for i in index]
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return {"latents": self.latents[index].float() * self.vae.config.scaling_factor, "input_ids": tokens.input_ids}
 
