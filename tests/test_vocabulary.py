@@ -225,6 +225,8 @@ def test_report_counts_how_m_alone_reads_a_piece():
     two = report(learned, ["ski 10 10"]).read  # 10 was never seen: it is read as what its text begins with, a 1
     assert (two.value, two.n) == (1, 3)
     assert report(VocabularyMap.learn(WORDPIECE, CLIP, ["a dog"], "released"), ["surf giraffe"]).read.value == 0.25
+    spaced = VocabularyMap.learn(BYTES, CLIP, ["a in the"])
+    assert report(spaced, ["a in the "]).read.n == 3  # the space at the end begins nowhere
 
 
 def test_shares_on_published_captions(real_data):
