@@ -45,13 +45,14 @@ def main() -> None:
     parser.add_argument("--opt", type=Path, help="folder of BLIP-2's tokenizer, OPT's or any of GPT-2's merges")
     arguments = parser.parse_args()
     file = RESULTS / "bridge.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = {"commits": {}} | (json.loads(file.read_text()) if file.exists() else {})
+
+    commit = current_commit()  # now: the results, once written, differ from it
 
     def keep(part: str, measured: list[dict] | dict) -> None:
-        found[part], found["commits"][part] = measured, current_commit()
+        found[part], found["commits"][part] = measured, commit
         file.write_text(json.dumps(found, indent=1) + "\n")
 
-    found.setdefault("commits", {})
     if arguments.opt and not arguments.captions:
         parser.error("--opt is measured on COCO: give --captions, too")
     if arguments.captions:
@@ -229,7 +230,19 @@ def result_row(kind: str, mode: str, mine: list, text: list) -> dict:
 
 
 def page(found: dict) -> str:
-    lines = ["# The map and the bridge, measured", "", "Made by `python benchmarks/bridge.py`.", ""]
+    lines = [
+        "# The map and the bridge, measured",
+        "",
+        "Made by `python benchmarks/bridge.py --captions FOLDER --opt FOLDER --images N`; `--help` says which folders.",
+        "",
+        "The tables of what crosses: captions are known as the captioner's pieces only, said with certainty. (From "
+        "its text every caption crosses the word-aligned map. M has no part in that: it serves departures.) *There* is "
+        "from the captioner to the generator, *back* the other way, where lower-cased pieces do not tell what was a "
+        "capital. *Read*: pieces that M by itself reads as what they begin in. *released* is our reconstruction of the "
+        "authors' rule: it pairs 5,064 pieces inside words with a whole word, theirs 829; what mass theirs makes was "
+        "not measured.",
+        "",
+    ]
     titles = {
         "coco": "COCO, BLIP to CLIP: learned on Karpathy val, measured on Karpathy test",
         "opt": "COCO, byte-level BPE (BLIP-2's OPT has GPT-2's merges) to CLIP",
@@ -241,30 +254,22 @@ def page(found: dict) -> str:
         lines += [
             f"## {title}",
             "",
-            "Captions are known as the captioner's pieces only, said with certainty; from its text every caption "
-            "crosses the word-aligned map, in which M serves departures only. *Read*: pieces that M by itself reads as "
-            f"what they begin in. {measured_at(found, name)}",
+            measured_at(found, name),
             "",
-        ]
-        lines += [
             "| direction | map | captions | same pieces | carried exactly (95 %) | read | to [UNK] | mass made "
-            "| words lost |"
+            "| words lost |",
+            "| --- " * 9 + "|",
         ]
-        lines += ["| --- " * 9 + "|"]
         for entry in found[name]:
             exact, low, high = entry["exact"]
-            words = f"{entry['lost']}: {', '.join(entry['words'])}" if entry["lost"] else "0"
+            words = ", ".join(word or "(a space)" for word in entry["words"])
+            lost = f"{entry['lost']:,}: {words}" if words else "0"
             made = round(entry["made"], 3) + 0  # no −0.000
             lines += [
                 f"| {entry['direction']} | {entry['map']} | {entry['n']:,} | {entry['same']:.2%} | {exact:.2%} "
-                f"({low:.2%} … {high:.2%}) | {entry['read']:.2%} | {entry['unknown']:.3%} | {made:+.3f} | {words} |"
+                f"({low:.2%} … {high:.2%}) | {entry['read']:.2%} | {entry['unknown']:.3%} | {made:+.3f} | {lost} |"
             ]
-        lines += [
-            "",
-            "*released* is our reconstruction of the authors' rule. It pairs 5,064 pieces inside words with a whole "
-            "word, theirs 829, so it makes more mass than theirs does.",
-            "",
-        ]
+        lines += [""]
     if cost := found.get("cost"):
         lines += [
             "## Cost",
@@ -274,8 +279,7 @@ def page(found: dict) -> str:
             f"but with M's rows written down before they meet the table, {cost['rows'] / cost['carry']:.1f} times as "
             f"long; one caption and one place at a time with a dense matrix, {cost['plain']:.1f} s, "
             f"**{cost['ratio']:.0f} times** as long. Memory: {cost['megabytes']:.0f} MB (M·E and M) instead of "
-            f"{cost['dense_megabytes']:,.0f} MB. "
-            f"{measured_at(found, 'cost')}",
+            f"{cost['dense_megabytes']:,.0f} MB. {measured_at(found, 'cost')}",
             "",
         ]
     lines += [
@@ -289,10 +293,11 @@ def page(found: dict) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for entry in found["pictures"]:
-        values = [
+        share, apart = (
             f"{value:.3f} ({low:.3f} … {high:.3f})" for value, low, high in (entry["found"], entry["against_text"])
-        ]
-        lines += [f"| {entry['map']} | {entry['mode']} | {entry['n']} | {' | '.join(values)} |"]
+        )
+        apart = "" if entry["map"] == "text" else apart
+        lines += [f"| {entry['map']} | {entry['mode']} | {entry['n']} | {share} | {apart} |"]
     return "\n".join(lines) + "\n"
 
 

@@ -42,7 +42,7 @@ def paths_of_texts(
     Raises:
         TypeError, ValueError: as `subwords.cuts`.
     """
-    return [_path(first, second) for first, second in zip(cuts(source, texts), cuts(target, texts), strict=True)]
+    return [path_of_cuts(first, second) for first, second in zip(cuts(source, texts), cuts(target, texts), strict=True)]
 
 
 def paths_of_ids(
@@ -58,12 +58,13 @@ def paths_of_ids(
     spelled = [_spell(source.convert_ids_to_tokens(list(row)), [id in special for id in row], how) for row in rows]
     read = cuts(target, [text for text, _ in spelled])
     return [
-        _path(Cut((), row, tuple((start, start) for start in starts)), _collapse(cut, text, target.unk_token_id))
+        path_of_cuts(Cut((), row, tuple((start, start) for start in starts)), _collapse(cut, text, target.unk_token_id))
         for row, (text, starts), cut in zip(rows, spelled, read, strict=True)
     ]
 
 
-def _path(source: Cut, target: Cut) -> Path:
+def path_of_cuts(source: Cut, target: Cut) -> Path:
+    """The path of one caption that both tokenizers have cut."""
     starts = [start for start, _ in target.spans]
     return Path(source.ids, target.ids, tuple(_land(start, starts, target.spans) for start, _ in source.spans))
 

@@ -5,14 +5,14 @@ hand, every caption crosses the word-aligned map.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 import pandas as pd
 import torch
 
-from dalleflamingo.alignment import Path, paths_of_ids, paths_of_texts
+from dalleflamingo.alignment import Path, path_of_cuts, paths_of_ids
 from dalleflamingo.intervals import Interval, proportion
 from dalleflamingo.subwords import Cut, Word, align, cuts, same_pieces
 from dalleflamingo.vocabulary import VocabularyMap
@@ -69,7 +69,7 @@ def report(vocabulary_map: VocabularyMap, captions: Sequence[str]) -> Report:
     pieces = torch.tensor([id for cut in first for id in cut.ids], dtype=torch.long)
     if not len(pieces):
         raise ValueError(f"{len(captions)} captions without a piece: give captions that hold words")
-    begins = crossing.begins(paths_of_texts(source, target, captions))
+    begins = crossing.begins(map(path_of_cuts, first, second))
     return Report(
         same=same_pieces([cut.pieces for cut in first], [cut.pieces for cut in second]),
         exact=proportion(sum(exact), len(captions)),
@@ -113,20 +113,22 @@ class _Crossing:
 
     def lost_words(self, caption: str, said: Cut, wanted: Cut) -> Iterator[Word]:
         """The words of a caption that do not arrive whole."""
-        if self.map.kind == "word-aligned":  # judged in its caption: whether a space stands before a word matters
-            [path] = paths_of_ids(self.map.source, self.map.target, [said.ids])
-            blocks = SequenceMatcher(None, path.target, wanted.ids, autojunk=False).get_matching_blocks()
-            arrived = {place for _, start, size in blocks for place in range(start, start + size)}
+        arrives = self._judge(said.ids, wanted.ids)
         i = j = 0
         for word in align(caption, said, wanted):
-            to_i, to_j = i + len(word.source), j + len(word.target)
-            if self.map.kind == "word-aligned":
-                whole = arrived.issuperset(range(j, to_j))
-            else:
-                whole = self._equal(said.ids[i:to_i], wanted.ids[j:to_j])
-            if not whole:
+            here, there = slice(i, i + len(word.source)), slice(j, j + len(word.target))
+            if not arrives(here, there):
                 yield word
-            i, j = to_i, to_j
+            i, j = here.stop, there.stop
+
+    def _judge(self, said: Ids, wanted: Ids) -> Callable[[slice, slice], bool]:
+        """Of one caption: do these source places arrive as those target places?"""
+        if self.map.kind != "word-aligned":
+            return lambda here, there: self._equal(said[here], wanted[there])
+        [path] = paths_of_ids(self.map.source, self.map.target, [said])  # of all: a space before a word matters
+        blocks = SequenceMatcher(None, path.target, wanted, autojunk=False).get_matching_blocks()
+        arrived = {place for _, start, size in blocks for place in range(start, start + size)}
+        return lambda _, there: arrived.issuperset(range(there.start, there.stop))
 
     def _equal(self, said: Ids, wanted: Ids) -> bool:
         return len(said) == len(wanted) and self.best.issuperset(zip(said, wanted, strict=True))

@@ -1,6 +1,5 @@
 """Both real vocabularies against the paper's figure, open_clip's own tokenizer and the laws of cutting text."""
 
-
 import hypothesis.strategies as st
 import pytest
 import tiny

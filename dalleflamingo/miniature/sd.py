@@ -35,9 +35,7 @@ from .vae import to_pixels
 from .world import draw, sample_scene
 
 BANK = 40_000  # pictures whose latents are computed once; their captions are told anew each time
-UNCONDITIONAL_SHARE = (
-    0.12  # of captions replaced by "", which makes classifier-free guidance possible (Ho & Salimans 2022)
-)
+UNCONDITIONAL_SHARE = 0.12  # of captions replaced by "", for classifier-free guidance (Ho & Salimans 2022)
 PLAIN_SHARE = 0.5  # of the others' captions, up to two things, told barely and truly: alt-text is wrong in one of five
 TIMESTEPS = (2.0, 3.0)  # of the beta distribution of t/T: mostly where text, not what is still visible, must decide
 
