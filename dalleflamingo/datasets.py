@@ -209,6 +209,23 @@ def write_coco(path: Path, examples: Iterable[Example], images: Path | None = No
     _write(Path(path), {"images": pictures, "annotations": annotations})
 
 
+def read_captions(path: str | Path) -> Dataset:
+    """A text file of one's own captions, one a line, each as an example without a picture; blank lines are passed over.
+
+    Raises:
+        DatasetError: there is no such file, it is not text, or it holds no caption.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} is no text file ({error}): give one with a caption on each line") from error
+    captions = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not captions:
+        raise DatasetError(f"{path} holds no caption: write one on each line")
+    return Dataset(path.stem, tuple(Example(number, path, (caption,)) for number, caption in captions))
+
+
 def read_results(path: Path) -> dict[int, str]:
     """COCO results, `[{"image_id", "caption"}]` -> {image_id: caption}.
 

@@ -5,6 +5,7 @@ function of its caption and its seed, not of the batch it was drawn in.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -67,7 +68,7 @@ class Generator:
         batch_size: int = 16,
         progress: Callable[[int], object] | None = None,
     ) -> list[Image]:
-        """One picture for each (caption, seed).
+        """One picture for each (caption, seed), each distinct pair drawn once.
 
         Args:
             captions: N texts, each distinct one encoded once, "" for a picture without a caption; or their (T, D)
@@ -75,7 +76,7 @@ class Generator:
             seeds: N non-negative integers.
             guidance_scale: 1 or less is without guidance.
             batch_size: pictures drawn at once: memory and speed, never the result.
-            progress: called with the number of pictures just drawn, as `tqdm.update` is.
+            progress: called with the number of pictures just made ready, as `tqdm.update` is.
         Returns:
             N RGB pictures.
         Raises:
@@ -86,20 +87,22 @@ class Generator:
         texts = [caption for caption in captions if isinstance(caption, str)]
         self._warn_of_long(texts)
         encoded = self._encode(dict.fromkeys([*texts, ""]), batch_size)
-        pictures = []
-        for start in range(0, len(captions), batch_size):
-            batch = captions[start : start + batch_size]
-            states = [encoded[caption] if isinstance(caption, str) else caption for caption in batch]
-            pictures += self.pipeline(
-                prompt_embeds=torch.stack(states),  # (B, T, D)
-                negative_prompt_embeds=torch.stack([encoded[""]] * len(states)),
-                generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[start : start + batch_size]],
+        keys = [(c if isinstance(c, str) else id(c), int(seed)) for c, seed in zip(captions, seeds, strict=True)]
+        states = {key: encoded[c] if isinstance(c, str) else c for key, c in zip(keys, captions, strict=True)}
+        wanted, drawn = Counter(keys), {}
+        for start in range(0, len(wanted), batch_size):
+            batch = list(wanted)[start : start + batch_size]
+            pictures = self.pipeline(
+                prompt_embeds=torch.stack([states[key] for key in batch]),  # (B, T, D)
+                negative_prompt_embeds=torch.stack([encoded[""]] * len(batch)),
+                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
             ).images
+            drawn.update(zip(batch, pictures, strict=True))
             if progress is not None:
-                progress(len(batch))
-        return pictures
+                progress(sum(wanted[key] for key in batch))
+        return [drawn[key] for key in keys]
 
     def noise_loss(self, images: Sequence[Image], states: Tensor, seed: int) -> Tensor:
         """How well the generator tells the noise in pictures, given texts: Eq. 3, or Eq. 2 with states from the bridge.

@@ -1,13 +1,16 @@
-"""How alike two pictures are: cosine between their embeddings by CLIP or DINO (§3.1, App. A.1).
+"""How alike two pictures are: cosines by CLIP and DINO, and how near their pixels or features lie (§3.1, App. A.1).
 
 Higher is more alike. An encoder says what "alike" means: CLIP learned from captions and sees what one would say of a
-picture; DINO learned from pictures alone and sees how things look.
+picture; DINO learned from pictures alone and sees how things look. How alike texts are says `text_similarity`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import open_clip
 import torch
 from huggingface_hub import hf_hub_download
@@ -16,19 +19,48 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, BaseImageProcessor, ViTModel
 
+from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.weights import check_weights
 
-BATCH = 32  # pictures encoded at once; bounds memory, does not change an embedding
+BATCH = 32  # pictures or texts encoded at once; bounds memory, does not change an embedding
+T = TypeVar("T", Image, str)
 
 
-class ImageSimilarity(Protocol):
-    """What `reconstruct` ranks by."""
+class Similarity(Protocol[T]):
+    """What `reconstruct` ranks by: T is a picture on the way image → text → image, a text on the other."""
 
     name: str
-    higher_is_better: bool
 
-    def embed(self, images: Sequence[Image]) -> Tensor:
-        """(N, D) float32 embeddings of N pictures, on the CPU."""
+    def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
+        """(B, K): how like its source each candidate is, higher is more alike, for B sources with K candidates each."""
+
+
+class Encoder(Generic[T]):
+    """A similarity that is the cosine of two embeddings; subclasses say what an embedding is."""
+
+    name: str
+
+    def embed(self, items: Sequence[T]) -> Tensor:
+        """(N, D) float32 embeddings of N pictures or texts, on the CPU."""
+        raise NotImplementedError
+
+    def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
+        """(B, K) cosines in [-1, 1]; each source is embedded once."""
+        embedded = self.embed(list(chain.from_iterable(candidates)))
+        return cosine_similarity(self.embed(sources), embedded.reshape(len(sources), -1, embedded.shape[-1]))
+
+
+@dataclass(frozen=True)
+class PairSimilarity(Generic[T]):
+    """A similarity of one's own: a function of a source and a candidate, higher where they are more alike."""
+
+    name: str
+    function: Callable[[T, T], float]
+
+    def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
+        """As `Similarity.compare`."""
+        pairs = zip(sources, candidates, strict=True)
+        return torch.tensor([[float(self.function(source, other)) for other in others] for source, others in pairs])
 
 
 def cosine_similarity(source: Tensor, candidates: Tensor) -> Tensor:
@@ -54,39 +86,30 @@ def cosine_similarity(source: Tensor, candidates: Tensor) -> Tensor:
     return (F.normalize(source, dim=-1).unsqueeze(1) * F.normalize(candidates, dim=-1)).sum(-1)  # (B, 1, D) · (B, K, D)
 
 
-class ClipImage:
+class ClipImage(Encoder[Image]):
     """CLIP's projected image embedding (the paper: ViT-L/14, 768-d)."""
 
     name = "clip"
-    higher_is_better = True
 
     def __init__(self, model: open_clip.CLIP, preprocess: Callable[[Image], Tensor]):
         self.visual, self.preprocess = model.visual.eval(), preprocess  # the text tower is not needed
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "ClipImage":
-        """CLIP from an open_clip folder, or by the hub id of weights that open_clip publishes.
-
-        Raises:
-            RegistryError: the folder's weights are missing or cut short.
-            ValueError: open_clip knows no such weights.
-        """
-        if Path(name_or_path).is_dir():
-            model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{check_weights(name_or_path)}")
-        else:
-            model, _, preprocess = _published_clip(name_or_path, revision)
+        """CLIP from an open_clip folder, or by the hub id of published weights; errors as `load_clip`."""
+        model, preprocess, _ = load_clip(name_or_path, revision)
         return cls(model.to(device), preprocess)
 
     def embed(self, images: Sequence[Image]) -> Tensor:
         """(N, D) float32 embeddings, on the CPU."""
-        return _in_batches(self._encode, images)
+        return in_batches(self._encode, images)
 
     def _encode(self, images: Sequence[Image]) -> Tensor:
         device = next(self.visual.parameters()).device
         return self.visual(torch.stack([self.preprocess(image) for image in images]).to(device))
 
 
-class Dino:
+class Dino(Encoder[Image]):
     """DINO's [CLS] embedding (the paper: ViT-B/8 on 384 × 384 pixels, 768-d).
 
     Attributes:
@@ -94,7 +117,6 @@ class Dino:
     """
 
     name = "dino"
-    higher_is_better = True
 
     def __init__(self, model: ViTModel, processor: BaseImageProcessor):
         self.model, self.processor = model.eval(), processor
@@ -122,7 +144,7 @@ class Dino:
 
     def embed(self, images: Sequence[Image]) -> Tensor:
         """(N, D) float32 embeddings, on the CPU."""
-        return _in_batches(self._encode, images)
+        return in_batches(self._encode, images)
 
     def _encode(self, images: Sequence[Image]) -> Tensor:
         images = [image.convert("RGB") for image in images]
@@ -130,29 +152,77 @@ class Dino:
         return self.model(pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 0]
 
 
+class Fidelity:
+    """Image fidelity: the negative squared distance of two pictures' features (our reading of §3.1, as FID has them).
+
+    Args:
+        extractor: Inception-v3, or the miniature's own; see `image_features`.
+    """
+
+    name = "fidelity"
+
+    def __init__(self, extractor: FeatureExtractor):
+        self.extractor, self.model = extractor, extractor.model
+
+    def compare(self, sources: Sequence[Image], candidates: Sequence[Sequence[Image]]) -> Tensor:
+        """(B, K) in (-∞, 0]; 0 for equal features."""
+        drawn = self.extractor.look(list(chain.from_iterable(candidates))).features
+        source = self.extractor.look(sources).features.unsqueeze(1)  # (B, 1, D)
+        return -(drawn.reshape(len(sources), -1, drawn.shape[-1]) - source).square().sum(-1)
+
+
+class Pixels:
+    """The negative mean squared difference of two pictures' pixels; needs no model."""
+
+    name = "pixels"
+
+    def compare(self, sources: Sequence[Image], candidates: Sequence[Sequence[Image]]) -> Tensor:
+        """(B, K) in [-1, 0]; candidates are resized to their source."""
+        pairs = zip(sources, candidates, strict=True)
+        return torch.tensor([[-_squared_difference(source, other) for other in others] for source, others in pairs])
+
+
+def _squared_difference(source: Image, other: Image) -> float:
+    a, b = (np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in (source, other.resize(source.size)))
+    return float(np.square(a - b).mean())
+
+
 @torch.no_grad()
-def _in_batches(encode: Callable[[Sequence[Image]], Tensor], images: Sequence[Image]) -> Tensor:
-    if not images:
-        raise ValueError("no picture to embed: give at least one")
-    batches = [encode(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+def in_batches(encode: Callable[[Sequence[T]], Tensor], items: Sequence[T]) -> Tensor:
+    """(N, D) float32 on the CPU: N pictures or texts encoded a few at a time."""
+    if not items:
+        raise ValueError("nothing to embed: give at least one picture or text")
+    batches = [encode(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
     return torch.cat(batches).float().cpu()
 
 
-def _published_clip(hub_id: str, revision: str | None):
-    """open_clip's model whose weights have that hub id, at a pinned revision and never from a pickle."""
+def load_clip(name_or_path: str, revision: str | None = None) -> tuple[open_clip.CLIP, Callable, Callable]:
+    """An open_clip folder's model, or a published one by its hub id, with its preprocessing and its tokenizer.
+
+    Published weights are taken at a pinned revision and never from a pickle.
+
+    Raises:
+        RegistryError: the folder's weights are missing or cut short.
+        ValueError: open_clip knows no such weights.
+    """
+    if Path(name_or_path).is_dir():
+        local = f"local-dir:{check_weights(name_or_path)}"
+        model, _, preprocess = open_clip.create_model_and_transforms(local)
+        return model, preprocess, open_clip.get_tokenizer(local)
     published = {
         weights["hf_hub"].rstrip("/"): (architecture, weights)
         for architecture, tag in reversed(open_clip.list_pretrained())
         if (weights := open_clip.get_pretrained_cfg(architecture, tag)).get("hf_hub")
     }
-    if hub_id not in published:
+    if name_or_path not in published:
         raise ValueError(
-            f"{hub_id!r} is neither a folder nor the hub id of weights that open_clip knows, "
+            f"{name_or_path!r} is neither a folder nor the hub id of weights that open_clip knows, "
             "such as 'timm/vit_large_patch14_clip_224.openai'"
         )
-    architecture, weights = published[hub_id]
-    file = hf_hub_download(hub_id, "open_clip_model.safetensors", revision=revision)
+    architecture, weights = published[name_or_path]
+    file = hf_hub_download(name_or_path, "open_clip_model.safetensors", revision=revision)
     # the activation belongs to the weights; where the architecture's name implies another, open_clip only warns
-    return open_clip.create_model_and_transforms(
+    model, _, preprocess = open_clip.create_model_and_transforms(
         architecture, pretrained=file, force_quick_gelu=weights.get("quick_gelu", False)
     )
+    return model, preprocess, open_clip.get_tokenizer(architecture)

@@ -11,6 +11,7 @@ from PIL import Image
 from dalleflamingo import datasets, reconstruct
 from dalleflamingo.decoding import Nucleus
 from dalleflamingo.intervals import derive_seed
+from dalleflamingo.similarity import Encoder, PairSimilarity
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "white": (250, 250, 250)}
 SETTINGS = dict(candidates=3, steps=2, guidance_scale=4.0, strategy=Nucleus(0.9), seed=5, chunk=3, batch_size=4)
@@ -34,16 +35,19 @@ class Captioner:
         time.sleep(delay * len(images))
         return [[self._caption(corner, seed) for seed in row] for corner, row in zip(corners, seeds, strict=True)]
 
+    def describe(self, images):
+        return [f"a thing of {image.getpixel((3, 3))[0]} and {image.getpixel((5, 5))[0]}" for image in images]
+
     def _caption(self, corner, seed):
         digest = derive_seed("caption", str(corner), seed)
         return f"a {list(COLOURS)[digest % 4]} thing {digest % 1000}"
 
 
 class Generator:
-    """Draws the colour that the caption names, with noise from the seed."""
+    """Draws the colour that the caption names, with noise from the seed. Logs the number at the end of each caption."""
 
-    def __init__(self, delay: float = 0, on_draw: Callable[[], object] = lambda: None):
-        self._hidden = (delay, on_draw)
+    def __init__(self, delay: float = 0, on_draw: Callable[[], object] = lambda: None, log: Path | None = None):
+        self._hidden = (delay, on_draw, log)
         self.calls = []
 
     def render(self, captions, seeds, steps=50, guidance_scale=7.5, batch_size=16, progress=None):
@@ -51,17 +55,20 @@ class Generator:
         return [self._draw(caption, seed, progress) for caption, seed in zip(captions, seeds, strict=True)]
 
     def _draw(self, caption, seed, progress):
-        delay, on_draw = self._hidden
+        delay, on_draw, log = self._hidden
+        if log:
+            with log.open("a") as file:
+                file.write(f"{caption.split()[-1]}\n")
         time.sleep(delay)
         on_draw()
         progress(1)
         noise = np.random.default_rng(seed).integers(-20, 20, (16, 16, 3))
-        return Image.fromarray((np.array(COLOURS[caption.split()[1]]) + noise).clip(0, 255).astype(np.uint8))
+        colour = COLOURS.get(caption.split()[1], (90, 90, 90))
+        return Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
 
 
-class MeanColour:
+class MeanColour(Encoder):
     name = "colour"
-    higher_is_better = True
 
     def __init__(self):
         self.embedded = []
@@ -78,6 +85,10 @@ class Corner(MeanColour):
         return torch.tensor(np.array([image.getpixel((0, 0)) for image in images]), dtype=torch.float32)
 
 
+def common_letters(source: str, other: str) -> int:
+    return len(set(source) & set(other))
+
+
 def dataset(folder: Path, n: int = 10) -> datasets.Dataset:
     """n pictures; the red of a picture's corner is its image id."""
     folder.mkdir(exist_ok=True)
@@ -89,7 +100,7 @@ def dataset(folder: Path, n: int = 10) -> datasets.Dataset:
         if not path.exists():
             Image.fromarray(array).save(path)
         domain = [None, "in-domain", "out-domain"][i % 3]
-        examples.append(datasets.Example(image_id, path, (f"a thing {i}",), domain))
+        examples.append(datasets.Example(image_id, path, (f"a thing {image_id}",), domain))
     return datasets.Dataset("coloured things", tuple(examples))
 
 
@@ -97,3 +108,10 @@ def run(run_folder: Path, pictures: Path, log=None, delay=0.0, n=10, on_draw=lam
     """The whole way with fakes."""
     models = Captioner(log, delay), Generator(delay, on_draw), [MeanColour(), Corner()]
     return reconstruct.image_text_image(dataset(pictures, n), *models, run_folder, **SETTINGS | settings)
+
+
+def run_texts(run_folder: Path, pictures: Path, log=None, delay=0.0, n=10, on_draw=lambda: None, **settings):
+    """The other way round; logs the image id of each caption that is drawn."""
+    models = Captioner(), Generator(delay, on_draw, log), [PairSimilarity("letters", common_letters)]
+    common = {key: value for key, value in SETTINGS.items() if key != "strategy"}
+    return reconstruct.text_image_text(dataset(pictures, n), *models, run_folder, **common | settings)

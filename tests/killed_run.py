@@ -1,6 +1,8 @@
 """A process that starts runs which SIGKILL ends at random moments; `test_reconstruct` reads its record.
 
-    python killed_run.py RUN_FOLDER PICTURES KILLS SEED
+    python killed_run.py WAY RUN_FOLDER PICTURES KILLS SEED
+
+WAY is the name of a function of `fakes`, run or run_texts.
 
 A moment is a number of pictures and some milliseconds after them, so that on a fast and on a busy machine alike a run
 dies midway: before its first picture, while drawing, saving, or writing a part.
@@ -12,6 +14,7 @@ import random
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import fakes
@@ -47,28 +50,28 @@ def kept(run_folder: Path) -> set[int]:
     return ids
 
 
-def attempt(run_folder: Path, pictures: Path, log: Path, moment: tuple[int, float] | None) -> dict:
+def attempt(way: Callable, run_folder: Path, pictures: Path, log: Path, moment: tuple[int, float] | None) -> dict:
     """One run, killed at the moment unless it ends before; what it found and what it did again."""
     before = kept(run_folder)
     log.touch()
     child = os.fork()
     if child == 0:
-        fakes.run(run_folder, pictures, log=log, delay=0.004, on_draw=Death(*moment) if moment else lambda: None)
+        way(run_folder, pictures, log=log, delay=0.004, on_draw=Death(*moment) if moment else lambda: None)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     again = sorted(before & {int(line) for line in log.read_text().split()})
     return {"kept": len(before), "again": again, "status": os.waitstatus_to_exitcode(status)}
 
 
-def main(run_folder: Path, pictures: Path, kills: int, seed: int) -> None:
+def main(way: str, run_folder: Path, pictures: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     moments = [(rng.randint(0, 11), rng.uniform(0, 0.02)) for _ in range(kills)]
     record = [
-        attempt(run_folder, pictures, run_folder.with_name(f"captioned-{i}.txt"), moment)
+        attempt(getattr(fakes, way), run_folder, pictures, run_folder.with_name(f"captioned-{i}.txt"), moment)
         for i, moment in enumerate([*moments, None])
     ]
     print("RECORD " + json.dumps(record))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))

@@ -1,5 +1,6 @@
 """The run there and back: what is in the table, and that nothing that was computed is ever lost or mixed."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,8 +15,9 @@ import tiny
 import torch
 from PIL import Image
 
-from dalleflamingo import datasets, intervals, profiles, reconstruct, registry, runs
+from dalleflamingo import datasets, intervals, profiles, reconstruct, registry, runs, trips
 from dalleflamingo.decoding import TopK
+from dalleflamingo.similarity import PairSimilarity
 
 HERE = Path(__file__).parent
 
@@ -38,7 +40,7 @@ def clean(tmp_path_factory):
 def test_each_row_is_its_own_seed_caption_picture_and_similarity(clean):
     folder, table = clean
     dataset = fakes.dataset(folder.parent / "pictures")
-    assert list(table) == [*reconstruct.COLUMNS, "colour", "corner"]
+    assert list(table) == [*trips.ImageTrip.columns, "colour", "corner"]
     assert table.image_id.tolist() == [e.image_id for e in dataset for _ in range(3)]
     assert table.candidate.tolist() == [0, 1, 2] * 10
     assert table.domain.isna().sum() == 12 and table.domain[3] == "in-domain"
@@ -47,11 +49,11 @@ def test_each_row_is_its_own_seed_caption_picture_and_similarity(clean):
         assert row.seed == intervals.derive_seed(5, row.image_id, row.candidate)
         assert row.caption == fakes.Captioner()._caption(source[row.image_id].getpixel((0, 0)), row.seed)
         with Image.open(folder / row.picture) as kept:
-            drawn = fakes.Generator()._draw(row.caption, row.seed, lambda count: None)
+            drawn = fakes.Generator()._draw(row.caption, row.noise_seed, lambda count: None)
             assert kept.format == "PNG" and np.array_equal(np.asarray(kept), np.asarray(drawn))
         a, b = fakes.MeanColour().embed([source[row.image_id], drawn])
         assert row.colour == pytest.approx(torch.cosine_similarity(a, b, dim=0).item(), abs=1e-6)
-    assert table.seed.is_unique and table.picture.is_unique and table.colour.nunique() > 20
+    assert table.seed.is_unique and table.picture.is_unique and table.colour.nunique() > 15
 
 
 def test_returned_table_is_the_parquet_file(clean):
@@ -68,15 +70,23 @@ def test_settings_reach_the_models_and_sources_are_embedded_once(tmp_path):
     )
     assert [len(batch) for batch in captioner.batches] == [3, 2]
     assert [(c["steps"], c["guidance"], c["batch"]) for c in generator.calls] == [(2, 4.0, 4)] * 2
-    assert colour.embedded == [3, 9, 2, 6]
+    assert colour.embedded == [9, 3, 6, 2]
+
+
+@pytest.fixture(scope="module")
+def clean_texts(tmp_path_factory):
+    """(run folder, table) of text → image → text that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("clean texts")
+    return folder / "run", fakes.run_texts(folder / "run", folder / "pictures")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_run_killed_at_random_moments_ends_with_the_same_table(clean, tmp_path):
-    folder, table = clean
+@pytest.mark.parametrize("way", ["run", "run_texts"])
+def test_run_killed_at_20_random_moments_ends_with_the_same_table(way, request, tmp_path):
+    folder, table = request.getfixturevalue("clean" if way == "run" else "clean_texts")
     pictures, run = folder.parent / "pictures", tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, HERE / "killed_run.py", run, pictures, "12", "11"],
+        [sys.executable, HERE / "killed_run.py", way, run, pictures, "20", "11"],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert "RECORD" in done.stdout, done.stderr
@@ -87,6 +97,56 @@ def test_run_killed_at_random_moments_ends_with_the_same_table(clean, tmp_path):
     assert [attempt["again"] for attempt in record] == [[]] * len(record)  # what was kept is not computed again
     equal(pd.read_parquet(run / "candidates.parquet"), table)
     assert files(run / "pictures") == files(folder / "pictures")
+
+
+def test_each_text_row_is_its_own_picture_description_and_similarity(clean_texts):
+    folder, table = clean_texts
+    dataset = fakes.dataset(folder.parent / "pictures")
+    assert list(table) == [*trips.TextTrip.columns, "letters"]
+    assert table.caption.tolist() == [e.references[0] for e in dataset for _ in range(3)]
+    for row in table.itertuples():
+        assert row.seed == intervals.derive_seed(5, row.image_id, row.candidate)
+        drawn = fakes.Generator()._draw(row.caption, row.seed, lambda count: None)
+        with Image.open(folder / row.picture) as kept:
+            assert np.array_equal(np.asarray(kept), np.asarray(drawn))
+        assert [row.recovered] == fakes.Captioner().describe([drawn])
+        assert row.letters == len(set(row.caption) & set(row.recovered))
+    assert table.recovered.nunique() > 20 and table.letters.nunique() > 1
+
+
+def test_source_text_is_drawn_from_the_human_captions_by_the_seed(tmp_path):
+    many = [dataclasses.replace(e, references=("one", "two", "three")) for e in fakes.dataset(tmp_path / "p")]
+    trip = trips.TextTrip(None, None, [], 2, 2, 1.0, 5, 4)
+    other = dataclasses.replace(trip, seed=6)
+    first, second = ([t.open(None, example) for example in many] for t in (trip, other))
+    assert set(first) == {"one", "two", "three"} and first != second
+    assert first == [trip.open(None, example) for example in many]
+
+
+def test_example_without_a_caption_is_skipped_and_listed(tmp_path, monkeypatch):
+    mute = fakes.dataset(tmp_path / "p", 3).examples
+    mute = datasets.Dataset("things", (mute[0], dataclasses.replace(mute[1], references=()), mute[2]))
+    monkeypatch.setattr(fakes, "dataset", lambda *args: mute)
+    table = fakes.run_texts(tmp_path / "run", tmp_path / "p")
+    assert table.image_id.unique().tolist() == [200, 194]
+    assert [entry["image_id"] for entry in table.attrs["skipped"]] == [197]
+    assert "has no caption to start from" in table.attrs["skipped"][0]["reason"]
+
+
+def test_pictures_of_an_image_share_their_noise_unless_told_otherwise(clean, tmp_path):
+    assert clean[1].groupby("image_id").noise_seed.nunique().eq(1).all() and clean[1].noise_seed.nunique() == 10
+    own = fakes.run(tmp_path / "run", clean[0].parent / "pictures", shared_noise=False)
+    assert own.noise_seed.tolist() == own.seed.tolist() and own.caption.tolist() == clean[1].caption.tolist()
+
+
+def test_similarity_of_another_shape_is_refused_by_name(tmp_path):
+    class Odd(fakes.MeanColour):
+        def compare(self, sources, candidates):
+            return super().compare(sources, candidates)[:, 1:]
+
+    models = fakes.Captioner(), fakes.Generator(), [Odd()]
+    with pytest.raises(ValueError, match=r"'colour' gave \(3, 2\) numbers for 3 sources with 3 candidates"):
+        reconstruct.image_text_image(fakes.dataset(tmp_path / "p"), *models, tmp_path / "run", **fakes.SETTINGS)
 
 
 def test_finished_run_computes_nothing_again(clean):
@@ -294,7 +354,7 @@ def test_model_folders_go_there_and_back_whatever_the_chunk(tmp_path, monkeypatc
         run("together", 3, 6)
 
 
-def test_own_pictures_by_command(tmp_path, monkeypatch, capsys):
+def test_own_pictures_and_captions_by_command(tmp_path, monkeypatch, capsys):
     fakes.dataset(tmp_path / "mine", 3)
     monkeypatch.setenv(profiles.VARIABLE, "smoke")
     models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()]
@@ -302,6 +362,14 @@ def test_own_pictures_by_command(tmp_path, monkeypatch, capsys):
     assert reconstruct.main([str(tmp_path / "mine"), "--out", str(tmp_path / "run")]) == 0
     assert len(pd.read_parquet(tmp_path / "run/candidates.parquet")) == 3 * 2
     assert "6 candidates of 3 images (0 were there already, 0 skipped)" in capsys.readouterr().out
+
+    (tmp_path / "mine.txt").write_text("a red thing\n\na blue thing\n", encoding="utf-8")
+    texts = [PairSimilarity("letters", fakes.common_letters)]
+    monkeypatch.setattr(reconstruct, "load_text_similarities", lambda profile, corpus: texts)
+    assert reconstruct.main([str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts")]) == 0
+    table = pd.read_parquet(tmp_path / "texts/candidates.parquet")
+    assert table.caption.tolist() == ["a red thing"] * 2 + ["a blue thing"] * 2
+    assert table.image_id.tolist() == [1, 1, 3, 3]  # the numbers of the lines
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as stopped:

@@ -6,18 +6,16 @@ JPEG and wavering outlines in training, all too weak to change a name; and every
 """
 
 import io
-from collections.abc import Iterable
-from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalleflamingo.miniature import ghosts, world
+from dalleflamingo.miniature.steady import SteadyRecipe
 from dalleflamingo.recogniser import PICTURE, STRIDE, HeadMaps, Recogniser, prepare
 from dalleflamingo.scene_graph import Scene
 
@@ -27,21 +25,14 @@ OWNED = 0.3             # cells where the bump is higher answer for the thing, t
 GHOST_SHARE = 0.35      # of training pictures
 
 
-class RecogniserRecipe:
+class RecogniserRecipe(SteadyRecipe):
     """A recipe for `train.py`: 64 pictures a step, exported as the running average of the weights."""
 
     name, steps, batch_size = "recogniser", 8000, 64
     learning_rate, weight_decay, warmup = 2e-3, 0.01, 200
-    average = 0.0       # `steady` is the average: it takes in the batch statistics, too, which the loop's own would not
 
     def __init__(self, network: Recogniser | None = None):
-        self.network = (network or Recogniser()).to(memory_format=torch.channels_last)
-        self.steady = deepcopy(self.network).requires_grad_(False)
-        self.modules: dict[str, nn.Module] = {"network": self.network, "steady": self.steady}
-        self.compilable = [self.network]
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.network.parameters()
+        super().__init__(network or Recogniser())
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """Pictures (B, 3, 64, 64) in [-1, 1] and the maps that `targets` makes of their scenes."""
@@ -56,26 +47,6 @@ class RecogniserRecipe:
         batch = {name: value.to(like.device) for name, value in batch.items()}
         pixels = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
         return losses(self.network(pixels), batch)
-
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Moves the average, batch statistics included; early steps count little, so that it soon forgets them."""
-        keep = min(0.999, (1 + step) / (10 + step))
-        new = self.network.state_dict()
-        for name, value in self.steady.state_dict().items():
-            if value.is_floating_point():
-                value.lerp_(new[name], 1 - keep)
-            else:
-                value.copy_(new[name])
-
-    def restore(self, folder: Path) -> None:
-        weights = Recogniser.from_pretrained(folder).state_dict()
-        for module in self.modules.values():
-            module.load_state_dict(weights)
-
-    def export(self, folder: Path) -> None:
-        """Writes config and safetensors, tensors in float16; `Recogniser.from_pretrained` loads them in float32."""
-        deepcopy(self.steady).half().save_pretrained(folder)
 
 
 def draw_example(rng: np.random.Generator) -> tuple[np.ndarray, Scene]:
