@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from dalleflamingo import registry
 from dalleflamingo.inception import MiniatureInception
 from dalleflamingo.recogniser import prepare
 from dalleflamingo.weights import check_weights
@@ -42,6 +43,13 @@ class FeatureExtractor:
 
     def __init__(self, name: str, model: nn.Module, pixels: Callable[[Sequence[Image]], Tensor]):
         self.name, self.model, self.pixels = name, model.eval(), pixels
+
+    @classmethod
+    def of(cls, name: str, device: str = "cpu") -> "FeatureExtractor":
+        """By its name in the registry; errors as `registry.locate`."""
+        if name == "inception-v3":
+            return cls.inception_v3(device=device)
+        return cls.miniature(registry.locate(name), device)
 
     @classmethod
     def miniature(cls, folder: str | Path, device: str = "cpu") -> "FeatureExtractor":

@@ -1,12 +1,13 @@
-"""Picks, ways to choose one caption for each image, and what each is worth: ranked first, at random, the best there is.
+"""Picks, ways to choose one candidate an image, and what each is worth: ranked first, at random, the best there is.
 
 A *pick* is an (S, n) array of row positions: S ways to choose one candidate for each of n images. Its score is the mean
-over S corpora of a corpus metric, computed anew on every bootstrap sample, n-gram statistics included; each domain is a
-corpus of its own. The pick "random" holds at least 20 draws, so balanced that every candidate is drawn equally often:
-for CIDEr and scene-graph F1, which are means over images, it is the exact expectation.
+over S corpora of a corpus metric, computed anew on every bootstrap sample, n-gram statistics and FID included; each
+domain is a corpus of its own. The pick "random" holds at least 20 draws, so balanced that every candidate is drawn
+equally often: for metrics that are means over images it is the exact expectation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -15,68 +16,47 @@ from dalleflamingo import scene_graph
 from dalleflamingo.datasets import DOMAINS, Dataset
 from dalleflamingo.intervals import Interval, mean_interval, paired_bootstraps, within_group_spearman
 from dalleflamingo.metrics import BleuTable, Cider, scene_graph_f1
+from dalleflamingo.word_movers import WordVectors
+from dalleflamingo.words import tokenize
 
-SIMILARITIES = ("clip", "dino")
+SIMILARITIES = ("clip", "dino", "fidelity", "pixels", "text_clip", "text_sbert", "text_cider", "text_wmd")
+LOWER = ("wmd", "clip_distance", "dino_distance", "fid")  # metrics that are better when lower
+# what claims 1 and 3 correlate: a metric of single captions or pictures; in the miniature F1 stands for SPICE
+OF_CAPTIONS, OF_PICTURES = ("cider", "bleu4", "f1", "wmd"), ("clip_distance", "dino_distance")
 DRAWS = 20  # at least so many random picks
 RESAMPLES = 2000
 ALL = "all"
 
+CorpusMetric = Callable[[np.ndarray], np.ndarray]
 
+
+@dataclass(frozen=True)
 class Judged:
-    """A candidate table held against the human captions, its n-grams counted once.
+    """A candidate table held against the truth.
 
-    Args:
-        table: as from `reconstruct.image_text_image`: K candidates for each of n images.
-        dataset: its images, with their references, and their scenes where the world is the miniature.
-        beam: image id -> the caption by beam search, judged beside the candidates.
     Attributes:
-        table: with new columns `cider` (idf from all n images) and `bleu4`, each × 100 as published tables are, and in
-            the miniature `f1`, the scene-graph F1 in [0, 1], and `right`: no wrong kind, colour or relation.
+        table: K candidates for each of n images, with a column for each metric that a single candidate has.
         rows: (n, K) positions in the table, a row an image. domain: (n,) object.
-        metrics: name -> a function of a pick, (S, n) -> (S,), higher is better.
-        tokenizer: which one split the words.
-    Raises:
-        ValueError: an image has no references, is not in the data set, or has another number of candidates.
+        metrics: name -> a function of a pick, (S, n) -> (S,); `LOWER` says which are better when lower.
+        best: the column that the oracle ranks by, if the truth is known.
+        beam: (n,) positions of the captions by beam search, behind the table's, if there are such.
+        tokenizer: which one split the words, if the metrics have any.
     """
 
-    def __init__(self, table: pd.DataFrame, dataset: Dataset, beam: Mapping[int, str] | None = None):
-        examples = {example.image_id: example for example in dataset}
-        number, ids = pd.factorize(table["image_id"])
-        counts = np.bincount(number)
-        mute = [i for i in ids if i not in examples or not examples[i].references]
-        if mute or len(set(counts)) != 1:
-            raise ValueError(
-                f"{len(mute)} of {len(ids)} images have no human captions in {dataset.name} (such as {mute[:3]}), and "
-                f"there are {sorted(set(counts.tolist()))} candidates an image: to judge captions, every image needs "
-                "human ones, and as many candidates as the others"
-            )
-        self.rows = np.argsort(number, kind="stable").reshape(len(ids), counts[0])
-        self.domain = np.array([examples[i].domain for i in ids], dtype=object)
-        self.beam = None if beam is None else len(table) + np.arange(len(ids))  # (n,) positions behind the table's
-        image_ids = [*table["image_id"], *(ids if beam else [])]
-        captions = [*table["caption"], *(beam[i] for i in ids if beam)]
-        references = {i: list(examples[i].references) for i in ids}
-        cider, bleu = Cider(references).table(image_ids, captions), BleuTable(references, image_ids, captions)
-        self.tokenizer = bleu.tokenizer
-        self.metrics: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-            "cider": lambda pick: 100 * cider.corpus(pick),
-            "bleu4": lambda pick: 100 * bleu.corpus(pick)[..., 3],
-        }
-        columns = {"cider": 100 * cider.scores(), "bleu4": 100 * bleu.scores()[:, 3]}
-        if all("scene" in examples[i].extra for i in ids):
-            scenes = {i: scene_graph.Scene.from_dict(examples[i].extra["scene"]) for i in ids}
-            columns["f1"] = f1 = scene_graph_f1(captions, [scenes[i] for i in image_ids])
-            pairs = zip(captions, image_ids, strict=True)
-            columns["right"] = np.array([scene_graph.is_right(caption, scenes[i]) for caption, i in pairs])
-            self.metrics["f1"] = lambda pick: f1[pick].mean(axis=-1)
-        self.table = table.assign(**{name: values[: len(table)] for name, values in columns.items()})
+    table: pd.DataFrame
+    rows: np.ndarray
+    domain: np.ndarray
+    metrics: dict[str, CorpusMetric]
+    best: str | None = None
+    beam: np.ndarray | None = None
+    tokenizer: str = ""
 
     def picks(self, seed: int = 0) -> dict[str, np.ndarray]:
         """Every choice that is compared, (S, n) each.
 
         "clip 1" … "clip K": the candidate ranked there, of equals the first row first, as in `reconstruct.rank`.
         "random". "clip shuffled": the candidate whose number is ranked first in another image, so that nothing but
-        chance is gained. "oracle": the best by scene-graph F1. "beam": the caption by beam search.
+        chance is gained. "oracle": the best by `best`. "beam": the caption by beam search.
         """
         n, k = self.rows.shape
         rng, images = np.random.default_rng(seed), np.arange(n)
@@ -87,8 +67,8 @@ class Judged:
             picks |= {f"{by} {rank + 1}": self.rows[images, order[:, rank]][None] for rank in range(k)}
             # one shuffle only: several share their donors, so the mean over them would seem surer than it is
             picks[f"{by} shuffled"] = self.rows[images, order[_others(rng, n), 0]][None]
-        if "f1" in self.metrics:
-            picks["oracle"] = self.rows[images, self.order("f1")[:, 0]][None]
+        if self.best:
+            picks["oracle"] = self.rows[images, self.order(self.best)[:, 0]][None]
         if self.beam is not None:
             picks["beam"] = self.beam[None]
         return picks
@@ -99,6 +79,83 @@ class Judged:
         if np.isnan(values).any():
             raise ValueError(f"column {by!r} holds {int(np.isnan(values).sum())} NaN: such candidates have no rank")
         return np.argsort(-values, axis=1, kind="stable")
+
+
+def judge_captions(
+    table: pd.DataFrame, dataset: Dataset, beam: Mapping[int, str] | None = None, vectors: WordVectors | None = None
+) -> Judged:
+    """Candidate captions against the human ones, their n-grams counted once.
+
+    Args:
+        table: as from `reconstruct.image_text_image`.
+        dataset: its images, with their references, and their scenes where the world is the miniature.
+        beam: image id -> the caption by beam search, judged beside the candidates.
+        vectors: for WMD; None leaves it out.
+    Returns:
+        metrics and columns `cider` (idf from all n images) and `bleu4`, each × 100 as published tables are; `wmd`, to
+        the nearest reference; in the miniature `f1`, the scene-graph F1 in [0, 1], and as a column only `right`: no
+        wrong kind, colour or relation.
+    Raises:
+        ValueError: an image has no references, is not in the data set, or has another number of candidates.
+    """
+    examples = {example.image_id: example for example in dataset}
+    rows, ids = rows_of(table)
+    mute = [i for i in ids if i not in examples or not examples[i].references]
+    if mute:
+        raise ValueError(
+            f"{len(mute)} of {len(ids)} images have no human captions in {dataset.name} (such as {mute[:3]}): to judge "
+            "captions, every image needs human ones"
+        )
+    image_ids = [*table["image_id"], *(ids if beam else [])]
+    captions = [*table["caption"], *(beam[i] for i in ids if beam)]
+    references = {i: list(examples[i].references) for i in ids}
+    cider, bleu = Cider(references).table(image_ids, captions), BleuTable(references, image_ids, captions)
+    metrics: dict[str, CorpusMetric] = {
+        "cider": lambda pick: 100 * cider.corpus(pick),
+        "bleu4": lambda pick: 100 * bleu.corpus(pick)[..., 3],
+    }
+    columns = {"cider": 100 * cider.scores(), "bleu4": 100 * bleu.scores()[:, 3]}
+    if vectors:
+        columns["wmd"] = wmd = _nearest_reference(vectors, references, image_ids, captions)
+        metrics["wmd"] = lambda pick: wmd[pick].mean(axis=-1)
+    if all("scene" in examples[i].extra for i in ids):
+        scenes = {i: scene_graph.Scene.from_dict(examples[i].extra["scene"]) for i in ids}
+        columns["f1"] = f1 = scene_graph_f1(captions, [scenes[i] for i in image_ids])
+        pairs = zip(captions, image_ids, strict=True)
+        columns["right"] = np.array([scene_graph.is_right(caption, scenes[i]) for caption, i in pairs])
+        metrics["f1"] = lambda pick: f1[pick].mean(axis=-1)
+    return Judged(
+        table.assign(**{name: values[: len(table)] for name, values in columns.items()}),
+        rows,
+        np.array([examples[i].domain for i in ids], dtype=object),
+        metrics,
+        "f1" if "f1" in metrics else None,
+        None if beam is None else len(table) + np.arange(len(ids)),
+        bleu.tokenizer,
+    )
+
+
+def rows_of(table: pd.DataFrame) -> tuple[np.ndarray, list[int]]:
+    """(n, K) positions in a candidate table, a row an image, and the n image ids.
+
+    Raises:
+        ValueError: the images have different numbers of candidates.
+    """
+    number, ids = pd.factorize(table["image_id"])
+    counts = np.bincount(number)
+    if len(set(counts)) != 1:
+        raise ValueError(
+            f"there are {sorted(set(counts.tolist()))} candidates an image: to compare picks every image needs as many"
+        )
+    return np.argsort(number, kind="stable").reshape(len(ids), counts[0]), list(ids)
+
+
+def _nearest_reference(
+    vectors: WordVectors, references: Mapping[int, list[str]], image_ids: Sequence[int], captions: Sequence[str]
+) -> np.ndarray:
+    gold, split = tokenize(references), tokenize({"captions": captions})["captions"]
+    pairs = zip(image_ids, split, strict=True)
+    return np.array([min(vectors.distance(caption, other) for other in gold[i]) for i, caption in pairs])
 
 
 def measure(judged: Judged, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
@@ -147,16 +204,19 @@ def shuffle(judged: Judged, by: str, metric: str, shuffles: int = 500, seed: int
 
 
 def correlate(table: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """Claim 1: Spearman's correlation of similarity and caption score among the candidates of an image, averaged.
+    """Claims 1 and 3: Spearman's correlation of similarity and score among the candidates of an image, averaged.
 
-    An image whose candidates all score alike has none for that pair; it is left out and counted. The last row is the
-    mean over the pairs that an image has.
+    Metrics that are better when lower are negated, so that ρ > 0 is the paper's side. An image whose candidates all
+    score alike has none for that pair; it is left out and counted. The last row is the mean over the pairs that an
+    image has.
 
     Returns:
         columns ranked_by, metric ("all" in the last row), rho, low, high, n (images), undefined (images).
     """
-    pairs = [(by, metric) for by in similarities(table) for metric in ("cider", "bleu4", "f1") if metric in table]
-    per_image = pd.DataFrame({pair: within_group_spearman(table, "image_id", *pair) for pair in pairs})
+    measured = [metric for metric in (*OF_CAPTIONS, *OF_PICTURES) if metric in table]
+    pairs = [(by, metric) for by in similarities(table) for metric in measured]
+    signed = table.assign(**{metric: -table[metric] for metric in measured if metric in LOWER})
+    per_image = pd.DataFrame({pair: within_group_spearman(signed, "image_id", *pair) for pair in pairs})
     columns = [*((pair, per_image[pair]) for pair in pairs), ((ALL, ALL), per_image.mean(axis=1))]
     rows = []
     for (by, metric), rho in columns:

@@ -24,7 +24,7 @@ class Profile:
         guidance_scale: of classifier-free guidance; 1 turns it off.
         image_size: side of a generated picture, in pixels.
         dtype: "float32" or "float16", the weights' type on a GPU; see `torch_dtype`.
-        captioner, generator, clip, dino, dataset: names in `registry.ENTRIES`.
+        captioner, generator, clip, dino, inception, dataset: names in `registry.ENTRIES`.
         batch_size: pictures drawn at once; bounded by memory, without influence on any picture.
     """
 
@@ -39,6 +39,7 @@ class Profile:
     generator: str
     clip: str
     dino: str
+    inception: str
     dataset: str
     batch_size: int
 
@@ -61,6 +62,7 @@ _MINIATURE = dict(
     generator="miniature/sd",
     clip="miniature/clip",
     dino="miniature/dino",
+    inception="miniature/inception",
     dataset="miniature/nocaps",
 )
 _REAL = dict(
@@ -71,6 +73,7 @@ _REAL = dict(
     generator="sd-v1-4",
     clip="clip-vit-l-14",
     dino="dino-vitb8",
+    inception="inception-v3",
     dataset="nocaps",
 )
 

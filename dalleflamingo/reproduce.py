@@ -1,7 +1,7 @@
 """The paper's claims, numbered: each a function of what was measured -> an effect with its interval, hence a verdict.
 
-So far claim 2, the caption whose picture comes back best beats a random one (Table 1). Of claim 1, the rank correlation
-behind it (Fig. 3), six of the twelve pairs are measured; its verdict waits for the others.
+Finding I decides claims 1 and 2, the caption whose picture comes back best is the better one (Fig. 3, Table 1); Finding
+II decides claims 3 and 4, the picture whose text comes back best is the better one (Fig. 4, Table 2).
 
     python -m dalleflamingo.reproduce finding-1 --images 200 --candidates 10 --run build/runs/finding-1
 """
@@ -10,7 +10,8 @@ import argparse
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +21,47 @@ import torch
 from dalleflamingo import profiles, registry, results
 from dalleflamingo.captioner import PAPER, Captioner
 from dalleflamingo.datasets import Dataset, read_results, write_results
-from dalleflamingo.intervals import Interval
-from dalleflamingo.picks import ALL, RESAMPLES, Judged, correlate, gains, measure, shuffle, similarities
-from dalleflamingo.reconstruct import image_text_image, load_models
+from dalleflamingo.generator import Generator
+from dalleflamingo.image_features import FeatureExtractor
+from dalleflamingo.image_metrics import RESAMPLES as RESAMPLES_OF_PICTURES
+from dalleflamingo.intervals import Interval, mean_interval, within_group_spearman
+from dalleflamingo.picks import (
+    ALL,
+    LOWER,
+    OF_PICTURES,
+    RESAMPLES,
+    Judged,
+    correlate,
+    gains,
+    judge_captions,
+    measure,
+    shuffle,
+    similarities,
+)
+from dalleflamingo.picture_picks import Judges, judge_pictures
+from dalleflamingo.recogniser import Recogniser
+from dalleflamingo.reconstruct import image_text_image, load_models, load_text_similarities, text_image_text
+from dalleflamingo.similarity import Fidelity
+from dalleflamingo.word_movers import WordVectors
 
 _OUT = "out-domain"
+TABLE_2 = ("clip_distance", "fid", "is")  # the columns of the paper's Table 2
+EMBEDDINGS, OVERLAPS = ("text_clip", "text_sbert"), ("text_cider", "text_wmd")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A row of the scoreboard; `effect` is signed so that the paper's side is above 0."""
+    """A row of the scoreboard; `effect` is signed so that the paper's side is above 0.
+
+    ranked_by: "all" where the effect is over every similarity. digits: of the effect. apart: reported beside it.
+    """
 
     number: int
     text: str
     ranked_by: str
     effect: Interval
+    digits: int
+    apart: Mapping[str, Interval] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -48,10 +75,57 @@ def verdict(effect: Interval) -> str:
     return "does not hold" if effect.high < 0 else "undecided"
 
 
+def claim_1(correlations: pd.DataFrame) -> list[Claim]:
+    """Better reconstruction goes with better captions: ρ within an image, mean over similarities and metrics."""
+    text = "better reconstruction goes with better captions: Spearman's ρ within an image, mean over all pairs"
+    return [Claim(1, text, ALL, _mean_rho(correlations), 3)]
+
+
 def claim_2(effects: pd.DataFrame) -> list[Claim]:
     """Ranked beats random: the overall gain in CIDEr × 100, by each similarity, as the paper names none for Table 1."""
     text = "the caption ranked first beats a random one: CIDEr × 100, overall"
-    return [Claim(2, text, by, gains(effects, "cider", by)[ALL]) for by in similarities(effects)]
+    return [
+        Claim(2, text, by, gains(effects, "cider", by)[ALL], 1, most_out_of_domain(effects, "cider", by))
+        for by in similarities(effects)
+    ]
+
+
+def claim_3(table: pd.DataFrame, correlations: pd.DataFrame) -> list[Claim]:
+    """Better text recovery goes with better pictures; and embeddings rank better than overlap of words."""
+    text = "better text recovery goes with better pictures: Spearman's ρ within a caption, mean over all pairs"
+    apart = {"ρ by embeddings (CLIP, SBERT) − by overlap of words (CIDEr, WMD)": _embeddings_minus_overlap(table)}
+    return [Claim(3, text, ALL, _mean_rho(correlations), 3, apart)]
+
+
+def claim_4(effects: pd.DataFrame) -> list[Claim]:
+    """Ranked beats random on CLIP distance, FID and IS (Table 2), a row each; the claim wants all three."""
+    found = []
+    for by in similarities(effects):
+        for metric in TABLE_2:
+            label = results.METRICS[metric].label
+            gain = gains(effects, metric, by)[ALL]
+            effect = _negated(gain) if metric in LOWER else gain
+            text = f"the picture ranked first beats a random one: {label}, overall"
+            found.append(Claim(4, text, by, effect, results.METRICS[metric].digits))
+    return found
+
+
+def _mean_rho(correlations: pd.DataFrame) -> Interval:
+    row = correlations[correlations["metric"] == ALL].iloc[0]
+    return Interval(row["rho"], row["low"], row["high"], int(row["n"]), 0)
+
+
+def _embeddings_minus_overlap(table: pd.DataFrame) -> Interval:
+    """Difference of the mean ρ, paired over images."""
+    means = []
+    for family in (EMBEDDINGS, OVERLAPS):
+        rhos = [-within_group_spearman(table, "image_id", by, metric) for by in family for metric in OF_PICTURES]
+        means.append(pd.concat(rhos, axis=1).mean(axis=1))
+    return mean_interval((means[0] - means[1]).dropna().to_numpy())
+
+
+def _negated(effect: Interval) -> Interval:
+    return Interval(-effect.value, -effect.high, -effect.low, effect.n, effect.seed)
 
 
 def most_out_of_domain(effects: pd.DataFrame, metric: str, by: str) -> dict[str, Interval]:
@@ -72,47 +146,99 @@ def _difference(a: Interval, b: Interval) -> Interval:
     return Interval(value, float(value - below), float(value + above), a.n + b.n, a.seed)
 
 
-def finding_1(images: int, candidates: int, run_folder: Path, docs: Path, command: str) -> list[Claim]:
-    """Image → text → image with the current profile's models, measured, and written to `docs` by `results.write`.
+def finding_1(images: int, candidates: int, run_folder: Path, command: str) -> results.Finding:
+    """Image → text → image with the current profile's models, measured.
 
     A run that was interrupted goes on in its run folder; captions by beam search are kept there too.
     """
     profile = profiles.current()
     dataset = registry.dataset(profile.dataset).subset(images)
     captioner, generator, encoders = load_models(profile)
+    fidelity = Fidelity(FeatureExtractor.of(profile.inception, profile.device))
     table = image_text_image(
-        dataset,
-        captioner,
-        generator,
-        encoders,
-        run_folder,
+        dataset, captioner, generator, [*encoders, fidelity], run_folder,
+        **_size(profile, candidates), strategy=PAPER,
+    )  # fmt: skip
+    vectors = WordVectors.at_hand()
+    judged = judge_captions(table, dataset, _described(captioner, dataset, table, run_folder / "beam.json"), vectors)
+    settings = _settings(profile, dataset, generator, judged, candidates, command, RESAMPLES, vectors.name)
+    return _measured("finding-1", judged, settings, lambda effects, rho: [*claim_1(rho), *claim_2(effects)])
+
+
+def finding_2(images: int, candidates: int, run_folder: Path, command: str) -> results.Finding:
+    """Text → image → text with the current profile's models, measured; it goes on as `finding_1` does."""
+    profile = profiles.current()
+    everything = registry.dataset(profile.dataset)
+    dataset = everything.subset(images)
+    captioner, generator, (clip, dino) = load_models(profile)
+    corpus = {example.image_id: example.references for example in everything}
+    table = text_image_text(
+        dataset, captioner, generator, load_text_similarities(profile, corpus), run_folder, **_size(profile, candidates)
+    )
+    inception = FeatureExtractor.of(profile.inception, profile.device)
+    judge = Recogniser.from_pretrained(registry.locate("miniature/recogniser")) if _drawn(dataset) else None
+    judged = judge_pictures(table, dataset, run_folder, Judges(clip, dino, inception, judge))
+    resamples = RESAMPLES_OF_PICTURES
+    settings = _settings(profile, dataset, generator, judged, candidates, command, resamples, inception.name)
+
+    def claims(effects: pd.DataFrame, correlations: pd.DataFrame) -> list[Claim]:
+        return [*claim_3(judged.table, correlations), *claim_4(effects)]
+
+    return _measured("finding-2", judged, settings, claims, figures="_texts")
+
+
+def _drawn(dataset: Dataset) -> bool:
+    """Is it the miniature world, whose recogniser can judge pictures?"""
+    return dataset.name.startswith("miniature/")
+
+
+def _size(profile: profiles.Profile, candidates: int) -> dict:
+    return dict(
         candidates=candidates,
         steps=profile.steps,
         guidance_scale=profile.guidance_scale,
-        strategy=PAPER,
         batch_size=profile.batch_size,
     )
-    judged = Judged(table, dataset, _described(captioner, dataset, table, run_folder / "beam.json"))
-    effects, correlations = measure(judged, resamples=RESAMPLES), correlate(judged.table, resamples=RESAMPLES)
-    claims = claim_2(effects)
-    apart = {by: most_out_of_domain(effects, "cider", by) for by in similarities(effects)}
-    chance = {by: {metric: shuffle(judged, by, metric) for metric in judged.metrics} for by in apart}
+
+
+def _measured(
+    name: str,
+    judged: Judged,
+    settings: results.Settings,
+    claims: Callable[[pd.DataFrame, pd.DataFrame], list[Claim]],
+    figures: str = "",
+) -> results.Finding:
+    effects, correlations = measure(judged, resamples=settings.resamples), correlate(judged.table)
+    chance = {by: {m: shuffle(judged, by, m) for m in judged.metrics} for by in similarities(effects)}
+    decided = claims(effects, correlations)
+    return results.Finding(name, judged.table, effects, correlations, decided, chance, settings, figures)
+
+
+def _settings(
+    profile: profiles.Profile,
+    dataset: Dataset,
+    generator: Generator,
+    judged: Judged,
+    candidates: int,
+    command: str,
+    resamples: int,
+    judges: str,
+) -> results.Settings:
     scheduler = generator.pipeline.scheduler
-    settings = results.Settings(
+    return results.Settings(
         command=command,
         profile=profile.name,
         dataset=dataset.name,
         candidates=candidates,
-        sampling=repr(PAPER),
+        sampling=repr(PAPER) if judged.tokenizer else "beam search",
         steps=profile.steps,
         guidance_scale=profile.guidance_scale,
         scheduler=f"{type(scheduler).__name__}, {scheduler.config.timestep_spacing} spacing",
         tokenizer=judged.tokenizer,
-        resamples=RESAMPLES,
+        resamples=resamples,
         seed=0,
+        judges=judges,
     )
-    results.write(docs, "finding-1", judged.table, effects, correlations, claims, apart, chance, settings)
-    return claims
 
 
 def _described(captioner: Captioner, dataset: Dataset, table: pd.DataFrame, path: Path) -> dict[int, str]:
@@ -129,29 +255,36 @@ def _described(captioner: Captioner, dataset: Dataset, table: pd.DataFrame, path
     return beam
 
 
+FINDINGS = {"finding-1": finding_1, "finding-2": finding_2}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a finding, or go on with it, and write what came out into the docs."""
     parser = argparse.ArgumentParser(prog="python -m dalleflamingo.reproduce", description=main.__doc__)
-    parser.add_argument("finding", choices=["finding-1"])
+    parser.add_argument("finding", choices=FINDINGS)
     parser.add_argument("--images", type=int, default=200, help="n; default: 200")
     parser.add_argument("--candidates", type=int, default=10, help="K; default: 10, as in the paper")
-    parser.add_argument("--run", type=Path, default=Path("build/runs/finding-1"), help="default: %(default)s")
+    parser.add_argument("--run", type=Path, help="run folder; default: build/runs/FINDING")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="default: docs")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own choice")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    began = time.monotonic()
-    command = f"python -m dalleflamingo.reproduce finding-1 --images {options.images} --candidates {options.candidates}"
+    began, name = time.monotonic(), options.finding
+    size = f"--images {options.images} --candidates {options.candidates}"
+    run = options.run or Path("build/runs") / name
     try:
-        claims = finding_1(options.images, options.candidates, options.run, options.docs, command)
+        command = f"python -m dalleflamingo.reproduce {name} {size}"
+        finding = FINDINGS[name](options.images, options.candidates, run, command)
+        results.write(options.docs, finding)
     except (ValueError, registry.RegistryError) as error:
         parser.error(str(error))
-    for claim in claims:
-        print(f"Claim {claim.number}, ranked by {claim.ranked_by}: {claim.verdict}; {claim.text}: {claim.effect}")
+    for claim in finding.claims:
+        by = "" if claim.ranked_by == ALL else f", ranked by {claim.ranked_by}"
+        print(f"Claim {claim.number}{by}: {claim.verdict}; {claim.text}: {claim.effect}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
     seconds = time.monotonic() - began
-    print(f"{options.docs}/results/finding-1.md and its table, figures and claims in {seconds:.0f} s, {peak:.1f} GiB.")
+    print(f"{options.docs}/results/{name}.md and its table, figures and claims in {seconds:.0f} s, {peak:.1f} GiB.")
     return 0
 
 

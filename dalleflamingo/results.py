@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -21,18 +21,70 @@ import pandas as pd
 
 from dalleflamingo import show
 from dalleflamingo.intervals import Interval
-from dalleflamingo.picks import ALL, curves, gains, scores, similarities
+from dalleflamingo.picks import ALL, LOWER, curves, gains, scores, similarities
 
-PAPER_TABLE_1 = {  # NoCaps CIDEr × 100, random and ranked
-    "all": (74.1, 80.3),
-    "in-domain": (75.1, 77.3),
-    "near-domain": (72.4, 78.3),
-    "out-domain": (78.7, 88.8),
-}
-METRICS = {"cider": "CIDEr × 100", "f1": "scene-graph F1", "bleu4": "BLEU-4 × 100"}
 SHIPPED = Path(__file__).resolve().parents[1] / "docs" / "results"
-_DIGITS = {"cider": 1, "bleu4": 1, "f1": 3}
-_ENDINGS = {"cider": "", "f1": "_f1"}  # the two primary measures are drawn
+# finding -> metric -> domain -> the paper's figures on NoCaps, random and ranked (Tables 1 and 2)
+PAPER = {
+    "finding-1": {
+        "cider": {
+            "all": (74.1, 80.3),
+            "in-domain": (75.1, 77.3),
+            "near-domain": (72.4, 78.3),
+            "out-domain": (78.7, 88.8),
+        },
+    },
+    "finding-2": {
+        "clip_distance": {"all": (40.54, 33.47)},
+        "fid": {"all": (32.37, 29.59)},
+        "is": {"all": (41.19, 45.64)},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is written: its name, digits, and the end of its figures' names where it has any."""
+
+    label: str
+    digits: int
+    figure: str | None = None
+
+
+METRICS = {
+    "cider": Metric("CIDEr × 100", 1, ""),
+    "f1": Metric("scene-graph F1", 3, "_f1"),
+    "bleu4": Metric("BLEU-4 × 100", 1),
+    "wmd": Metric("WMD", 3),
+    "found": Metric("things found", 3, "_found"),
+    "clip_distance": Metric("CLIP distance × 100", 2, "_clip"),
+    "dino_distance": Metric("DINO distance × 100", 2),
+    "fid": Metric("FID", 2, "_fid"),
+    "is": Metric("Inception Score", 2, "_is"),
+}
+_TEXTS = {
+    "finding-1": {
+        "title": "Finding I: is the caption that gives the picture back the better caption?",
+        "table": "Ranked first against random (Table 1)",
+        "oracle": "the candidate with the best scene-graph F1",
+        "rho": "Rank correlation within an image (claim 1)",
+        "pairs": "In the miniature scene-graph F1 stands for SPICE, which wants parts that cannot be had everywhere.",
+    },
+    "finding-2": {
+        "title": "Finding II: is the picture that gives the caption back the better picture?",
+        "table": "Ranked first against random (Table 2)",
+        "oracle": "the picture that shows most of the caption's things",
+        "rho": "Rank correlation within a caption (claim 3)",
+        "pairs": "FID and the Inception Score are figures of a set of pictures; no single picture has one.",
+    },
+}
+
+
+_SHUFFLED = (
+    "*Shuffled*: the same ranking by another image's similarities, a check of the measurement: nothing but chance may "
+    "be gained. One shuffle has an interval like the others and misses 0 once in twenty times; below it stands what "
+    "500 shuffles gain, their mean and the bounds of 95 % of them. A ranking that lies beyond these knows something."
+)
 
 
 class Claim(Protocol):
@@ -43,6 +95,8 @@ class Claim(Protocol):
     ranked_by: str
     effect: Interval
     verdict: str
+    digits: int
+    apart: Mapping[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -60,40 +114,49 @@ class Settings:
     tokenizer: str
     resamples: int
     seed: int
+    judges: str = ""
 
     @property
     def miniature(self) -> bool:
         return self.dataset.startswith("miniature/")
 
 
-def write(
-    docs: Path,
-    name: str,
-    table: pd.DataFrame,
-    effects: pd.DataFrame,
-    correlations: pd.DataFrame,
-    claims: Sequence[Claim],
-    apart: Mapping[str, Mapping[str, Interval]],
-    chance: Mapping[str, Mapping[str, Interval]],
-    settings: Settings,
-) -> None:
-    """Write everything about one finding; see the module's text for the files, `reproduce` for the tables.
+@dataclass(frozen=True)
+class Finding:
+    """One finding as it was measured; the tables are those of `reproduce` and `picks`.
 
-    Args:
-        apart: similarity -> domain -> gain in CIDEr × 100 out of domain minus the gain there.
-        chance: similarity -> metric -> what `picks.shuffle` gains.
+    chance: similarity -> metric -> what `picks.shuffle` gains. figures: what its figures' names begin their ends with.
     """
+
+    name: str
+    table: pd.DataFrame
+    effects: pd.DataFrame
+    correlations: pd.DataFrame
+    claims: Sequence[Claim]
+    chance: Mapping[str, Mapping[str, Interval]]
+    settings: Settings
+    figures: str = ""
+    commit: str = field(default_factory=lambda: current_commit())
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        measured = set(self.effects["metric"])
+        return {name: metric for name, metric in METRICS.items() if name in measured}
+
+
+def write(docs: Path, finding: Finding) -> None:
+    """Write everything about one finding; see the module's text for the files."""
     folder = docs / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    commit = current_commit()
-    stamped = table.copy()
-    stamped.attrs = {**asdict(settings), "commit": commit}
-    _whole(folder / f"{name}.parquet", lambda path: stamped.to_parquet(path, index=False))
-    _whole(folder / f"{name}-intervals.csv", lambda path: effects.round(5).to_csv(path, index=False))
-    _scoreboard(folder / "claims.json", claims, apart, settings)
-    draw(effects, docs / "figures")
-    text = page(name, effects, correlations, claims, apart, chance, settings, commit)
-    _whole(folder / f"{name}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    stamped = finding.table.copy()
+    stamped.attrs = {**asdict(finding.settings), "commit": finding.commit}
+    _whole(folder / f"{finding.name}.parquet", lambda path: stamped.to_parquet(path, index=False))
+    rounded = finding.effects.round(5)
+    _whole(folder / f"{finding.name}-intervals.csv", lambda path: rounded.to_csv(path, index=False))
+    _scoreboard(folder / "claims.json", finding.claims, finding.settings)
+    draw(finding, docs / "figures")
+    text = page(finding)
+    _whole(folder / f"{finding.name}.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load(name: str, folder: Path = SHIPPED) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -111,131 +174,122 @@ def load(name: str, folder: Path = SHIPPED) -> tuple[pd.DataFrame, pd.DataFrame]
     return pd.read_parquet(table), pd.read_csv(intervals)
 
 
-def draw(effects: pd.DataFrame, folder: Path) -> None:
-    """rank_curve.png and gains.png of CIDEr, and where it was measured rank_curve_f1.png and gains_f1.png."""
-    for metric, ending in _ENDINGS.items():
-        if metric in set(effects["metric"]):
-            random = scores(effects, metric, "random")[ALL].value
-            curve = show.rank_curve(curves(effects, metric), METRICS[metric], random)
-            show.write_png(curve, folder / f"rank_curve{ending}.png")
-            bars = {by: gains(effects, metric, by) for by in similarities(effects)}
-            show.write_png(show.gain_bars(bars, METRICS[metric]), folder / f"gains{ending}.png")
+def draw(finding: Finding, folder: Path) -> None:
+    """rank_curve….png and gains….png of each metric that has figures."""
+    for name, metric in finding.metrics.items():
+        if metric.figure is not None:
+            drawn = curves(finding.effects, name), scores(finding.effects, name, "random")[ALL].value
+            end = f"{finding.figures}{metric.figure}"
+            curve = show.rank_curve(drawn[0], metric.label, drawn[1], lower=name in LOWER, of=finding.name)
+            show.write_png(curve, folder / f"rank_curve{end}.png")
+            bars = {by: gains(finding.effects, name, by) for by in similarities(finding.effects)}
+            show.write_png(show.gain_bars(bars, metric.label, lower=name in LOWER), folder / f"gains{end}.png")
 
 
-def page(
-    name: str,
-    effects: pd.DataFrame,
-    correlations: pd.DataFrame,
-    claims: Sequence[Claim],
-    apart: Mapping[str, Mapping[str, Interval]],
-    chance: Mapping[str, Mapping[str, Interval]],
-    settings: Settings,
-    commit: str,
-) -> str:
+def page(finding: Finding) -> str:
     """The page in Markdown; no text of a model or a file comes into it."""
-    measured = [metric for metric in METRICS if metric in set(effects["metric"])]
-    endings = [ending for metric, ending in _ENDINGS.items() if metric in measured]
+    settings, texts = finding.settings, _TEXTS[finding.name]
     where = (
         "**Measured in the miniature**, with small models trained on a drawn world. It is no result on COCO or NoCaps; "
         "the paper's figures stand beside ours to compare their direction, not their size."
         if settings.miniature
         else f"Measured on {settings.dataset}."
     )
-    verdicts = [
-        f"* Claim {claim.number}, ranked by {show.LABELS[claim.ranked_by]}: **{claim.verdict}**. "
-        f"{claim.text[0].upper()}{claim.text[1:]}: {_cell(claim.effect, signed=True)}."
-        for claim in claims
-    ]
+    drawn = [f"{finding.figures}{metric.figure}" for metric in finding.metrics.values() if metric.figure is not None]
     parts = [
-        "# Finding I: is the caption that gives the picture back the better caption?",
+        f"# {texts['title']}",
         where,
-        f"n = {effects['n'].max()} images, K = {settings.candidates} candidates each, seed {settings.seed}, profile "
-        f"`{settings.profile}`, {settings.steps} steps of {settings.scheduler}. Brackets are 95 % intervals by a "
-        f"paired bootstrap over images ({settings.resamples:,} resamples; corpus metrics computed anew on each).",
-        "\n".join(verdicts),
-        "The rule was declared before the run: a claim holds where the interval of its effect lies above 0, does not "
-        "hold where it lies below, and is undecided else. The paper does not say which similarity ranks in its "
-        "Table 1, so each has a row.",
-        "## Ranked first against random (Table 1)",
+        f"n = {finding.effects['n'].max()} images, K = {settings.candidates} candidates each, seed {settings.seed}, "
+        f"profile `{settings.profile}`, {settings.steps} steps of {settings.scheduler}. Brackets are 95 % intervals by "
+        f"a paired bootstrap over images ({settings.resamples:,} resamples; corpus metrics computed anew on each).",
+        "\n".join(map(_verdict, finding.claims)),
+        "The rule was declared before the run: a claim holds where the interval of its effect lies beyond 0 on the "
+        "paper's side, does not hold where it lies beyond 0 on the other, and is undecided else. The paper does not "
+        "say which similarity ranks in its tables, so each has a row.",
+        f"## {texts['table']}",
     ]
-    for metric in measured:
-        parts += [f"### {METRICS[metric]}", _against_random(effects, metric)]
-    parts += [f"![The score at each rank](../figures/rank_curve{ending}.png)" for ending in endings]
-    parts += [f"![The gain over random, overall and by domain](../figures/gains{ending}.png)" for ending in endings]
+    for name, metric in finding.metrics.items():
+        parts += [f"### {metric.label}{' (lower is better)' if name in LOWER else ''}", _against_random(finding, name)]
+    parts += [f"![The score at each rank](../figures/rank_curve{end}.png)" for end in drawn]
+    parts += [f"![The gain over random, overall and by domain](../figures/gains{end}.png)" for end in drawn]
     parts += [
-        "### Most out of domain?",
-        "The gain in CIDEr × 100 out of domain minus the gain elsewhere; above 0 is the paper's side.",
-        _differences(apart),
+        *_apart(finding),
         "## What the gain is to be held against",
-        "Overall. *Oracle*: the candidate with the best scene-graph F1, the most that any ranking could reach there. "
-        "*Beam search*: the captioner's own best guess. *Shuffled*: the same ranking by another image's similarities, "
-        "a check of the measurement: nothing but chance may be gained. One shuffle has an interval like the others and "
-        "misses 0 once in twenty times; below it stands what 500 shuffles gain, their mean and the bounds of 95 % of "
-        "them. A ranking that lies above these knows something.",
-        _references(effects, chance),
-        "## Rank correlation within an image (claim 1, so far)",
-        f"Spearman's ρ between similarity and caption score over the {settings.candidates} candidates of an image, "
-        "mean over images. An image whose candidates all score alike has none and is counted apart. The claim's "
-        "declared effect is the mean over 12 pairs; these are the ones measured yet, so it has no verdict here.",
-        _correlations(correlations),
+        f"Overall. *Oracle*: {texts['oracle']}, the most that any ranking could reach there. "
+        + ("*Beam search*: the captioner's own best guess. " if "beam" in set(finding.effects["pick"]) else "")
+        + _SHUFFLED,
+        _references(finding),
+        f"## {texts['rho']}",
+        f"Spearman's ρ between similarity and score over the {settings.candidates} candidates of an image, mean over "
+        "images; above 0 is the paper's side, for scores that are better when lower too. An image whose candidates all "
+        f"score alike has none and is counted apart. {texts['pairs']}",
+        _correlations(finding.correlations),
         "## How it was made",
-        _how(settings, commit),
-        f"Every number above with its interval: [{name}-intervals.csv]({name}-intervals.csv). Every candidate: "
-        f"[{name}.parquet]({name}.parquet).",
+        _how(finding),
+        f"Every number above with its interval: [{finding.name}-intervals.csv]({finding.name}-intervals.csv). Every "
+        f"candidate: [{finding.name}.parquet]({finding.name}.parquet).",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _against_random(effects: pd.DataFrame, metric: str) -> str:
-    by_all = similarities(effects)
-    random = scores(effects, metric, "random")
+def _verdict(claim: Claim) -> str:
+    by = "" if claim.ranked_by == ALL else f", ranked by {show.LABELS[claim.ranked_by]}"
+    text = f"{claim.text[0].upper()}{claim.text[1:]}"
+    return f"* Claim {claim.number}{by}: **{claim.verdict}**. {text}: {_cell(claim.effect, claim.digits, signed=True)}."
+
+
+def _against_random(finding: Finding, metric: str) -> str:
+    effects, digits = finding.effects, METRICS[metric].digits
+    random, paper = scores(effects, metric, "random"), PAPER[finding.name].get(metric, {})
     header = ["", "n", "random"]
-    for by in by_all:
-        header += [f"{show.LABELS[by]} first", "gain"]
-    paper = metric == "cider"
+    for by in similarities(effects):
+        header += [f"{show.LABELS[by]} first", "minus random"]
     rows = []
     for domain, base in random.items():
-        row = [show.LABELS[domain], str(base.n), _cell(base, metric)]
-        for by in by_all:
+        row = [show.LABELS[domain], str(base.n), _cell(base, digits)]
+        for by in similarities(effects):
             first, gain = scores(effects, metric, f"{by} 1")[domain], gains(effects, metric, by)[domain]
-            row += [_cell(first, metric), _cell(gain, metric, signed=True)]
+            row += [_cell(first, digits), _cell(gain, digits, signed=True)]
         if paper:
-            low, high = PAPER_TABLE_1[domain]
-            row.append(f"{low} → {high} ({high - low:+.1f})")
+            low, high = paper.get(domain, (None, None))
+            row.append("" if low is None else f"{low} → {high} ({high - low:+.1f})")
         rows.append(row)
-    return _table(header + ["the paper, NoCaps"] * paper, rows)
+    return _table(header + ["the paper, NoCaps"] * bool(paper), rows)
 
 
-def _differences(apart: Mapping[str, Mapping[str, Interval]]) -> str:
-    rows = [
-        [f"ranked by {show.LABELS[by]}", f"out of domain − {show.LABELS[domain]}", _cell(difference, signed=True)]
-        for by, differences in apart.items()
-        for domain, difference in differences.items()
-    ]
-    paper = {domain: ranked - random for domain, (random, ranked) in PAPER_TABLE_1.items()}
-    for domain in ("in-domain", "near-domain"):
-        difference = f"{paper['out-domain'] - paper[domain]:+.1f}"
-        rows.append(["the paper, NoCaps", f"out of domain − {show.LABELS[domain]}", difference])
-    return _table(["", "difference of gains", "CIDEr × 100"], rows)
+def _apart(finding: Finding) -> list[str]:
+    """What is reported beside the claims' own effects, where there is any."""
+    rows = []
+    for claim in finding.claims:
+        by = "" if claim.ranked_by == ALL else f"ranked by {show.LABELS[claim.ranked_by]}"
+        rows += [[by, what, _cell(found, claim.digits, signed=True)] for what, found in claim.apart.items()]
+    if not rows:
+        return []
+    paper = PAPER[finding.name].get("cider")
+    for domain in ("in-domain", "near-domain") if paper else ():
+        out, other = (paper[name][1] - paper[name][0] for name in ("out-domain", domain))
+        rows.append(["the paper, NoCaps", f"CIDEr × 100, out of domain − {show.LABELS[domain]}", f"{out - other:+.1f}"])
+    said = "Differences; above 0 is the paper's side."
+    return ["### Reported beside the claims", said, _table(["", "difference of gains", ""], rows)]
 
 
-def _references(effects: pd.DataFrame, chance: Mapping[str, Mapping[str, Interval]]) -> str:
-    there = list(dict.fromkeys(effects["pick"]))
-    named = {"random": "random", "beam": "beam search", "oracle": "oracle (scene-graph F1)"}
+def _references(finding: Finding) -> str:
+    effects = finding.effects
+    named = {"random": "random", "beam": "beam search", "oracle": "oracle"}
     for by in similarities(effects):
         named |= {f"{by} 1": f"ranked first by {show.LABELS[by]}", f"{by} shuffled": f"{show.LABELS[by]}, shuffled"}
-    metrics = [metric for metric in METRICS if metric in set(effects["metric"])]
-    header = ["", *(title for metric in metrics for title in (METRICS[metric], "minus random"))]
+    there = set(effects["pick"])
+    header = ["", *(title for metric in finding.metrics.values() for title in (metric.label, "minus random"))]
     rows = []
-    for pick in sorted(set(named) & set(there), key=list(named).index):
+    for pick in (pick for pick in named if pick in there):
         row = [named[pick]]
-        for metric in metrics:
-            gain = _cell(gains(effects, metric, pick)[ALL], metric, signed=True)
-            row += [_cell(scores(effects, metric, pick)[ALL], metric), "" if pick == "random" else gain]
+        for name, metric in finding.metrics.items():
+            gain = _cell(gains(effects, name, pick)[ALL], metric.digits, signed=True)
+            row += [_cell(scores(effects, name, pick)[ALL], metric.digits), "" if pick == "random" else gain]
         rows.append(row)
-    for by, gained in chance.items():
-        cells = [cell for metric in metrics for cell in ("", _cell(gained[metric], metric, signed=True))]
-        rows.append([f"{show.LABELS[by]}, shuffled 500 times", *cells])
+    for by, gained in finding.chance.items():
+        cells = [("", _cell(gained[name], metric.digits, signed=True)) for name, metric in finding.metrics.items()]
+        rows.append([f"{show.LABELS[by]}, shuffled 500 times", *(cell for pair in cells for cell in pair)])
     return _table(header, rows)
 
 
@@ -244,19 +298,19 @@ def _correlations(correlations: pd.DataFrame) -> str:
     for row in correlations.to_dict("records"):
         pair = "mean over these pairs"
         if row["metric"] != ALL:
-            pair = f"{show.LABELS[row['ranked_by']]}, {METRICS[row['metric']].removesuffix(' × 100')}"
+            pair = f"{show.LABELS[row['ranked_by']]}, {METRICS[row['metric']].label.removesuffix(' × 100')}"
         rho = f"{row['rho']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
         rows.append([pair, rho, str(row["n"]), str(row["undefined"])])
     return _table(["pair", "ρ", "n", "images without ρ"], rows)
 
 
-def _how(settings: Settings, commit: str) -> str:
-    rows = [[key.replace("_", " "), f"`{value}`"] for key, value in asdict(settings).items()]
-    return _table(["", ""], [*rows, ["commit", f"`{commit}`"]])
+def _how(finding: Finding) -> str:
+    rows = [[key.replace("_", " "), f"`{value}`"] for key, value in asdict(finding.settings).items() if value != ""]
+    return _table(["", ""], [*rows, ["commit", f"`{finding.commit}`"]])
 
 
-def _cell(interval: Interval, metric: str = "cider", signed: bool = False) -> str:
-    form = f"{'+' if signed else ''}.{_DIGITS[metric]}f"
+def _cell(interval: Interval, digits: int, signed: bool = False) -> str:
+    form = f"{'+' if signed else ''}.{digits}f"
     return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
@@ -265,9 +319,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _scoreboard(
-    path: Path, claims: Sequence[Claim], apart: Mapping[str, Mapping[str, Interval]], settings: Settings
-) -> None:
+def _scoreboard(path: Path, claims: Sequence[Claim], settings: Settings) -> None:
     """Put these claims in the place of those of the same numbers; others stay."""
     there = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.exists() else []
     numbers = {claim.number for claim in claims}
@@ -282,7 +334,7 @@ def _scoreboard(
             "dataset": settings.dataset,
             "ranked_by": claim.ranked_by,
             "what": claim.text,
-            "out-domain minus": {domain: _rounded(found) for domain, found in apart[claim.ranked_by].items()},
+            "apart": {what: _rounded(found) for what, found in claim.apart.items()},
         })
     rows.sort(key=lambda row: row["claim"])
     text = json.dumps({"claims": rows}, indent=1, ensure_ascii=False) + "\n"

@@ -29,6 +29,11 @@ LABELS = {
     "clip": "CLIP",
     "dino": "DINO",
     "fidelity": "image fidelity",
+    "pixels": "pixels",
+    "text_clip": "CLIP's text",
+    "text_sbert": "SBERT",
+    "text_cider": "CIDEr",
+    "text_wmd": "WMD",
     "f1": "scene-graph F1",
     "cider": "CIDEr",
     "all": "overall",
@@ -36,7 +41,8 @@ LABELS = {
     "near-domain": "near domain",
     "out-domain": "out of domain",
 }
-_MARKERS = {"clip": "o", "dino": "s", "fidelity": "^"}  # so that grey print tells them apart too
+# so that grey print tells them apart too
+_MARKERS = {"clip": "o", "dino": "s", "fidelity": "^", "text_clip": "o", "text_sbert": "s", "text_cider": "^"}
 _SIDES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 _WIDTH, _HEIGHT = 6 * DPI, 4 * DPI  # of a chart
 
@@ -134,13 +140,20 @@ def scene_graph(picture: Image.Image, scene: Scene) -> Figure:
     return figure
 
 
-def rank_curve(curves: Mapping[str, Sequence[Interval]], score: str, random: float | None = None) -> Figure:
-    """A caption score against the rank that a similarity gives (Fig. 3): one line for each similarity.
+def rank_curve(
+    curves: Mapping[str, Sequence[Interval]],
+    score: str,
+    random: float | None = None,
+    lower: bool = False,
+    of: str = "finding-1",
+) -> Figure:
+    """A score against the rank that a similarity gives (Figs. 3 and 4): one line for each similarity.
 
     Args:
         curves: similarity -> the score over the whole data set at rank 1 … K, with its interval.
-        score: what is measured, a key of `LABELS` or words; higher is better.
+        score: what is measured, a key of `LABELS` or words. lower: it is better when lower; the axis is turned over.
         random: the score of candidates picked at random.
+        of: "finding-1" ranks captions by their drawings, "finding-2" pictures by their descriptions.
     """
     figure, axes = _chart()
     longest = max(curves.values(), key=len)
@@ -152,20 +165,23 @@ def rank_curve(curves: Mapping[str, Sequence[Interval]], score: str, random: flo
     if random is not None:
         axes.axhline(random, color=PALETTE["random"], linestyle="--", linewidth=1.2, label="at random")
     axes.set_xticks(range(1, len(longest) + 1))
-    axes.set_xlabel(f"rank among the {len(longest)} candidates of a picture (1 = drawing most like the picture)")
+    names = {"finding-1": ("caption", "drawing", "picture"), "finding-2": ("picture", "text", "caption")}
+    ranked, came_back, source = names[of]
+    axes.set_xlabel(f"rank among the {len(longest)} candidates of a {source} (1 = {came_back} most like the {source})")
+    axes.yaxis.set_inverted(lower)
     note = (
-        "A line that falls from rank 1 on says that the caption whose drawing is most like the picture is the better "
-        f"caption. Bars are 95 % intervals over n = {longest[0].n} pictures."
+        f"A line that falls from rank 1 on says that the {ranked} whose {came_back} is most like the {source} is the "
+        f"better {ranked}. Bars are 95 % intervals over n = {longest[0].n} {source}s."
     )
     return _finish(figure, axes, f"{LABELS.get(score, score)}  (better ↑)", note)
 
 
-def gain_bars(gains: Mapping[str, Mapping[str, Interval]], score: str) -> Figure:
-    """What ranking gains over picking at random, overall and by domain (Table 1).
+def gain_bars(gains: Mapping[str, Mapping[str, Interval]], score: str, lower: bool = False) -> Figure:
+    """What ranking gains over picking at random, overall and by domain (Tables 1 and 2).
 
     Args:
         gains: similarity -> {"all" or a domain: gain}, as `intervals.ranked_minus_random` returns it.
-        score: as in `rank_curve`.
+        score, lower: as in `rank_curve`.
     """
     figure, axes = _chart()
     n = {group: gain.n for by_domain in gains.values() for group, gain in by_domain.items()}
@@ -177,8 +193,9 @@ def gain_bars(gains: Mapping[str, Mapping[str, Interval]], score: str) -> Figure
         _intervals(axes, middles, list(by_domain.values()), name)
     axes.axhline(0, color=PALETTE["text"], linewidth=0.9)
     axes.set_xticks(range(len(groups)), [f"{LABELS.get(group, group)}\nn = {n[group]} pictures" for group in groups])
+    axes.yaxis.set_inverted(lower)
     note = (
-        "Above 0, the caption whose drawing is most like the picture beats a random one. Bars are paired 95 % "
+        "Above the line, the candidate that gives its source back best beats a random one. Bars are paired 95 % "
         "intervals; one that holds 0 decides nothing."
     )
     return _finish(figure, axes, f"{LABELS.get(score, score)}, ranked first − random  (better ↑)", note)

@@ -13,10 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-PALETTE = {  # told apart by colour-blind eyes (Okabe and Ito)
+PALETTE = {  # told apart by colour-blind eyes (Okabe and Ito; Tol)
     "clip": "#0072B2",
     "dino": "#D55E00",
     "fidelity": "#009E73",
+    "pixels": "#661100",
+    "text_clip": "#0072B2",
+    "text_sbert": "#882255",
+    "text_cider": "#999933",
+    "text_wmd": "#44AA99",
     "random": "#767676",
     "wordpiece": "#E69F00",
     "more": "#56B4E9",

@@ -6,13 +6,19 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
+from huggingface_hub import try_to_load_from_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu as StockBleu
 from pycocoevalcap.cider.cider import Cider as StockCider
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from dalleflamingo import metrics, ngrams, scene_graph, words
+from dalleflamingo.similarity import ClipImage, Encoder
+from dalleflamingo.text_similarity import ClipText
+from dalleflamingo.word_movers import WordVectors
 
 needs_java = pytest.mark.skipif(words.default_tokenizer() != words.PTB, reason="no Java")
 
@@ -54,6 +60,8 @@ def test_published_system_gets_its_published_scores(real_data):
     for order in range(1, 5):
         assert round(scores[f"BLEU-{order}"].value, 3) == expected[f"Bleu_{order}"]
     assert round(scores["CIDEr"].value, 3) == expected["CIDEr"]
+    assert round(scores["ROUGE-L"].value, 3) == expected["ROUGE_L"]
+    assert round(metrics.meteor(references, predictions).value, 3) == expected["METEOR"]
     assert scores["CIDEr"].n == expected["images"] and scores["CIDEr"].tokenizer == words.PTB
 
     ids, captions = list(predictions), list(predictions.values())
@@ -187,6 +195,104 @@ def test_any_resample_scores_as_pycocoevalcap_scores_that_corpus(corpus, random)
     own = {f"i{n}": captions[n] for n in range(len(corpus))}
     assert cider.scores()[: len(corpus)] == pytest.approx(stock(StockCider(), references, own)[1], abs=1e-6)
     assert bleu.scores()[: len(corpus)].T == pytest.approx(np.array(stock(StockBleu(4), references, own)[1]), abs=1e-9)
+
+
+@needs_java
+def test_meteor_prefers_the_better_caption_and_bears_an_empty_one():
+    score = metrics.meteor(REFERENCES, PREDICTIONS | {9: ""})
+    assert list(score.per_item) == [9, 7, "b"] and score.tokenizer == words.PTB
+    assert score.per_item[7] > 0.3 > score.per_item["b"] > score.per_item[9] == 0
+
+
+def test_meteor_without_java_says_what_to_install(without_java):
+    with pytest.warns(UserWarning, match="no Java"), pytest.raises(metrics.MetricUnavailable, match="install a Java"):
+        metrics.meteor(REFERENCES, PREDICTIONS)
+
+
+@needs_java
+def test_meteor_that_dies_says_why(monkeypatch):
+    monkeypatch.setattr(metrics.stock_meteor, "METEOR_JAR", "no-such.jar")
+    with pytest.raises(metrics.MetricUnavailable, match="METEOR died.*no-such.jar"):
+        metrics.meteor(REFERENCES, PREDICTIONS)
+
+
+def test_spice_without_its_files_or_its_java_says_what_to_install(monkeypatch, tmp_path):
+    with pytest.raises(metrics.MetricUnavailable, match=r"corenlp-3.6.0.jar and .*models.jar in .*scene_graph_f1"):
+        metrics._spice_ready(tmp_path)
+    for end in ("", "-models"):
+        (tmp_path / f"stanford-corenlp-3.6.0{end}.jar").touch()
+    for said, message in (("1.7.0_80", "Java 7 is here"), ("17.0.15", "Java 17 is here")):
+        run = subprocess.CompletedProcess([], 0, stderr=f'openjdk version "{said}"')
+        monkeypatch.setattr(metrics.subprocess, "run", lambda *a, run=run, **k: run)
+        with pytest.raises(metrics.MetricUnavailable, match=f"runs on Java 8 or 11; {message}"):
+            metrics._spice_ready(tmp_path)
+    for said in ("1.8.0_392", "11.0.2"):
+        run = subprocess.CompletedProcess([], 0, stderr=f'openjdk version "{said}"')
+        monkeypatch.setattr(metrics.subprocess, "run", lambda *a, run=run, **k: run)
+        metrics._spice_ready(tmp_path)
+
+
+def test_spice_hands_its_scores_back_under_the_callers_ids(monkeypatch):
+    def compute(self, gold, guess):
+        assert sorted(gold) == sorted(guess) == [0, 1, 2]
+        return 0.5, [{"All": {"f": len(guess[i][0].split()) / 10}} for i in sorted(gold)]
+
+    monkeypatch.setattr(metrics, "_spice_ready", lambda folder: None)
+    monkeypatch.setattr(metrics.stock_spice.Spice, "__init__", lambda self: None)
+    monkeypatch.setattr(metrics.stock_spice.Spice, "compute_score", compute)
+    score = metrics.spice(REFERENCES, PREDICTIONS)
+    assert score.value == 0.5 and score.per_item == {9: 0.6, 7: 0.6, "b": 0.2}
+
+
+letters = WordVectors("letters", lambda word: np.bincount([ord(letter) - 97 for letter in word], None, 26))
+
+
+def test_wmd_is_the_distance_to_the_nearest_reference_and_lower_is_better():
+    score = metrics.wmd({1: ["a b", "c d"], 2: ["a"]}, {1: "c e", 2: "a"}, letters)
+    assert score.per_item == {1: pytest.approx(2**0.5 / 2), 2: 0} and not score.higher_is_better
+    assert score.value == pytest.approx(2**0.5 / 4) and "letters" in score.name
+
+
+def test_embedding_similarity_is_the_mean_cosine_with_the_references():
+    class Angle(Encoder):
+        name = "angle"
+
+        def embed(self, items):
+            angles = torch.deg2rad(torch.tensor([float(text) for text in items]))
+            return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+    score = metrics.embedding_similarity({"x": ["0", "60"], "y": ["90"]}, {"y": "90", "x": "0"}, Angle())
+    assert score.per_item == {"y": pytest.approx(1), "x": pytest.approx(0.75)} and score.value == pytest.approx(0.875)
+
+
+def test_clip_score_of_given_features():
+    images = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
+    captions = torch.tensor([[3.0, 4.0], [-1.0, 0.0], [0.0, 5.0]])  # cosines .6, −1, 0
+    torch.testing.assert_close(metrics.clip_score(images, captions), torch.tensor([1.5, 0.0, 0.0]))
+    references = [torch.tensor([[4.0, 3.0], [0.0, -1.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+    found = metrics.ref_clip_score(images, captions, references)
+    expected = 2 * 1.5 * 0.96 / (1.5 + 0.96)  # the harmonic mean of 1.5 and the nearest reference's .96
+    torch.testing.assert_close(found, torch.tensor([expected, 0.0, 0.0]))
+
+
+@pytest.mark.skipif(
+    not isinstance(try_to_load_from_cache("timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors"), str),
+    reason="CLIP ViT-B/32 is not on this machine",
+)
+@pytest.mark.parametrize(("kind", "published"), [("good", (0.8584, 0.8450)), ("bad", (0.7153, 0.7253))])
+def test_clip_score_of_its_authors_example_is_the_published_one(real_data, kind, published):
+    folder, hub = real_data / "clipscore-example", "timm/vit_base_patch32_clip_224.openai"
+    said = json.loads((folder / f"{kind}_captions.json").read_text())
+    references = json.loads((folder / "refs.json").read_text())
+    images = ClipImage.from_pretrained(hub).embed([Image.open(folder / f"images/{name}.jpg") for name in said])
+    text = ClipText.from_pretrained(hub)
+
+    def embed(captions):
+        return text.embed([f"A photo depicts {caption}" for caption in captions])
+
+    captions, human = embed(list(said.values())), [embed(references[name]) for name in said]
+    found = metrics.clip_score(images, captions).mean(), metrics.ref_clip_score(images, captions, human).mean()
+    assert tuple(map(float, found)) == pytest.approx(published, abs=2e-3)
 
 
 def test_score_of_a_candidate_does_not_depend_on_the_other_candidates():

@@ -1,6 +1,6 @@
 """The claims as functions of a candidate table: verdicts on known effects, and every score held against another way."""
 
-import copy
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,14 +10,17 @@ import fakes
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from dalleflamingo import metrics, picks, registry, reproduce, results
 from dalleflamingo.datasets import DOMAINS, Dataset, Example
+from dalleflamingo.image_features import Looks
 from dalleflamingo.intervals import Interval
 from dalleflamingo.reconstruct import select
+from dalleflamingo.similarity import PairSimilarity
 
 KINDS = ("cat", "car", "fish", "boat", "tree", "cup")
 COLOURS = ("red", "blue", "green", "pink", "white")
@@ -52,13 +55,11 @@ def candidates(dataset: Dataset) -> pd.DataFrame:
 def judged() -> picks.Judged:
     dataset = world()
     beam = {example.image_id: example.references[1] for example in dataset}
-    return picks.Judged(candidates(dataset), dataset, beam)
+    return picks.judge_captions(candidates(dataset), dataset, beam)
 
 
 def ranked_by(judged: picks.Judged, clip: np.ndarray) -> picks.Judged:
-    other = copy.copy(judged)
-    other.table = judged.table.assign(clip=clip)
-    return other
+    return dataclasses.replace(judged, table=judged.table.assign(clip=clip))
 
 
 def overall(judged: picks.Judged, clip: np.ndarray) -> reproduce.Claim:
@@ -147,7 +148,8 @@ def test_gains_by_domain_are_those_computed_by_hand():
         for i, d in enumerate(domains)
         for c, f1 in captions.items()
     ]
-    effects = picks.measure(picks.Judged(pd.DataFrame(rows), Dataset("five cats", tuple(examples))), resamples=200)
+    judged = picks.judge_captions(pd.DataFrame(rows), Dataset("five cats", tuple(examples)))
+    effects = picks.measure(judged, resamples=200)
     gains = picks.gains(effects, "f1", "clip")
     assert {domain: gain.n for domain, gain in gains.items()} == {"all": 5, "in-domain": 3, "out-domain": 2}
     assert gains["in-domain"].value == pytest.approx(8 / 15) and gains["in-domain"].low == pytest.approx(8 / 15)
@@ -206,15 +208,10 @@ def test_images_without_human_captions_cannot_be_judged():
     examples = tuple(Example(i, Path("x.png"), ("a cat",) if i else ()) for i in range(2))
     table = pd.DataFrame({"image_id": [0, 0, 1, 1], "caption": ["a cat"] * 4, "clip": [1, 2, 3, 4]})
     with pytest.raises(ValueError, match=r"1 of 2 images have no human captions in mine \(such as \[0\]\)"):
-        picks.Judged(table, Dataset("mine", examples))
+        picks.judge_captions(table, Dataset("mine", examples))
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Captioner(fakes.Captioner):
-    def describe(self, images):
-        return [f"a {list(fakes.COLOURS)[image.getpixel((0, 0))[0] % 4]} thing" for image in images]
 
 
 class Generator(fakes.Generator):
@@ -225,10 +222,16 @@ class Likeness(fakes.MeanColour):
     name = "clip"
 
 
+class Faithfulness(fakes.Corner):
+    name = "fidelity"
+
+
 def test_the_command_writes_table_page_figures_and_claims_and_again_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(registry, "dataset", lambda name: fakes.dataset(tmp_path / "source"))
-    monkeypatch.setattr(reproduce, "load_models", lambda profile: (Captioner(), Generator(), [Likeness()]))
+    monkeypatch.setattr(reproduce, "load_models", lambda profile: (fakes.Captioner(), Generator(), [Likeness()]))
     monkeypatch.setattr(reproduce, "RESAMPLES", 20)
+    monkeypatch.setattr(reproduce.FeatureExtractor, "of", lambda name, device: None)
+    monkeypatch.setattr(reproduce, "Fidelity", lambda extractor: Faithfulness())
     docs = tmp_path / "docs"
     (docs / "results").mkdir(parents=True)
     other = {"claim": 13, "verdict": "holds"}
@@ -242,15 +245,80 @@ def test_the_command_writes_table_page_figures_and_claims_and_again_the_same(tmp
     figures, tables = {"rank_curve.png", "gains.png"}, {"finding-1.parquet", "finding-1-intervals.csv", "claims.json"}
     assert {path.name for path in made} == figures | tables | {"finding-1.md"}
     claims = json.loads(made[Path("results/claims.json")])["claims"]
-    assert [row["claim"] for row in claims] == [2, 13] and claims[1] == other
+    assert [row["claim"] for row in claims] == [1, 2, 2, 13] and claims[3] == other
     assert {"claim", "verdict", "effect", "low", "high", "n", "seeds", "profile"} <= claims[0].keys()
-    assert claims[0]["n"] == 8 and claims[0]["verdict"] in capsys.readouterr().out
+    assert claims[1]["n"] == 8 and claims[1]["verdict"] in capsys.readouterr().out
     table, effects = results.load("finding-1", docs / "results")
     assert table.attrs["candidates"] == 3 and len(table) == 24
-    assert reproduce.claim_2(effects)[0].effect.value == pytest.approx(claims[0]["effect"], abs=1e-4)
+    assert reproduce.claim_2(effects)[0].effect.value == pytest.approx(claims[1]["effect"], abs=1e-4)
 
     assert reproduce.main(arguments) == 0
     assert {path.relative_to(docs): path.read_bytes() for path in docs.rglob("*") if path.is_file()} == made
+
+
+def test_the_other_command_judges_pictures_and_decides_claims_3_and_4(tmp_path, monkeypatch):
+    class Seen:
+        name = "three colours"
+
+        def look(self, images):
+            colours = torch.tensor(np.array([np.asarray(image).mean((0, 1)) for image in images]), dtype=torch.float32)
+            return Looks(colours, colours)
+
+    monkeypatch.setattr(registry, "dataset", lambda name: fakes.dataset(tmp_path / "source"))
+    models = fakes.Captioner(), Generator(), [Likeness(), Likeness()]
+    monkeypatch.setattr(reproduce, "load_models", lambda profile: models)
+    texts = [
+        PairSimilarity("text_clip", lambda source, text: float(text.split()[3])),
+        PairSimilarity("text_cider", lambda source, text: float(text.split()[5])),
+    ]
+    monkeypatch.setattr(reproduce, "load_text_similarities", lambda profile, corpus: texts)
+    monkeypatch.setattr(reproduce, "EMBEDDINGS", ("text_clip",))
+    monkeypatch.setattr(reproduce, "OVERLAPS", ("text_cider",))
+    monkeypatch.setattr(reproduce.FeatureExtractor, "of", lambda name, device: Seen())
+    monkeypatch.setattr(reproduce, "RESAMPLES_OF_PICTURES", 20)
+    docs = tmp_path / "docs"
+    arguments = ["finding-2", "--images", "8", "--candidates", "4", "--run", str(tmp_path / "run"), "--docs", str(docs)]
+    assert reproduce.main(arguments) == 0
+    rows = json.loads((docs / "results/claims.json").read_text())["claims"]
+    assert [(row["claim"], row["ranked_by"]) for row in rows[:2]] == [(3, "all"), (4, "text_clip")] and len(rows) == 7
+    assert rows[0]["apart"] != {} and {row["n"] for row in rows[1:]} == {8}
+    table, effects = results.load("finding-2", docs / "results")
+    assert table.attrs["judges"] == "three colours" and {"clip_distance", "recovered"} <= set(table)
+    page = (docs / "results/finding-2.md").read_text(encoding="utf-8")
+    assert "Finding II" in page and "FID (lower is better)" in page and "40.54 → 33.47 (-7.1)" in page
+    assert (docs / "figures/rank_curve_texts_fid.png").exists()
+
+
+def pictures_judged(better: bool) -> picks.Judged:
+    """Four pictures of each of 30 captions; the similarity follows what is good, or its opposite."""
+    rng, rows = np.random.default_rng(0), np.arange(120).reshape(30, 4)
+    good = rng.normal(size=120)
+    table = pd.DataFrame({"image_id": np.repeat(range(30), 4), "clip_distance": -good, "dino_distance": -good})
+    columns = {"text_sbert": good if better else -good, "text_wmd": rng.normal(size=120), "found": good}
+    means = {"clip_distance": -good, "fid": 5 - good, "is": 2 + good}
+    corpus = {name: lambda pick, values=values: values[pick].mean(axis=-1) for name, values in means.items()}
+    return picks.Judged(table.assign(**columns), rows, np.array([None] * 30, object), corpus)
+
+
+@pytest.mark.parametrize(("better", "word"), [(True, "holds"), (False, "does not hold")])
+def test_claims_on_pictures_are_signed_so_that_the_papers_side_is_above_0(better, word, monkeypatch):
+    monkeypatch.setattr(reproduce, "EMBEDDINGS", ("text_sbert",))
+    monkeypatch.setattr(reproduce, "OVERLAPS", ("text_wmd",))
+    judged = pictures_judged(better)
+    effects = picks.measure(judged, resamples=200)
+    by_truth = [claim for claim in reproduce.claim_4(effects) if claim.ranked_by == "text_sbert"]
+    assert [claim.verdict for claim in by_truth] == [word] * 3
+    [claim] = reproduce.claim_3(judged.table, picks.correlate(judged.table[["image_id", *judged.table.columns[1:]]]))
+    assert claim.verdict == word and (claim.effect.value > 0) == better
+    [difference] = claim.apart.values()
+    assert (difference.low > 0) if better else (difference.high < 0)
+
+
+def test_claim_1_takes_the_mean_over_all_pairs(judged):
+    correlations = picks.correlate(judged.table.assign(clip=judged.table["f1"]), resamples=50)
+    [claim] = reproduce.claim_1(correlations)
+    pairs = correlations[correlations["metric"] != "all"]
+    assert len(pairs) == 6 and claim.effect.value == pytest.approx(pairs["rho"].mean(), abs=0.02)
 
 
 @pytest.mark.skipif(not (results.SHIPPED / "finding-1.parquet").exists(), reason="finding I is not measured here yet")
@@ -260,7 +328,7 @@ def test_the_shipped_claims_follow_from_the_shipped_table():
     assert [(row["ranked_by"], row["verdict"]) for row in shipped] == [
         (claim.ranked_by, claim.verdict) for claim in reproduce.claim_2(effects)
     ]
-    judged = picks.Judged(table, registry.dataset(table.attrs["dataset"]))
+    judged = picks.judge_captions(table, registry.dataset(table.attrs["dataset"]))
     again = picks.measure(judged, resamples=100)
     for row in shipped:
         gain = picks.gains(again, "cider", row["ranked_by"])["all"]
@@ -280,10 +348,10 @@ def test_a_finding_that_is_not_there_says_how_to_get_it(tmp_path):
 def test_a_page_from_the_miniature_says_so_and_ones_from_elsewhere_do_not(judged):
     effects = picks.measure(judged, resamples=20)
     correlations, claims = picks.correlate(judged.table, resamples=20), reproduce.claim_2(effects)
-    apart = {by: reproduce.most_out_of_domain(effects, "cider", by) for by in ("clip", "dino")}
-    chance = {by: {metric: picks.shuffle(judged, by, metric, 20) for metric in judged.metrics} for by in apart}
+    chance = {by: {m: picks.shuffle(judged, by, m, 20) for m in judged.metrics} for by in ("clip", "dino")}
     for dataset, said in (("miniature/nocaps", True), ("nocaps", False)):
         settings = results.Settings("make", "mini", dataset, 4, "p", 20, 4.0, "DDPM", "PTB", 20, 0)
-        text = results.page("finding-1", effects, correlations, claims, apart, chance, settings, "0123")
+        finding = results.Finding("finding-1", judged.table, effects, correlations, claims, chance, settings)
+        text = results.page(finding)
         assert ("Measured in the miniature" in text) == said
         assert "| overall | 24 |" in text and "74.1 → 80.3 (+6.2)" in text

@@ -20,6 +20,7 @@ from .. import registry
 from ..captioner import Captioner, Nucleus
 from ..datasets import Dataset
 from ..generator import Generator
+from ..image_features import FeatureExtractor
 from ..intervals import Interval, derive_seed, paired_bootstrap, proportion
 from ..picture_score import PictureScore, score_in_place, score_prompt, total
 from ..profiles import PROFILES
@@ -33,7 +34,7 @@ from .world import draw, sample_scene
 
 SEED = 20  # of held-out scenes; no recipe draws from it
 MINI = PROFILES["mini"]
-MODELS = ("recogniser", "vae", "blip", "sd", "clip", "dino")
+MODELS = ("recogniser", "vae", "blip", "sd", "clip", "dino", "inception")
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,16 @@ def dino_gates(dino: Dino) -> list[Gate]:
     ]
 
 
+def inception_gates(extractor: FeatureExtractor) -> list[Gate]:
+    """Does it know the things whose features it compares?"""
+    names, scenes = extractor.model.config, held_out(500, 1, "inception")
+    named = extractor.look(pictures(scenes)).logits.argmax(1).tolist()
+    things = [scene.things[0] for scene in scenes]
+    classes = [names.kinds.index(t.kind) * len(names.colours) + names.colours.index(t.colour) for t in things]
+    right = sum(a == b for a, b in zip(named, classes, strict=True))
+    return [Gate("inception", "kind and colour of one thing", proportion(right, len(named)), 1 / 192, 0.90, 0.98)]
+
+
 def measure(name: str, n: int) -> list[Gate]:
     """The gates of one model; n prompts for each of SD's."""
     recogniser = Recogniser.from_pretrained(registry.locate("miniature/recogniser")).eval()
@@ -257,6 +268,7 @@ def measure(name: str, n: int) -> list[Gate]:
         "sd": lambda: sd_gates(recogniser, Generator.from_pretrained(registry.locate("miniature/sd")), n),
         "clip": clip_gates,
         "dino": lambda: dino_gates(Dino.from_pretrained(registry.locate("miniature/dino"))),
+        "inception": lambda: inception_gates(FeatureExtractor.of("miniature/inception")),
     }
     return of[name]()
 

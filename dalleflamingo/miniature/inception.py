@@ -15,7 +15,7 @@ from dalleflamingo.recogniser import prepare
 class InceptionRecipe(SteadyRecipe):
     """Cross-entropy on the kind and colour of one thing, drawn evenly from those of the picture."""
 
-    name, steps, batch_size = "inception", 2000, 64
+    name, steps, batch_size = "inception", 6000, 64
     learning_rate, weight_decay, warmup = 2e-3, 0.01, 200
 
     def __init__(self):
