@@ -218,6 +218,59 @@ def _bootstrap_fault(attempt: Callable[[np.ndarray, np.random.Generator], tuple[
     return f"{shown}; are the bounds the quantiles 0.025 and 0.975 of at least 1000 means of 200 gains each?"
 
 
+def word_movers(attempt: Callable[[np.ndarray], float]) -> None:
+    """Exercise 1 of notebook 04: the cheapest way to move the words of one text to those of another."""
+    costs = np.array([[0.0, 0.9, 0.8], [0.2, 1.0, 1.1], [0.7, 0.6, 1.0]])
+    mistaken = [
+        ((0.0 + 0.2 + 0.6) / 3, "every word goes to its nearest, but then two words go to one and one is left over"),
+        (0.2 + 0.6 + 0.8, "that is the sum over the words; each carries one nth of the text"),
+        (np.trace(costs) / 3, "that keeps the order of the words, which says nothing to this distance"),
+        (costs.mean(), "that is the mean over all pairs, as if each word were torn into equal parts"),
+        ((0.0 + 1.1 + 0.6) / 3, "that takes the cheapest pair first; a dearer first pair may make the others cheaper"),
+    ]
+    _report(
+        lambda: _number_fault(lambda: attempt(costs.copy()), (0.2 + 0.6 + 0.8) / 3, mistaken, "3 words of each text"),
+        "The distance is the cost of the best plan for the whole text, which no word can choose by itself.",
+    )
+
+
+def frechet(attempt: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]) -> None:
+    """Exercise 2 of notebook 04: the Fréchet distance of two Gaussians."""
+    turn = np.array([[0.8, -0.6], [0.6, 0.8]])
+    first, second = np.diag([4.0, 1.0]), turn @ np.diag([9.0, 1.0]) @ turn.T
+    means = np.array([1.0, 2.0]), np.array([1.0, -1.0])
+    spread = np.trace(first + second)
+    shared = np.sqrt(np.linalg.eigvals(first @ second)).real.sum()
+    mistaken = [
+        (9 + spread - 2 * np.sqrt(first @ second).trace(), "the root of a matrix is not the root of its numbers"),
+        (9 + spread - 2 * np.trace(first @ second), "the root of the product is missing"),
+        (3 + spread - 2 * shared, "the distance of the means is squared"),
+        (spread - 2 * shared, "the means count, too"),
+        (9 + spread - shared, "the root is taken twice"),
+    ]
+    _report(
+        lambda: _number_fault(
+            lambda: attempt(means[0], first, means[1], second), 9 + spread - 2 * shared, mistaken, "two Gaussians"
+        ),
+        "FID is this, with Inception's features: of a set of pictures it sees the mean and the spread, nothing else.",
+    )
+
+
+def _number_fault(
+    attempt: Callable[[], float], expected: float, mistaken: list[tuple[float, str]], what: str
+) -> str | None:
+    try:
+        found = float(np.asarray(attempt()).real)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        return f"for {what} it raises {type(error).__name__}: {error}"
+    if isclose(found, expected, rel_tol=1e-5):
+        return None
+    hints = [hint for wrong, hint in mistaken if isclose(found, wrong, rel_tol=1e-5)]
+    return "; ".join([f"for {what} expected {expected:.3f}; yours is {found:.3f}", *hints[:1]])
+
+
 def soft_embedding(attempt: Callable) -> None:
     """Exercise 1 of notebook 02: expected embeddings, (T, V) and (V, d) -> (T, d)."""
     table = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ Everything here works on plain arrays and tables and knows nothing of models.
 import hashlib
 import json
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +59,12 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def paired_bootstrap(
-    statistic: Callable[[np.ndarray], float], n: int, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    statistic: Callable[[np.ndarray], float],
+    n: int,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    recentred: bool = False,
 ) -> Interval:
     """Percentile bootstrap of any statistic, recomputed on every resample.
 
@@ -69,20 +74,33 @@ def paired_bootstrap(
     Args:
         statistic: takes (n,) int indices into the items, with repetitions, and returns one number.
         n: how many items there are. level: share of resamples inside the interval.
+        recentred: move the interval so that the resamples' mean lies on the sample's value. For FID and the Inception
+            Score: a resample holds some pictures twice, so fewer different ones, which pushes FID up and IS down in
+            every resample alike. What the bootstrap knows then is the spread, not the place.
     Raises:
         ValueError: if there are no items, or the statistic is not finite on the sample or a resample.
     """
-    return paired_bootstraps(lambda indices: np.array([statistic(indices)]), n, resamples, seed, level)[0]
+    together = paired_bootstraps(lambda indices: np.array([statistic(indices)]), n, resamples, seed, level, [recentred])
+    return together[0]
 
 
 def paired_bootstraps(
-    statistics: Callable[[np.ndarray], np.ndarray], n: int, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    statistics: Callable[[np.ndarray], np.ndarray],
+    n: int,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    recentred: Sequence[bool] | None = None,
 ) -> list[Interval]:
     """`paired_bootstrap` of M statistics at once, which may share their work: indices -> (M,) gives M intervals."""
     values = np.asarray(statistics(np.arange(_at_least_one(n))), dtype=float)
     drawn = [statistics(indices) for block in _resamples(n, resamples, seed) for indices in block]
-    columns = np.array(drawn, dtype=float).T
-    return [_percentiles(float(value), column, n, seed, level) for value, column in zip(values, columns, strict=True)]
+    columns = np.array(drawn, dtype=float).T  # (M, resamples)
+    shifts = np.where(np.zeros(len(values)) if recentred is None else recentred, values - columns.mean(axis=1), 0.0)
+    return [
+        _percentiles(float(value), column + shift, n, seed, level)
+        for value, column, shift in zip(values, columns, shifts, strict=True)
+    ]
 
 
 def mean_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:

@@ -21,6 +21,7 @@ from dalleflamingo.words import tokenize
 
 SIMILARITIES = ("clip", "dino", "fidelity", "pixels", "text_clip", "text_sbert", "text_cider", "text_wmd")
 LOWER = ("wmd", "clip_distance", "dino_distance", "fid")  # metrics that are better when lower
+OF_SETS = ("fid", "is")  # metrics of a set of pictures, which resamples bias: their intervals are recentred
 # what claims 1 and 3 correlate: a metric of single captions or pictures; in the miniature F1 stands for SPICE
 OF_CAPTIONS, OF_PICTURES = ("cider", "bleu4", "f1", "wmd"), ("clip_distance", "dino_distance")
 DRAWS = 20  # at least so many random picks
@@ -177,8 +178,9 @@ def measure(judged: Judged, seed: int = 0, resamples: int = RESAMPLES) -> pd.Dat
             scores = np.add.reduceat(scores, starts, axis=1) / sizes  # (metrics, picks)
             return np.stack([scores, scores - scores[:, random, None]]).ravel()
 
-        found = iter(paired_bootstraps(statistics, len(inside), resamples, seed + number))
         names = [(metric, pick) for metric in judged.metrics for pick in picks]
+        shifted = 2 * [metric in OF_SETS for metric, _ in names]
+        found = iter(paired_bootstraps(statistics, len(inside), resamples, seed + number, recentred=shifted))
         absolute, paired = [next(found) for _ in names], list(found)
         for (metric, pick), score, gain in zip(names, absolute, paired, strict=True):
             rows.append({

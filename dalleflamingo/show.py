@@ -35,6 +35,12 @@ LABELS = {
     "text_cider": "CIDEr",
     "text_wmd": "WMD",
     "f1": "scene-graph F1",
+    "found": "things found",
+    "wmd": "WMD",
+    "clip_distance": "CLIP distance × 100",
+    "dino_distance": "DINO distance × 100",
+    "fid": "FID",
+    "is": "Inception Score",
     "cider": "CIDEr",
     "all": "overall",
     "in-domain": "in domain",
@@ -108,7 +114,7 @@ def ranking(example: Example, table: pd.DataFrame, run_folder: str | Path, by: s
 
 def _candidate(entry: Mapping, by: str, count: int, run_folder: Path) -> Tile:
     place = {1: ", most like it", count: ", least like it"}.get(entry["rank"], "") if count > 1 else ""
-    measured = [name for name in (by, "f1", "cider") if name in entry]
+    measured = [name for name in (by, "f1", "cider", "found") if name in entry]
     return Tile(
         open_picture(run_folder / entry["picture"]),
         f"“{entry['caption']}”",
@@ -116,6 +122,27 @@ def _candidate(entry: Mapping, by: str, count: int, run_folder: Path) -> Tile:
         f"{entry['rank']}{place}",
         _colour(by),
     )
+
+
+def pictures_ranked(table: pd.DataFrame, image_id: int, run_folder: str | Path, by: str, columns: int = 5) -> Figure:
+    """The pictures drawn from one caption, best to worst by similarity `by`, each with what was said of it.
+
+    Args:
+        table: a candidate table of `reconstruct.text_image_text`; `found` is shown where there is such a column.
+        run_folder, columns: as in `ranking`. Errors as `ranking`.
+    """
+    own = table[table["image_id"] == image_id]
+    if own.empty:
+        raise ValueError(f"the table has no row of image {image_id}: is it of another run or data set?")
+    ordered = rank(own, by).sort_values("rank").to_dict("records")
+    said = [entry | {"caption": entry["recovered"]} for entry in ordered]
+    drawn = [_candidate(entry, by, len(ordered), Path(run_folder)) for entry in said]
+    lines = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
+    note = (
+        f"Drawn from “{ordered[0]['caption']}”. Below each picture what the captioner said of it; {LABELS.get(by, by)} "
+        "orders them by how like the caption that is. Does the better picture come first?"
+    )
+    return tiles.lay_out(lines, note)
 
 
 def scene_graph(picture: Image.Image, scene: Scene) -> Figure:

@@ -1,5 +1,7 @@
 """Every state of an exercise gets its answer, and none stops the notebook."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 import tiny
@@ -124,6 +126,46 @@ INTERVALS = [
 @pytest.mark.parametrize(("attempt", "said"), INTERVALS)
 def test_an_interval_is_told_what_is_wrong_with_it(attempt, said, capsys):
     checks.bootstrap(attempt)
+    assert said in capsys.readouterr().out
+
+
+# ── notebook 04 ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def movers(costs):
+    return min(costs[range(len(costs)), order].mean() for order in map(list, permutations(range(len(costs)))))
+
+
+@pytest.mark.parametrize(("attempt", "said"), [
+    (movers, "Right. The distance is the cost of the best plan"),
+    (not_done, "Not done yet"),
+    (lambda costs: costs.min(axis=1).mean(), "two words go to one"),
+    (lambda costs: 3 * movers(costs), "each carries one nth"),
+    (lambda costs: costs.trace() / 3, "keeps the order"),
+    (lambda costs: costs.mean(), "torn into equal parts"),
+    (lambda costs: (0 + 1.1 + 0.6) / 3, "cheapest pair first"),
+    (lambda costs: costs[9], "raises IndexError"),
+])  # fmt: skip
+def test_a_distance_of_texts_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.word_movers(attempt)
+    assert said in capsys.readouterr().out
+
+
+def frechet(m1, s1, m2, s2, root=lambda s: np.sqrt(np.linalg.eigvals(s)).sum()):
+    return ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * root(s1 @ s2)
+
+
+@pytest.mark.parametrize(("attempt", "said"), [
+    (frechet, "Right. FID is this"),
+    (not_done, "Not done yet"),
+    (lambda *given: frechet(*given, root=lambda s: np.trace(np.sqrt(s))), "not the root of its numbers"),
+    (lambda *given: frechet(*given, root=np.trace), "root of the product is missing"),
+    (lambda m1, s1, m2, s2: frechet(m1, s1, m1, s2) + abs(m1 - m2).sum(), "means is squared"),
+    (lambda m1, s1, m2, s2: frechet(m1, s1, m1, s2), "means count, too"),
+    (lambda *given: "far", "raises ValueError"),
+])  # fmt: skip
+def test_a_frechet_distance_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.frechet(attempt)
     assert said in capsys.readouterr().out
 
 

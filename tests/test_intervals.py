@@ -237,3 +237,16 @@ def test_gain_refuses_unmeasured_candidates():
 
 def test_interval_prints_value_bounds_n_and_seed():
     assert str(intervals.Interval(0.5, 0.25, 0.75, 24, 7)) == "0.500 [0.250, 0.750] (n = 24, seed 7)"
+
+
+def test_recentred_interval_of_a_biased_statistic_lies_around_its_value():
+    """The number of different items: every resample holds fewer, by a factor of about 1 − 1/e."""
+    def different(rows):
+        return float(len(set(rows.tolist())))
+
+    plain = intervals.paired_bootstrap(different, 100, 400)
+    moved = intervals.paired_bootstrap(different, 100, 400, recentred=True)
+    assert plain.value == moved.value == 100 and plain.high < 75
+    assert moved.low < 100 < moved.high and moved.high - moved.low == pytest.approx(plain.high - plain.low)
+    both = intervals.paired_bootstraps(lambda rows: np.array([different(rows)] * 2), 100, 400, recentred=[True, False])
+    assert both == [moved, plain]
