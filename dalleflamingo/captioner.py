@@ -121,6 +121,18 @@ class Captioner:
         )
         return decoded.logits[:, prompt.shape[1] - 1 :], ids
 
+    @torch.no_grad()
+    def log_likelihood(self, images: Sequence[Image], captions: Sequence[str], batch_size: int = 64) -> Tensor:
+        """(B,) log p(caption | picture), [SEP] included, on the CPU; arguments and errors as `token_logits`."""
+        found = []
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            logits, ids = self.token_logits(images[part], captions[part])
+            said = ids != self.processor.tokenizer.pad_token_id
+            chosen = logits.float().log_softmax(-1).gather(2, ids.unsqueeze(-1)).squeeze(-1)  # (B, T)
+            found.append((chosen * said).sum(1).cpu())
+        return torch.cat(found)
+
     def _pixels(self, images: Sequence[Image] | Tensor) -> Tensor:
         if not isinstance(images, Tensor):
             images = self.processor(images=list(images), return_tensors="pt").pixel_values

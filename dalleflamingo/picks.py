@@ -7,19 +7,27 @@ equally often: for metrics that are means over images it is the exact expectatio
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from dalleflamingo import scene_graph
 from dalleflamingo.datasets import DOMAINS, Dataset
-from dalleflamingo.intervals import Interval, mean_interval, paired_bootstraps, within_group_spearman
+from dalleflamingo.intervals import (
+    Interval,
+    mean_interval,
+    paired_bootstrap,
+    paired_bootstraps,
+    within_group_spearman,
+)
 from dalleflamingo.metrics import BleuTable, Cider, scene_graph_f1
 from dalleflamingo.word_movers import WordVectors
 from dalleflamingo.words import tokenize
 
 SIMILARITIES = ("clip", "dino", "fidelity", "pixels", "text_clip", "text_sbert", "text_cider", "text_wmd")
+# other ways to rank captions, which need no picture drawn; columns of `baselines.add`
+BASELINES = ("length", "likelihood", "consensus", "clip_score")
 LOWER = ("wmd", "clip_distance", "dino_distance", "fid")  # metrics that are better when lower
 OF_SETS = ("fid", "is")  # metrics of a set of pictures, which resamples bias: their intervals are recentred
 # what claims 1 and 3 correlate: a metric of single captions or pictures; in the miniature F1 stands for SPICE
@@ -52,10 +60,15 @@ class Judged:
     beam: np.ndarray | None = None
     tokenizer: str = ""
 
+    def first(self, k: int) -> "Judged":
+        """The same, of each image only the first k candidates."""
+        return replace(self, rows=self.rows[:, :k])
+
     def picks(self, seed: int = 0) -> dict[str, np.ndarray]:
         """Every choice that is compared, (S, n) each.
 
-        "clip 1" … "clip K": the candidate ranked there, of equals the first row first, as in `reconstruct.rank`.
+        "clip 1" … "clip K": the candidate ranked there, of equals the first row first, as in `reconstruct.rank`; of
+        the baselines that are there the first only, "length 1".
         "random". "clip shuffled": the candidate whose number is ranked first in another image, so that nothing but
         chance is gained. "oracle": the best by `best`. "beam": the caption by beam search.
         """
@@ -68,6 +81,8 @@ class Judged:
             picks |= {f"{by} {rank + 1}": self.rows[images, order[:, rank]][None] for rank in range(k)}
             # one shuffle only: several share their donors, so the mean over them would seem surer than it is
             picks[f"{by} shuffled"] = self.rows[images, order[_others(rng, n), 0]][None]
+        for by in (by for by in BASELINES if by in self.table):
+            picks[f"{by} 1"] = self.rows[images, self.order(by)[:, 0]][None]
         if self.best:
             picks["oracle"] = self.rows[images, self.order(self.best)[:, 0]][None]
         if self.beam is not None:
@@ -160,35 +175,93 @@ def _nearest_reference(
 
 
 def measure(judged: Judged, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
-    """Score of every pick, and its gain over the random one, in all and by domain.
+    """Score of every pick, and its gain over the random one, in all and by domain; returns as `score_picks`."""
+    picks = judged.picks(seed)
+    tables = [
+        score_picks(judged, picks, dict.fromkeys(picks, "random"), inside, domain, seed + number, resamples)
+        for number, (domain, inside) in enumerate(_members(judged.domain).items())
+    ]
+    return pd.concat(tables, ignore_index=True)
 
+
+def growing(judged: Judged, numbers: Sequence[int], seed: int = 0) -> dict[str, np.ndarray]:
+    """Fig. 9: "clip of 5" … the candidate ranked first among the first 5, and "random of 5", for each of `numbers`."""
+    picks, rng = {}, np.random.default_rng(seed)
+    for k in numbers:
+        few = judged.rows[:, :k]
+        picks[f"random of {k}"] = np.concatenate([rng.permuted(few, axis=1).T for _ in range(-(-DRAWS // k))])
+        for by in similarities(judged.table):
+            first = judged.table[by].to_numpy(float)[few].argmax(axis=1)
+            picks[f"{by} of {k}"] = few[np.arange(len(few)), first][None]
+    return picks
+
+
+def growth(judged: Judged, numbers: Sequence[int], seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
+    """Scores of `growing` picks, and their gains over the random one of as many; returns as `score_picks`."""
+    picks = growing(judged, numbers, seed)
+    against = {name: f"random of {name.split()[-1]}" for name in picks}
+    return score_picks(judged, picks, against, np.arange(len(judged.rows)), ALL, seed, resamples)
+
+
+def contrast(
+    judged: Judged,
+    metric: str,
+    plus: Sequence[np.ndarray],
+    minus: Sequence[np.ndarray],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """The scores of some picks minus those of others, paired over images: a difference of gains has four of them."""
+
+    def statistic(indices: np.ndarray) -> float:
+        corpora = np.concatenate([pick[:, indices] for pick in (*plus, *minus)])
+        values = judged.metrics[metric](corpora)
+        means = [part.mean() for part in np.split(values, np.cumsum([len(pick) for pick in (*plus, *minus)])[:-1])]
+        return sum(means[: len(plus)]) - sum(means[len(plus) :])
+
+    return paired_bootstrap(statistic, len(judged.rows), resamples, seed, recentred=metric in OF_SETS)
+
+
+def score_picks(
+    judged: Judged,
+    picks: Mapping[str, np.ndarray],
+    against: Mapping[str, str],
+    inside: np.ndarray,
+    domain: str,
+    seed: int,
+    resamples: int,
+) -> pd.DataFrame:
+    """Score of every pick, and its gain over another.
+
+    Args:
+        picks: name -> (S, n). against: name -> the name of the pick that its gain is over.
+        inside: which images, as positions. domain: their name.
     Returns:
         columns domain, metric, pick, n (images); value, low, high: the score with its 95 % interval; gain, gain_low,
-        gain_high: that minus the random pick's, paired over images; seed, of the bootstrap, another for each domain.
+        gain_high: that minus the other pick's, paired over images; seed, of the bootstrap.
     """
-    picks = judged.picks(seed)
-    stack, starts = np.concatenate(list(picks.values())), np.cumsum([0, *map(len, picks.values())][:-1])
-    sizes, random = np.array([len(pick) for pick in picks.values()]), list(picks).index("random")
-    rows = []
-    for number, (domain, inside) in enumerate(_members(judged.domain).items()):
+    stack, starts = np.concatenate(list(picks.values()))[:, inside], np.cumsum([0, *map(len, picks.values())][:-1])
+    sizes = np.array([len(pick) for pick in picks.values()])
+    others = [list(picks).index(against[name]) for name in picks]
 
-        def statistics(indices: np.ndarray, chosen: np.ndarray = stack[:, inside]) -> np.ndarray:
-            corpora = chosen[:, indices]
-            scores = np.array([metric(corpora) for metric in judged.metrics.values()])  # (metrics, all corpora)
-            scores = np.add.reduceat(scores, starts, axis=1) / sizes  # (metrics, picks)
-            return np.stack([scores, scores - scores[:, random, None]]).ravel()
+    def statistics(indices: np.ndarray) -> np.ndarray:
+        corpora = stack[:, indices]
+        scores = np.array([metric(corpora) for metric in judged.metrics.values()])  # (metrics, all corpora)
+        scores = np.add.reduceat(scores, starts, axis=1) / sizes  # (metrics, picks)
+        return np.stack([scores, scores - scores[:, others]]).ravel()
 
-        names = [(metric, pick) for metric in judged.metrics for pick in picks]
-        shifted = 2 * [metric in OF_SETS for metric, _ in names]
-        found = iter(paired_bootstraps(statistics, len(inside), resamples, seed + number, recentred=shifted))
-        absolute, paired = [next(found) for _ in names], list(found)
-        for (metric, pick), score, gain in zip(names, absolute, paired, strict=True):
-            rows.append({
-                "domain": domain, "metric": metric, "pick": pick, "n": score.n,
-                "value": score.value, "low": score.low, "high": score.high,
-                "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "seed": score.seed,
-            })  # fmt: skip
-    return pd.DataFrame(rows)
+    names = [(metric, pick) for metric in judged.metrics for pick in picks]
+    shifted = 2 * [metric in OF_SETS for metric, _ in names]
+    found = iter(paired_bootstraps(statistics, len(inside), resamples, seed, recentred=shifted))
+    absolute, paired = [next(found) for _ in names], list(found)
+    return pd.DataFrame([
+        {
+            "domain": domain, "metric": metric, "pick": pick, "n": score.n,
+            "value": score.value, "low": score.low, "high": score.high,
+            "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "seed": score.seed,
+        }
+        for (metric, pick), score, gain in zip(names, absolute, paired, strict=True)
+    ])  # fmt: skip
 
 
 def shuffle(judged: Judged, by: str, metric: str, shuffles: int = 500, seed: int = 0) -> Interval:
@@ -205,7 +278,7 @@ def shuffle(judged: Judged, by: str, metric: str, shuffles: int = 500, seed: int
     return Interval(float(found.mean()), *map(float, np.quantile(found, [0.025, 0.975])), n, seed)
 
 
-def correlate(table: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+def correlate(judged: Judged, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """Claims 1 and 3: Spearman's correlation of similarity and score among the candidates of an image, averaged.
 
     Metrics that are better when lower are negated, so that ρ > 0 is the paper's side. An image whose candidates all
@@ -215,6 +288,7 @@ def correlate(table: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) ->
     Returns:
         columns ranked_by, metric ("all" in the last row), rho, low, high, n (images), undefined (images).
     """
+    table = judged.table.iloc[judged.rows.ravel()]
     measured = [metric for metric in (*OF_CAPTIONS, *OF_PICTURES) if metric in table]
     pairs = [(by, metric) for by in similarities(table) for metric in measured]
     signed = table.assign(**{metric: -table[metric] for metric in measured if metric in LOWER})
@@ -245,7 +319,8 @@ def scores(effects: pd.DataFrame, metric: str, pick: str) -> dict[str, Interval]
 
 def gains(effects: pd.DataFrame, metric: str, pick: str) -> dict[str, Interval]:
     """Domain ("all" first) -> the pick's score minus the random pick's; "clip" stands for "clip 1"."""
-    return _intervals(effects, metric, f"{pick} 1" if pick in SIMILARITIES else pick, ("gain", "gain_low", "gain_high"))
+    first = f"{pick} 1" if pick in (*SIMILARITIES, *BASELINES) else pick
+    return _intervals(effects, metric, first, ("gain", "gain_low", "gain_high"))
 
 
 def curves(effects: pd.DataFrame, metric: str, domain: str = ALL) -> dict[str, list[Interval]]:

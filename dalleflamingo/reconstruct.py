@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from PIL.Image import Image
+from torch import Tensor
 
 from dalleflamingo import profiles, registry
 from dalleflamingo.captioner import PAPER, Captioner
 from dalleflamingo.datasets import Dataset, read_captions, read_folder
 from dalleflamingo.decoding import Strategy
 from dalleflamingo.generator import Generator
+from dalleflamingo.intervals import derive_seed
 from dalleflamingo.ngrams import Cider
 from dalleflamingo.similarity import ClipImage, Dino, Similarity
 from dalleflamingo.text_similarity import CiderOverlap, ClipText, Sbert, WordMovers
@@ -101,6 +104,41 @@ def text_image_text(
     """
     models = captioner, generator, similarities, candidates, steps, guidance_scale, seed, batch_size
     return travel(TextTrip(*models), dataset, run_folder, chunk)
+
+
+def reconstruction_score(
+    images: Sequence[Image],
+    captions: Sequence[str],
+    generator: Generator,
+    similarity: Similarity,
+    *,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    pictures: int = 1,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> Tensor:
+    """How good captions are, without any reference: how like its image is what the generator draws from it (§6).
+
+    Args:
+        images, captions: B of each, in pairs.
+        similarity: of pictures, CLIP's or DINO's or one's own.
+        pictures: drawn from each caption, from noise of their own; the score is the mean over them.
+    Returns:
+        (B,) higher is better; captions of one image compare, those of different images hardly.
+    Raises:
+        ValueError: not as many captions as images, or pictures < 1.
+    """
+    if len(images) != len(captions) or pictures < 1:
+        raise ValueError(
+            f"{len(images)} images, {len(captions)} captions, {pictures} pictures of each: give as many captions as "
+            "images, and at least one picture"
+        )
+    texts = [caption for caption in captions for _ in range(pictures)]
+    seeds = [derive_seed(seed, j) for _ in captions for j in range(pictures)]  # equal captions are drawn once
+    drawn = generator.render(texts, seeds, steps, guidance_scale, batch_size)
+    rows = [drawn[i : i + pictures] for i in range(0, len(drawn), pictures)]
+    return similarity.compare(images, rows).mean(dim=1)
 
 
 def rank(table: pd.DataFrame, by: str) -> pd.DataFrame:

@@ -101,12 +101,16 @@ class Claim(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a reader needs to make the same numbers again."""
+    """All that a reader needs to make the same numbers again.
+
+    candidates: drawn for each image. ranked: how many of them, the first, the finding ranks. judges: of what else.
+    """
 
     command: str
     profile: str
     dataset: str
     candidates: int
+    ranked: int
     sampling: str
     steps: int
     guidance_scale: float
@@ -153,7 +157,7 @@ def write(docs: Path, finding: Finding) -> None:
     _whole(folder / f"{finding.name}.parquet", lambda path: stamped.to_parquet(path, index=False))
     rounded = finding.effects.round(5)
     _whole(folder / f"{finding.name}-intervals.csv", lambda path: rounded.to_csv(path, index=False))
-    _scoreboard(folder / "claims.json", finding.claims, finding.settings)
+    scoreboard(folder / "claims.json", finding.claims, finding.settings)
     draw(finding, docs / "figures")
     text = page(finding)
     _whole(folder / f"{finding.name}.md", lambda path: path.write_text(text, encoding="utf-8"))
@@ -199,10 +203,10 @@ def page(finding: Finding) -> str:
     parts = [
         f"# {texts['title']}",
         where,
-        f"n = {finding.effects['n'].max()} images, K = {settings.candidates} candidates each, seed {settings.seed}, "
+        f"n = {finding.effects['n'].max()} images, K = {settings.ranked} candidates each, seed {settings.seed}, "
         f"profile `{settings.profile}`, {settings.steps} steps of {settings.scheduler}. Brackets are 95 % intervals by "
         f"a paired bootstrap over images ({settings.resamples:,} resamples; corpus metrics computed anew on each).",
-        "\n".join(map(_verdict, finding.claims)),
+        "\n".join(map(verdict_line, finding.claims)),
         "The rule was declared before the run: a claim holds where the interval of its effect lies beyond 0 on the "
         "paper's side, does not hold where it lies beyond 0 on the other, and is undecided else. The paper does not "
         "say which similarity ranks in its tables, so each has a row.",
@@ -217,10 +221,11 @@ def page(finding: Finding) -> str:
         "## What the gain is to be held against",
         f"Overall. *Oracle*: {texts['oracle']}, the most that any ranking could reach there. "
         + ("*Beam search*: the captioner's own best guess. " if "beam" in set(finding.effects["pick"]) else "")
+        + ("The last four rank without drawing a picture. " if "length 1" in set(finding.effects["pick"]) else "")
         + _SHUFFLED,
         _references(finding),
         f"## {texts['rho']}",
-        f"Spearman's ρ between similarity and score over the {settings.candidates} candidates of an image, mean over "
+        f"Spearman's ρ between similarity and score over the {settings.ranked} candidates of an image, mean over "
         "images; above 0 is the paper's side, for scores that are better when lower too. An image whose candidates all "
         f"score alike has none and is counted apart. {texts['pairs']}",
         _correlations(finding.correlations),
@@ -232,7 +237,8 @@ def page(finding: Finding) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _verdict(claim: Claim) -> str:
+def verdict_line(claim: Claim) -> str:
+    """A claim as an item of a list in Markdown."""
     by = "" if claim.ranked_by == ALL else f", ranked by {show.LABELS[claim.ranked_by]}"
     text = f"{claim.text[0].upper()}{claim.text[1:]}"
     return f"* Claim {claim.number}{by}: **{claim.verdict}**. {text}: {_cell(claim.effect, claim.digits, signed=True)}."
@@ -254,7 +260,7 @@ def _against_random(finding: Finding, metric: str) -> str:
             low, high = paper.get(domain, (None, None))
             row.append("" if low is None else f"{low} → {high} ({high - low:+.1f})")
         rows.append(row)
-    return _table(header + ["the paper, NoCaps"] * bool(paper), rows)
+    return table(header + ["the paper, NoCaps"] * bool(paper), rows)
 
 
 def _apart(finding: Finding) -> list[str]:
@@ -270,7 +276,7 @@ def _apart(finding: Finding) -> list[str]:
         out, other = (paper[name][1] - paper[name][0] for name in ("out-domain", domain))
         rows.append(["the paper, NoCaps", f"CIDEr × 100, out of domain − {show.LABELS[domain]}", f"{out - other:+.1f}"])
     said = "Differences; above 0 is the paper's side."
-    return ["### Reported beside the claims", said, _table(["", "difference of gains", ""], rows)]
+    return ["### Reported beside the claims", said, table(["", "difference of gains", ""], rows)]
 
 
 def _references(finding: Finding) -> str:
@@ -278,6 +284,12 @@ def _references(finding: Finding) -> str:
     named = {"random": "random", "beam": "beam search", "oracle": "oracle"}
     for by in similarities(effects):
         named |= {f"{by} 1": f"ranked first by {show.LABELS[by]}", f"{by} shuffled": f"{show.LABELS[by]}, shuffled"}
+    named |= {
+        "length 1": "longest caption",
+        "likelihood 1": "likeliest to the captioner",
+        "consensus 1": "most like the other candidates (CIDEr)",
+        "clip_score 1": "CLIPScore of caption and image",
+    }
     there = set(effects["pick"])
     header = ["", *(title for metric in finding.metrics.values() for title in (metric.label, "minus random"))]
     rows = []
@@ -290,7 +302,7 @@ def _references(finding: Finding) -> str:
     for by, gained in finding.chance.items():
         cells = [("", _cell(gained[name], metric.digits, signed=True)) for name, metric in finding.metrics.items()]
         rows.append([f"{show.LABELS[by]}, shuffled 500 times", *(cell for pair in cells for cell in pair)])
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _correlations(correlations: pd.DataFrame) -> str:
@@ -301,12 +313,12 @@ def _correlations(correlations: pd.DataFrame) -> str:
             pair = f"{show.LABELS[row['ranked_by']]}, {METRICS[row['metric']].label.removesuffix(' × 100')}"
         rho = f"{row['rho']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
         rows.append([pair, rho, str(row["n"]), str(row["undefined"])])
-    return _table(["pair", "ρ", "n", "images without ρ"], rows)
+    return table(["pair", "ρ", "n", "images without ρ"], rows)
 
 
 def _how(finding: Finding) -> str:
     rows = [[key.replace("_", " "), f"`{value}`"] for key, value in asdict(finding.settings).items() if value != ""]
-    return _table(["", ""], [*rows, ["commit", f"`{finding.commit}`"]])
+    return table(["", ""], [*rows, ["commit", f"`{finding.commit}`"]])
 
 
 def _cell(interval: Interval, digits: int, signed: bool = False) -> str:
@@ -314,12 +326,13 @@ def _cell(interval: Interval, digits: int, signed: bool = False) -> str:
     return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _scoreboard(path: Path, claims: Sequence[Claim], settings: Settings) -> None:
+def scoreboard(path: Path, claims: Sequence[Claim], settings: Settings) -> None:
     """Put these claims in the place of those of the same numbers; others stay."""
     there = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.exists() else []
     numbers = {claim.number for claim in claims}

@@ -203,6 +203,19 @@ def rank_curve(
     return _finish(figure, axes, f"{LABELS.get(score, score)}  (better ↑)", note)
 
 
+def lines(curves: Mapping[str, Mapping[float, Interval]], score: str, xlabel: str, note: str) -> Figure:
+    """A score against a setting: name -> {setting: interval}; a name that is no similarity's is drawn in grey."""
+    figure, axes = _chart()
+    for name, points in curves.items():
+        places, intervals = np.array(list(points), float), list(points.values())
+        colour = PALETTE.get(name, PALETTE["random"])
+        axes.plot(places, [interval.value for interval in intervals], color=colour, linewidth=1.2)
+        label = f"ranked by {LABELS[name]}" if name in LABELS else name
+        _intervals(axes, places, intervals, name, label)
+    axes.set_xlabel(xlabel)
+    return _finish(figure, axes, f"{score}  (better ↑)", note)
+
+
 def gain_bars(gains: Mapping[str, Mapping[str, Interval]], score: str, lower: bool = False) -> Figure:
     """What ranking gains over picking at random, overall and by domain (Tables 1 and 2).
 
@@ -311,13 +324,15 @@ def _chart() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _intervals(axes: Axes, places: np.ndarray, intervals: Sequence[Interval], name: str) -> None:
+def _intervals(
+    axes: Axes, places: np.ndarray, intervals: Sequence[Interval], name: str, label: str | None = None
+) -> None:
     """Values and their bounds, drawn apart: a percentile interval need not hold its value."""
     style = dict(color=_colour(name), zorder=3)
     axes.vlines(places, [interval.low for interval in intervals], [interval.high for interval in intervals], **style)
     values = [interval.value for interval in intervals]
     marker = _MARKERS.get(name, "D")
-    axes.plot(places, values, marker, markersize=5, label=f"ranked by {LABELS.get(name, name)}", **style)
+    axes.plot(places, values, marker, markersize=5, label=label or f"ranked by {LABELS.get(name, name)}", **style)
 
 
 def _colour(name: str) -> str:

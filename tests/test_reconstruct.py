@@ -304,6 +304,25 @@ def test_a_retrained_model_is_another_model():
     assert runs.describe(holder) != before
 
 
+def test_reconstruction_score_is_the_mean_similarity_of_what_a_caption_draws(tmp_path):
+    dataset, generator, colour = fakes.dataset(tmp_path / "p", 2), fakes.Generator(), fakes.MeanColour()
+    images = [dataset.open(example) for example in dataset]  # red and green
+    captions = ["a red thing", "a red thing"]
+
+    def render(captions, seeds, steps, guidance, batch):
+        return [generator._draw(caption, seed, lambda n: None) for caption, seed in zip(captions, seeds, strict=True)]
+
+    generator.render = render
+    score = reconstruct.reconstruction_score(images, captions, generator, colour, pictures=3)
+    seeds = [intervals.derive_seed(0, j) for j in range(3)]
+    drawn = [generator._draw("a red thing", seed, lambda n: None) for seed in seeds]
+    expected = [torch.cosine_similarity(colour.embed([image]), colour.embed(drawn)).mean() for image in images]
+    torch.testing.assert_close(score, torch.stack(expected))
+    assert score[0] > 0.9 > score[1]
+    with pytest.raises(ValueError, match="2 images, 1 captions, 3 pictures"):
+        reconstruct.reconstruction_score(images, captions[:1], generator, colour, pictures=3)
+
+
 def test_first_rank_goes_to_the_most_alike_and_of_equals_to_the_first_row():
     table = pd.DataFrame({
         "image_id": [9, 9, 9, 4, 4, 4],

@@ -197,7 +197,7 @@ def test_beam_search_captions_are_scored_beside_the_candidates(judged):
 def test_rank_correlation_is_scipys_and_images_without_one_are_counted(judged):
     table = judged.table.copy()
     table.loc[table["image_id"] == 5, "f1"] = 0.4
-    found = picks.correlate(table, resamples=50).set_index(["ranked_by", "metric"])
+    found = picks.correlate(dataclasses.replace(judged, table=table), resamples=50).set_index(["ranked_by", "metric"])
     rho = [spearmanr(own["clip"], own["f1"]).statistic for i, own in table.groupby("image_id") if i != 5]
     assert found.loc[("clip", "f1"), "rho"] == pytest.approx(np.mean(rho))
     assert found.loc[("clip", "f1"), ["n", "undefined"]].tolist() == [23, 1]
@@ -222,6 +222,9 @@ class Likeness(fakes.MeanColour):
     name = "clip"
 
 
+BASELINES = {"length": 4, "likelihood": -1.0, "consensus": 2.0, "clip_score": 0.5}
+
+
 class Faithfulness(fakes.Corner):
     name = "fidelity"
 
@@ -232,6 +235,8 @@ def test_the_command_writes_table_page_figures_and_claims_and_again_the_same(tmp
     monkeypatch.setattr(reproduce, "RESAMPLES", 20)
     monkeypatch.setattr(reproduce.FeatureExtractor, "of", lambda name, device: None)
     monkeypatch.setattr(reproduce, "Fidelity", lambda extractor: Faithfulness())
+    monkeypatch.setattr(reproduce.ClipText, "from_pretrained", lambda name, device: None)
+    monkeypatch.setattr(reproduce.baselines, "add", lambda table, *rest: table.assign(**BASELINES))
     docs = tmp_path / "docs"
     (docs / "results").mkdir(parents=True)
     other = {"claim": 13, "verdict": "holds"}
@@ -308,14 +313,14 @@ def test_claims_on_pictures_are_signed_so_that_the_papers_side_is_above_0(better
     effects = picks.measure(judged, resamples=200)
     by_truth = [claim for claim in reproduce.claim_4(effects) if claim.ranked_by == "text_sbert"]
     assert [claim.verdict for claim in by_truth] == [word] * 3
-    [claim] = reproduce.claim_3(judged.table, picks.correlate(judged.table[["image_id", *judged.table.columns[1:]]]))
+    [claim] = reproduce.claim_3(judged.table, picks.correlate(judged))
     assert claim.verdict == word and (claim.effect.value > 0) == better
     [difference] = claim.apart.values()
     assert (difference.low > 0) if better else (difference.high < 0)
 
 
 def test_claim_1_takes_the_mean_over_all_pairs(judged):
-    correlations = picks.correlate(judged.table.assign(clip=judged.table["f1"]), resamples=50)
+    correlations = picks.correlate(ranked_by(judged, judged.table["f1"]), resamples=50)
     [claim] = reproduce.claim_1(correlations)
     pairs = correlations[correlations["metric"] != "all"]
     assert len(pairs) == 6 and claim.effect.value == pytest.approx(pairs["rho"].mean(), abs=0.02)
@@ -328,7 +333,7 @@ def test_the_shipped_claims_follow_from_the_shipped_table():
     assert [(row["ranked_by"], row["verdict"]) for row in shipped] == [
         (claim.ranked_by, claim.verdict) for claim in reproduce.claim_2(effects)
     ]
-    judged = picks.judge_captions(table, registry.dataset(table.attrs["dataset"]))
+    judged = picks.judge_captions(table, registry.dataset(table.attrs["dataset"])).first(table.attrs["ranked"])
     again = picks.measure(judged, resamples=100)
     for row in shipped:
         gain = picks.gains(again, "cider", row["ranked_by"])["all"]
@@ -347,10 +352,10 @@ def test_a_finding_that_is_not_there_says_how_to_get_it(tmp_path):
 
 def test_a_page_from_the_miniature_says_so_and_ones_from_elsewhere_do_not(judged):
     effects = picks.measure(judged, resamples=20)
-    correlations, claims = picks.correlate(judged.table, resamples=20), reproduce.claim_2(effects)
+    correlations, claims = picks.correlate(judged, resamples=20), reproduce.claim_2(effects)
     chance = {by: {m: picks.shuffle(judged, by, m, 20) for m in judged.metrics} for by in ("clip", "dino")}
     for dataset, said in (("miniature/nocaps", True), ("nocaps", False)):
-        settings = results.Settings("make", "mini", dataset, 4, "p", 20, 4.0, "DDPM", "PTB", 20, 0)
+        settings = results.Settings("make", "mini", dataset, 4, 4, "p", 20, 4.0, "DDPM", "PTB", 20, 0)
         finding = results.Finding("finding-1", judged.table, effects, correlations, claims, chance, settings)
         text = results.page(finding)
         assert ("Measured in the miniature" in text) == said

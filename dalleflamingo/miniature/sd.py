@@ -123,7 +123,7 @@ class SdRecipe:
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """`latents` (B, 4, 16, 16), scaled; `input_ids` (B, 77). Single things first, fewer and fewer of them."""
-        one_thing = 0.3 + 0.5 * max(0.0, 1 - 2 * step / self.steps)
+        one_thing = 0.8 * max(0.0, 1 - 2 * step / self.steps)
         index = 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + (
             rng.random(self.batch_size) < one_thing
         )

@@ -1,0 +1,54 @@
+"""Rankings of candidate captions that draw no picture: what the journey there and back has to be held against."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from torch.nn import functional as F
+
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.datasets import Dataset
+from dalleflamingo.decoding import count_words
+from dalleflamingo.ngrams import Cider
+from dalleflamingo.picks import rows_of
+from dalleflamingo.similarity import Encoder
+
+
+def add(
+    table: pd.DataFrame, dataset: Dataset, captioner: Captioner, clip_image: Encoder, clip_text: Encoder
+) -> pd.DataFrame:
+    """A candidate table of `reconstruct.image_text_image` with a column for each baseline; higher ranks first.
+
+    Returns:
+        the table with `length`, in words; `likelihood`, the captioner's own log p(caption | picture); `consensus`, the
+        mean CIDEr to the picture's other candidates; `clip_score`, CLIP's cosine of picture and caption.
+    Raises:
+        KeyError: an image is not in the data set. UnreadableImage: it cannot be opened.
+    """
+    examples = {example.image_id: example for example in dataset}
+    rows, ids = rows_of(table)
+    captions, k = table["caption"].to_numpy(object), rows.shape[1]
+    images = [dataset.open(examples[i]) for i in ids]
+    likelihood, matches = np.empty(len(table)), np.empty(len(table))
+    seen, said = clip_image.embed(images), clip_text.embed(list(captions))
+    for image, embedding, own in zip(images, seen, rows, strict=True):
+        likelihood[own] = captioner.log_likelihood([image] * k, list(captions[own]), k)
+        matches[own] = F.cosine_similarity(embedding[None], said[own])
+    idf = Cider({i: list(examples[i].references) for i in ids})
+    return table.assign(
+        length=[count_words(caption) for caption in captions],
+        likelihood=likelihood,
+        consensus=_consensus(captions, rows, idf),
+        clip_score=matches,
+    )
+
+
+def _consensus(captions: Sequence[str], rows: np.ndarray, idf: Cider) -> np.ndarray:
+    """(N,) mean CIDEr of each candidate to the others of its image; 0 where it is alone."""
+    others: Mapping[int, list[str]] = {
+        row: [captions[other] for other in own if other != row] for own in rows for row in own if len(own) > 1
+    }
+    found = np.zeros(len(captions))
+    if others:
+        found[list(others)] = Cider(others, idf_of=idf).score(list(others), [captions[row] for row in others])
+    return found

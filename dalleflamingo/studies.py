@@ -1,0 +1,203 @@
+"""What becomes of Finding I when sampling changes: nucleus p (Table 6) and the number of candidates (Fig. 9).
+
+    python -m dalleflamingo.studies      after `make reproduce` has measured Finding I
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from tqdm.auto import tqdm
+
+from dalleflamingo import profiles, registry, results, show
+from dalleflamingo.captioner import Captioner, Nucleus
+from dalleflamingo.datasets import Dataset, read_results, write_results
+from dalleflamingo.intervals import Interval, derive_seed, paired_bootstraps
+from dalleflamingo.metrics import Cider
+from dalleflamingo.picks import (
+    ALL,
+    RESAMPLES,
+    Judged,
+    contrast,
+    gains,
+    growing,
+    growth,
+    judge_captions,
+    similarities,
+)
+from dalleflamingo.reproduce import Claim
+
+NUCLEUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # Table 6
+PAPER_TABLE_6 = (111.8, 111.2, 110.0, 107.2, 103.4, 96.2, 89.7, 83.1, 78.7, 69.2)  # NoCaps CIDEr × 100
+NUMBERS = (1, 2, 3, 5, 7, 10, 15, 20, 25)  # of candidates, Fig. 9
+
+
+def nucleus_sweep(dataset: Dataset, captioner: Captioner, folder: Path, ps: Sequence[float] = NUCLEUS) -> np.ndarray:
+    """(len(ps), n) captions: one for each image and p, sampled with the same seed at every p.
+
+    Kept as COCO results in `folder`, a file for each p; what is there is not sampled again.
+    """
+    swept = []
+    for p in tqdm(ps, desc="nucleus p", unit="p"):
+        path = folder / f"nucleus-{p}.json"
+        if not path.exists():
+            write_results(path, _sampled(dataset, captioner, p))
+        there = read_results(path)
+        swept.append([there[example.image_id] for example in dataset])
+    return np.array(swept, dtype=object)
+
+
+def _sampled(dataset: Dataset, captioner: Captioner, p: float) -> dict[int, str]:
+    said = {}
+    for start in range(0, len(dataset), 32):
+        part = dataset[start : start + 32]
+        seeds = [[derive_seed(0, example.image_id, 0)] for example in part]
+        captions = captioner.sample([dataset.open(example) for example in part], seeds, Nucleus(p))
+        said |= {example.image_id: caption for example, [caption] in zip(part, captions, strict=True)}
+    return said
+
+
+def cider_by_p(captions: np.ndarray, dataset: Dataset, ps: Sequence[float], resamples: int = RESAMPLES) -> pd.DataFrame:
+    """Table 6: columns p, value, low, high (CIDEr × 100 with its 95 % interval), n; and in `.attrs` "rho".
+
+    Args:
+        captions: (P, n) of `nucleus_sweep`.
+    """
+    ids = [example.image_id for example in dataset]
+    table = Cider({e.image_id: list(e.references) for e in dataset}).table(ids * len(ps), list(captions.ravel()))
+    picks = np.arange(captions.size).reshape(captions.shape)
+
+    def statistics(indices: np.ndarray) -> np.ndarray:
+        scores = 100 * table.corpus(picks[:, indices])
+        return np.append(scores, spearmanr(ps, scores).statistic)
+
+    *found, rho = paired_bootstraps(statistics, len(ids), resamples)
+    columns = {name: [getattr(one, name) for one in found] for name in ("value", "low", "high", "n")}
+    frame = pd.DataFrame({"p": ps} | columns)
+    frame.attrs["rho"] = rho
+    return frame
+
+
+def claim_5(by_p: pd.DataFrame) -> list[Claim]:
+    """CIDEr of sampled captions falls as p grows: Spearman's ρ over p, with its sign turned over."""
+    rho: Interval = by_p.attrs["rho"]
+    effect = Interval(-rho.value, -rho.high, -rho.low, rho.n, rho.seed)
+    return [Claim(5, "CIDEr falls as p grows: −Spearman's ρ over ten values of p", ALL, effect, 3)]
+
+
+def claim_7(judged: Judged, grown: pd.DataFrame, resamples: int = RESAMPLES) -> list[Claim]:
+    """The gain grows with the number of candidates: that of all, and beside it the gain of 10 minus that of 2.
+
+    Args:
+        grown: of `picks.growth`, the largest of its numbers being K.
+    """
+    k = judged.rows.shape[1]
+    picks, claims = growing(judged, (1, 2, 10, k)), []
+    flat = contrast(judged, "cider", [picks[f"random of {k}"]], [picks["random of 1"]], resamples)
+    for by in similarities(judged.table):
+        ten_and_two = picks[f"{by} of 10"], picks["random of 2"]
+        apart = {
+            "gain of 10 candidates − gain of 2": contrast(
+                judged, "cider", ten_and_two, [picks[f"{by} of 2"], picks["random of 10"]], resamples
+            ),
+            f"random of {k} − random of 1 (flat is the paper's side)": flat,
+        }
+        text = f"the caption ranked first of {k} beats a random one: CIDEr × 100, overall"
+        claims.append(Claim(7, text, by, gains(grown, "cider", f"{by} of {k}")[ALL], 1, apart))
+    return claims
+
+
+def write(docs: Path, by_p: pd.DataFrame, grown: pd.DataFrame, claims: Sequence[Claim], settings: dict) -> None:
+    """results/nucleus.csv, growth.csv, studies.md, their claims, and figures/nucleus.png and growth_cider.png."""
+    folder, figures = docs / "results", docs / "figures"
+    by_p.round(5).to_csv(folder / "nucleus.csv", index=False)
+    grown.round(5).to_csv(folder / "growth.csv", index=False)
+    show.write_png(nucleus_figure(by_p), figures / "nucleus.png")
+    show.write_png(growth_figure(grown, "cider"), figures / "growth_cider.png")
+    known = results.Settings(**{name: settings[name] for name in results.Settings.__dataclass_fields__})
+    results.scoreboard(folder / "claims.json", claims, known)
+    (folder / "studies.md").write_text(page(by_p, grown, claims, settings), encoding="utf-8")
+
+
+def nucleus_figure(by_p: pd.DataFrame) -> Figure:
+    """Table 6 as a curve."""
+    note = "The larger the nucleus, the more is left to chance: if claim 5 holds, the line falls. Bars: 95 % intervals."
+    intervals = [Interval(row.value, row.low, row.high, row.n, 0) for row in by_p.itertuples()]
+    return show.lines({"sampled": dict(zip(by_p["p"], intervals, strict=True))}, "CIDEr × 100", "nucleus p", note)
+
+
+def growth_figure(grown: pd.DataFrame, metric: str) -> Figure:
+    """Fig. 9: ranked first among k, and at random among k."""
+    rows = grown[grown["metric"] == metric]
+    curves: dict[str, dict[int, Interval]] = {}
+    for row in rows.itertuples():
+        by, _, k = row.pick.split()
+        curves.setdefault(by, {})[int(k)] = Interval(row.value, row.low, row.high, row.n, row.seed)
+    note = f"If claim 7 holds, ranked lines rise with k, random stays flat. Bars: 95 % intervals, n = {rows.n.max()}."
+    return show.lines(curves, results.METRICS[metric].label, "candidates k of each picture", note)
+
+
+def page(by_p: pd.DataFrame, grown: pd.DataFrame, claims: Sequence[Claim], settings: dict) -> str:
+    """The page in Markdown."""
+    sampled = [
+        [f"{row.p}", f"{row.value:.1f} [{row.low:.1f}, {row.high:.1f}]", str(paper)]
+        for row, paper in zip(by_p.itertuples(), PAPER_TABLE_6, strict=True)
+    ]
+    wide = grown[grown["metric"] == "cider"].assign(k=lambda f: f["pick"].str.split().str[-1].astype(int))
+    ks = sorted(set(wide["k"]))
+    names = [name for name in ("random", *similarities(wide)) if f"{name} of 1" in set(wide["pick"])]
+    cell = {row.pick: f"{row.value:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in wide.itertuples()}
+    grew = [[str(k), *(cell[f"{name} of {k}"] for name in names)] for k in ks]
+    beside = [
+        f"* {what}, ranked by {show.LABELS.get(claim.ranked_by, claim.ranked_by)}: {found}"
+        for claim in claims
+        for what, found in claim.apart.items()
+    ]
+    parts = [
+        "# Sampling: nucleus p and the number of candidates",
+        "**Measured in the miniature**; the paper's figures are of NoCaps and stand beside ours for their direction.",
+        f"n = {by_p['n'].max()} images of {settings['dataset']}. Made by `python -m dalleflamingo.studies` at commit "
+        f"`{results.current_commit()}`, from the candidates of `{settings['command']}`.",
+        "\n".join(map(results.verdict_line, claims)),
+        "\n".join(beside),
+        "## Nucleus p (Table 6)",
+        "One caption an image, from the same seed at every p. CIDEr × 100, higher is better.",
+        results.table(["p", "CIDEr × 100", "the paper"], sampled),
+        "![CIDEr at each p](../figures/nucleus.png)",
+        "## Number of candidates (Fig. 9)",
+        "CIDEr × 100 of the candidate ranked first among the first k, and of a random one of them.",
+        results.table(["k", *(show.LABELS.get(name, name) for name in names)], grew),
+        "![CIDEr against the number of candidates](../figures/growth_cider.png)",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure both studies on Finding I's run, and write tables, figures, a page and their claims into the docs."""
+    parser = argparse.ArgumentParser(prog="python -m dalleflamingo.studies", description=main.__doc__)
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="default: docs")
+    parser.add_argument("--folder", type=Path, default=Path("build/runs/studies"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    profile = profiles.current()
+    table, _ = results.load("finding-1", options.docs / "results")
+    dataset = registry.dataset(profile.dataset)
+    judged = judge_captions(table, dataset)
+    ids = set(table["image_id"])
+    dataset = Dataset(dataset.name, tuple(example for example in dataset if example.image_id in ids))
+    captioner = Captioner.from_pretrained(registry.locate(profile.captioner), device=profile.device)
+    by_p = cider_by_p(nucleus_sweep(dataset, captioner, options.folder), dataset, NUCLEUS)
+    grown = growth(judged, [k for k in NUMBERS if k <= judged.rows.shape[1]])
+    claims = claim_5(by_p) + claim_7(judged, grown)
+    write(options.docs, by_p, grown, claims, table.attrs)
+    for claim in claims:
+        print(f"Claim {claim.number}, {claim.ranked_by}: {claim.verdict}; {claim.text}: {claim.effect}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

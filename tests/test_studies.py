@@ -1,0 +1,163 @@
+"""Studies of sampling and baselines against scores worked out another way."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from test_reproduce import candidates, world
+
+from dalleflamingo import baselines, metrics, picks, results, studies
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.intervals import Interval
+
+
+@pytest.fixture(scope="module")
+def judged():
+    dataset = world()
+    judged = picks.judge_captions(candidates(dataset), dataset)
+    order = np.tile([0.1, 0.2, 0.3, 0.4], 24)  # the last candidate is always ranked first
+    table = judged.table.assign(clip=judged.table["f1"], dino=order)
+    return picks.Judged(**vars(judged) | {"table": table})
+
+
+def test_ranked_first_of_k_is_chosen_among_the_first_k(judged):
+    grown = picks.growth(judged, (1, 2, 4), resamples=20).query("metric == 'f1'").set_index("pick")
+    f1 = judged.table["f1"].to_numpy()[judged.rows]  # (n, 4)
+    for k in (1, 2, 4):
+        assert grown.value[f"clip of {k}"] == pytest.approx(f1[:, :k].max(axis=1).mean())
+        assert grown.value[f"dino of {k}"] == pytest.approx(f1[:, k - 1].mean())
+        assert grown.value[f"random of {k}"] == pytest.approx(f1[:, :k].mean())
+        assert grown.gain[f"clip of {k}"] == pytest.approx(grown.value[f"clip of {k}"] - grown.value[f"random of {k}"])
+    assert abs(grown.gain["clip of 1"]) < 1e-12 > abs(grown.gain_low["clip of 1"])
+
+
+def test_a_contrast_of_four_picks_is_the_difference_of_two_gains(judged):
+    grown = picks.growth(judged, (2, 4), resamples=50).query("metric == 'cider'").set_index("pick")
+    chosen = picks.growing(judged, (2, 4))
+    four = [chosen[name] for name in ("clip of 4", "random of 2", "clip of 2", "random of 4")]
+    found = picks.contrast(judged, "cider", four[:2], four[2:], resamples=300)
+    assert found.value == pytest.approx(grown.gain["clip of 4"] - grown.gain["clip of 2"])
+    assert found.low < found.value < found.high
+
+
+def test_the_first_candidates_are_judged_as_if_there_were_no_others(judged):
+    few = judged.first(2)
+    alone = picks.judge_captions(judged.table[judged.table["candidate"] < 2], world())
+    ours, theirs = (picks.measure(one, resamples=2).set_index(["domain", "metric", "pick"]) for one in (few, alone))
+    for pick in ("clip 1", "random", "oracle"):
+        for metric in ("cider", "bleu4", "f1"):
+            row = ("all", metric, pick)
+            assert ours.value[row] == pytest.approx(theirs.value[row])
+
+
+def test_claim_7_holds_for_a_ranking_by_the_truth_and_random_stays_flat(judged):
+    wide = picks.Judged(**vars(judged) | {"rows": np.tile(judged.rows, 3)})  # twelve candidates
+    claims = {c.ranked_by: c for c in studies.claim_7(wide, picks.growth(wide, (1, 12), resamples=200), resamples=200)}
+    assert claims["clip"].verdict == "holds" and claims["clip"].effect.n == 24
+    grows, flat = claims["clip"].apart.values()
+    assert grows.low > 0 and abs(flat.value) < max(1e-6, flat.high - flat.low)
+
+
+def captions_by_p(words_lost: int) -> np.ndarray:
+    """(10, 24) captions that lose words as p grows, or gain them."""
+    whole = [example.references[0].split() for example in world()]
+    counts = range(10) if words_lost > 0 else range(9, -1, -1)
+    return np.array([[" ".join(text[: max(1, 7 - count)]) for text in whole] for count in counts], dtype=object)
+
+
+@pytest.mark.parametrize(("lost", "word"), [(1, "holds"), (-1, "does not hold")])
+def test_claim_5_is_signed_so_that_falling_with_p_holds(lost, word):
+    by_p = studies.cider_by_p(captions_by_p(lost), world(), studies.NUCLEUS, resamples=100)
+    [claim] = studies.claim_5(by_p)
+    assert claim.verdict == word and claim.effect.low <= claim.effect.value <= claim.effect.high
+    references = {example.image_id: list(example.references) for example in world()}
+    expected = metrics.cider(references, dict(enumerate(captions_by_p(lost)[3]))).value
+    assert by_p.value[3] == pytest.approx(100 * expected, abs=1e-6)
+
+
+def test_a_sweep_keeps_what_is_sampled(tmp_path, monkeypatch):
+    asked = []
+
+    def sample(images, seeds, strategy):
+        asked.append(strategy.p)
+        return [[f"at {strategy.p} by {seed}"] for [seed] in seeds]
+
+    dataset = SimpleNamespace(open=lambda example: None)
+    examples = world(5)
+    monkeypatch.setattr(type(examples), "open", lambda self, example: dataset)
+    captioner = SimpleNamespace(sample=sample)
+    first = studies.nucleus_sweep(examples, captioner, tmp_path, (0.1, 0.9))
+    assert first.shape == (2, 5) and first[1, 0].startswith("at 0.9") and asked == [0.1, 0.9]
+    assert first[0, 2].split(" by ")[1] == first[1, 2].split(" by ")[1]  # the same seed at every p
+    (tmp_path / "nucleus-0.1.json").unlink()
+    assert (studies.nucleus_sweep(examples, captioner, tmp_path, (0.1, 0.9)) == first).all()
+    assert asked == [0.1, 0.9, 0.1]
+
+
+def test_the_page_names_its_settings_and_its_verdicts(judged, tmp_path):
+    by_p = studies.cider_by_p(captions_by_p(1), world(), studies.NUCLEUS, resamples=20)
+    grown = picks.growth(judged, (1, 2, 4), resamples=20)
+    settings = {name: "x" for name in results.Settings.__dataclass_fields__} | {"dataset": "miniature/one", "seed": 0}
+    for folder in ("results", "figures"):
+        (tmp_path / folder).mkdir()
+    studies.write(tmp_path, by_p, grown, studies.claim_5(by_p), settings)
+    page = (tmp_path / "results/studies.md").read_text(encoding="utf-8")
+    assert "Claim 5: **holds**" in page and "| 0.9 |" in page and "| 4 |" in page
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"nucleus.png", "growth_cider.png"}
+    assert len(pd.read_csv(tmp_path / "results/nucleus.csv")) == 10
+
+
+# ── baselines ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_consensus_is_the_mean_cider_to_the_other_candidates():
+    captions = np.array(["a red cat", "a red cat on a mat", "a blue boat", "two kites", "a kite", "a red kite"], object)
+    references = {0: ["a red cat sits"], 1: ["a kite flies"], 2: ["a dog"]}
+    rows = np.array([[0, 1, 2], [3, 4, 5]])
+    found = baselines._consensus(captions, rows, metrics.Cider(references))
+    idf = metrics.Cider(references)
+    own = metrics.Cider({"x": [captions[1], captions[2]]}, idf_of=idf).score(["x"], [captions[0]])[0]
+    assert found[0] == pytest.approx(own) and found[0] > found[2]
+    alone = baselines._consensus(captions, np.arange(6)[:, None], idf)
+    assert (alone == 0).all()
+
+
+def test_likelihood_is_the_sum_over_words_whatever_the_batch(tmp_path):
+    captioner = Captioner.from_pretrained(str(tiny.blip(tmp_path)))
+    images, captions = tiny.pictures(3), ["a cat", "a red cat on a boat", "a"]
+    together = captioner.log_likelihood(images, captions)
+    alone = [captioner.log_likelihood([i], [c])[0] for i, c in zip(images, captions, strict=True)]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(captioner.log_likelihood(images, captions, batch_size=2), together, atol=1e-4, rtol=1e-4)
+    tokens = captioner.processor(images=images[0], text="a cat", return_tensors="pt")
+    start = captioner.model.config.text_config.bos_token_id
+    labels = tokens.input_ids.clone()
+    tokens["input_ids"][:, 0], labels[:, 0] = start, -100
+    seen = captioner.model.vision_model(tokens.pixel_values).last_hidden_state
+    stock = captioner.model.text_decoder(
+        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen, labels=labels,
+    ).logits.log_softmax(-1)  # fmt: skip
+    expected = stock[0, :-1].gather(1, tokens.input_ids[0, 1:, None]).sum()
+    torch.testing.assert_close(together[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_baselines_become_columns_and_picks(judged, monkeypatch):
+    class Embedder:
+        def embed(self, items):
+            return torch.stack([torch.tensor([1.0, float(len(str(item)))]) for item in items])
+
+    dataset = world()
+    monkeypatch.setattr(type(dataset), "open", lambda self, example: f"image {example.image_id}")
+    captioner = SimpleNamespace(log_likelihood=lambda images, captions, k: -torch.arange(k, dtype=torch.float))
+    table = baselines.add(judged.table, dataset, captioner, Embedder(), Embedder())
+    assert table["likelihood"].tolist() == [0, -1, -2, -3] * 24 and table["clip_score"].between(0, 1).all()
+    assert (table["length"] == table["caption"].str.split().str.len()).all()
+    found = picks.Judged(**vars(judged) | {"table": table})
+    effects = picks.measure(found, resamples=5)
+    longest = table.loc[table.groupby("image_id")["length"].idxmax(), "f1"].mean()
+    assert picks.scores(effects, "f1", "length 1")["all"].value == pytest.approx(longest)
+    assert isinstance(picks.gains(effects, "cider", "consensus")["all"], Interval)
+    assert picks.similarities(effects) == ["clip", "dino"]
