@@ -52,7 +52,9 @@ figures: data
 	$(BIN)/python -m dalleflamingo.figures docs/figures
 
 reproduce: data
-	$(BIN)/python -m dalleflamingo.reproduce finding-1 --images 200 --candidates 10 --run build/runs/finding-1
+	$(BIN)/python -m dalleflamingo.reproduce finding-1 --images 500 --candidates 25
+	$(BIN)/python -m dalleflamingo.reproduce finding-2 --images 500 --candidates 10
+	$(BIN)/python -m dalleflamingo.studies
 
 gates: data
 	$(BIN)/python -m dalleflamingo.miniature.gates

@@ -60,6 +60,11 @@ class Judged:
     beam: np.ndarray | None = None
     tokenizer: str = ""
 
+    @property
+    def ranked(self) -> pd.DataFrame:
+        """The rows of the table that `rows` names: with `first`, not all of them."""
+        return self.table.iloc[self.rows.ravel()]
+
     def first(self, k: int) -> "Judged":
         """The same, of each image only the first k candidates."""
         return replace(self, rows=self.rows[:, :k])
@@ -278,7 +283,7 @@ def shuffle(judged: Judged, by: str, metric: str, shuffles: int = 500, seed: int
     return Interval(float(found.mean()), *map(float, np.quantile(found, [0.025, 0.975])), n, seed)
 
 
-def correlate(judged: Judged, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+def correlate(table: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """Claims 1 and 3: Spearman's correlation of similarity and score among the candidates of an image, averaged.
 
     Metrics that are better when lower are negated, so that ρ > 0 is the paper's side. An image whose candidates all
@@ -288,7 +293,6 @@ def correlate(judged: Judged, resamples: int = RESAMPLES, seed: int = 0) -> pd.D
     Returns:
         columns ranked_by, metric ("all" in the last row), rho, low, high, n (images), undefined (images).
     """
-    table = judged.table.iloc[judged.rows.ravel()]
     measured = [metric for metric in (*OF_CAPTIONS, *OF_PICTURES) if metric in table]
     pairs = [(by, metric) for by in similarities(table) for metric in measured]
     signed = table.assign(**{metric: -table[metric] for metric in measured if metric in LOWER})

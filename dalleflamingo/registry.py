@@ -160,7 +160,7 @@ _ALL = (
         size_mb=96,
         sha256=None,
         url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-        notes="Downloaded at the first use, and read as tensors only. Its release is its pin.",
+        notes="Downloaded at the first use, and read as tensors only. Not pinned but by its release.",
     ),
     Entry(
         name="coco",

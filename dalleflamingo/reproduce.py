@@ -3,7 +3,7 @@
 Finding I decides claims 1 and 2, the caption whose picture comes back best is the better one (Fig. 3, Table 1); Finding
 II decides claims 3 and 4, the picture whose text comes back best is the better one (Fig. 4, Table 2).
 
-    python -m dalleflamingo.reproduce finding-1 --images 200 --candidates 10 --run build/runs/finding-1
+    python -m dalleflamingo.reproduce finding-1 --images 500 --candidates 25
 """
 
 import argparse
@@ -193,7 +193,7 @@ def finding_2(images: int, candidates: int, run_folder: Path, command: str) -> r
     settings = _settings(profile, dataset, generator, judged, candidates, command, resamples, inception.name)
 
     def claims(effects: pd.DataFrame, correlations: pd.DataFrame) -> list[Claim]:
-        return [*claim_3(judged.table, correlations), *claim_4(effects)]
+        return [*claim_3(judged.ranked, correlations), *claim_4(effects)]
 
     return _measured("finding-2", judged, settings, claims, figures="_texts")
 
@@ -219,7 +219,7 @@ def _measured(
     claims: Callable[[pd.DataFrame, pd.DataFrame], list[Claim]],
     figures: str = "",
 ) -> results.Finding:
-    effects, correlations = measure(judged, resamples=settings.resamples), correlate(judged)
+    effects, correlations = measure(judged, resamples=settings.resamples), correlate(judged.ranked)
     chance = {by: {m: shuffle(judged, by, m) for m in judged.metrics} for by in similarities(effects)}
     decided = claims(effects, correlations)
     return results.Finding(name, judged.table, effects, correlations, decided, chance, settings, figures)
@@ -275,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dalleflamingo.reproduce", description=main.__doc__)
     parser.add_argument("finding", choices=FINDINGS)
     parser.add_argument("--images", type=int, default=200, help="n; default: 200")
-    parser.add_argument("--candidates", type=int, default=10, help="K; default: 10, as in the paper")
+    parser.add_argument("--candidates", type=int, default=10, help="drawn for each; default: 10, as in the paper")
     parser.add_argument("--run", type=Path, help="run folder; default: build/runs/FINDING")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="default: docs")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own choice")

@@ -197,7 +197,7 @@ def test_beam_search_captions_are_scored_beside_the_candidates(judged):
 def test_rank_correlation_is_scipys_and_images_without_one_are_counted(judged):
     table = judged.table.copy()
     table.loc[table["image_id"] == 5, "f1"] = 0.4
-    found = picks.correlate(dataclasses.replace(judged, table=table), resamples=50).set_index(["ranked_by", "metric"])
+    found = picks.correlate(table, resamples=50).set_index(["ranked_by", "metric"])
     rho = [spearmanr(own["clip"], own["f1"]).statistic for i, own in table.groupby("image_id") if i != 5]
     assert found.loc[("clip", "f1"), "rho"] == pytest.approx(np.mean(rho))
     assert found.loc[("clip", "f1"), ["n", "undefined"]].tolist() == [23, 1]
@@ -313,14 +313,14 @@ def test_claims_on_pictures_are_signed_so_that_the_papers_side_is_above_0(better
     effects = picks.measure(judged, resamples=200)
     by_truth = [claim for claim in reproduce.claim_4(effects) if claim.ranked_by == "text_sbert"]
     assert [claim.verdict for claim in by_truth] == [word] * 3
-    [claim] = reproduce.claim_3(judged.table, picks.correlate(judged))
+    [claim] = reproduce.claim_3(judged.table, picks.correlate(judged.ranked))
     assert claim.verdict == word and (claim.effect.value > 0) == better
     [difference] = claim.apart.values()
     assert (difference.low > 0) if better else (difference.high < 0)
 
 
 def test_claim_1_takes_the_mean_over_all_pairs(judged):
-    correlations = picks.correlate(ranked_by(judged, judged.table["f1"]), resamples=50)
+    correlations = picks.correlate(ranked_by(judged, judged.table["f1"]).table, resamples=50)
     [claim] = reproduce.claim_1(correlations)
     pairs = correlations[correlations["metric"] != "all"]
     assert len(pairs) == 6 and claim.effect.value == pytest.approx(pairs["rho"].mean(), abs=0.02)
@@ -352,7 +352,7 @@ def test_a_finding_that_is_not_there_says_how_to_get_it(tmp_path):
 
 def test_a_page_from_the_miniature_says_so_and_ones_from_elsewhere_do_not(judged):
     effects = picks.measure(judged, resamples=20)
-    correlations, claims = picks.correlate(judged, resamples=20), reproduce.claim_2(effects)
+    correlations, claims = picks.correlate(judged.ranked, resamples=20), reproduce.claim_2(effects)
     chance = {by: {m: picks.shuffle(judged, by, m, 20) for m in judged.metrics} for by in ("clip", "dino")}
     for dataset, said in (("miniature/nocaps", True), ("nocaps", False)):
         settings = results.Settings("make", "mini", dataset, 4, 4, "p", 20, 4.0, "DDPM", "PTB", 20, 0)
