@@ -19,7 +19,7 @@ from dalleflamingo.intervals import Interval, paired_bootstrap
 FEW = 2000  # pictures below which FID carries a warning
 SUBSET = 100  # pictures in one of KID's subsets, fewer where there are not twice as many
 SUBSETS = 100
-RESAMPLES = 500
+RESAMPLES = 300
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Finding I decides claims 1 and 2, the caption whose picture comes back best is the better one (Fig. 3, Table 1); Finding
 II decides claims 3 and 4, the picture whose text comes back best is the better one (Fig. 4, Table 2).
 
-    python -m dalleflamingo.reproduce finding-1 --images 500 --candidates 25
+    python -m dalleflamingo.reproduce finding-1 --images 500 --candidates 10
 """
 
 import argparse
@@ -105,15 +105,16 @@ def claim_3(table: pd.DataFrame, correlations: pd.DataFrame) -> list[Claim]:
 
 
 def claim_4(effects: pd.DataFrame) -> list[Claim]:
-    """Ranked beats random on CLIP distance, FID and IS (Table 2), a row each; the claim wants all three."""
+    """Ranked beats random on all of CLIP distance, FID and IS (Table 2): the verdict is that of the weakest of them."""
     found = []
     for by in similarities(effects):
-        for metric in TABLE_2:
-            label = results.METRICS[metric].label
-            gain = gains(effects, metric, by)[ALL]
-            effect = _negated(gain) if metric in LOWER else gain
-            text = f"the picture ranked first beats a random one: {label}, overall"
-            found.append(Claim(4, text, by, effect, results.METRICS[metric].digits))
+        signed = {metric: gains(effects, metric, by)[ALL] for metric in TABLE_2}
+        signed |= {metric: _negated(gain) for metric, gain in signed.items() if metric in LOWER}
+        weakest = min(signed, key=lambda metric: signed[metric].value / (signed[metric].high - signed[metric].low))
+        metric = results.METRICS[weakest]
+        text = f"the picture ranked first beats a random one on CLIP distance, FID, IS; the weakest is {metric.label}"
+        apart = {results.METRICS[name].label: effect for name, effect in signed.items() if name != weakest}
+        found.append(Claim(4, text, by, signed[weakest], metric.digits, apart))
     return found
 
 

@@ -86,7 +86,7 @@ def test_the_recogniser_is_as_good_as_its_gate_says():
 
 def test_every_gate_in_the_manifest_has_its_interval_and_n():
     measured = manifest()["gates"]
-    assert {gate["model"] for gate in measured} == {"recogniser", "vae", "blip", "sd", "clip", "dino"}
+    assert {gate["model"] for gate in measured} == {"recogniser", "vae", "blip", "sd", "clip", "dino", "inception"}
     for gate in measured:
         value = gate["value"]
         assert value["low"] <= value["value"] <= value["high"]
