@@ -36,8 +36,10 @@ from .world import draw, sample_scene
 
 BANK = 40_000  # pictures whose latents are computed once; their captions are told anew each time
 UNCONDITIONAL_SHARE = 0.12  # of captions replaced by "", for classifier-free guidance (Ho & Salimans 2022)
-PLAIN_SHARE = 0.5  # of the others' captions, up to two things, told barely and truly: alt-text is wrong in one of five
-TIMESTEPS = (2.0, 3.0)  # of the beta distribution of t/T: mostly where text, not what is still visible, must decide
+PLAIN_SHARE = 0.8  # of the others' captions, up to two things, told barely and truly: alt-text is wrong in one of five
+# Beta distributions of t/T, each for half of the samples: mostly where text, not what is still visible, must decide.
+# The first is where kinds and colours are decided, the second where places are, when a thing can hardly be seen yet.
+TIMESTEPS = ((2.0, 3.0), (5.0, 2.0))
 
 
 def make_unet(text_width: int) -> UNet2DConditionModel:
@@ -136,7 +138,8 @@ class SdRecipe:
         latents = batch["latents"].to(device, memory_format=torch.channels_last)
         states = self.text_encoder(batch["input_ids"].to(device)).last_hidden_state  # (B, 77, width)
         noise = torch.randn_like(latents)
-        share = torch.distributions.Beta(*TIMESTEPS).sample((len(latents),)).to(device)
+        early, late = (torch.distributions.Beta(*shape).sample((len(latents),)) for shape in TIMESTEPS)
+        share = torch.where(torch.rand(len(latents)) < 0.5, early, late).to(device)
         timesteps = (share * self.scheduler.config.num_train_timesteps).long()
         noised = self.scheduler.add_noise(latents, noise, timesteps)
         velocity = self.scheduler.get_velocity(latents, noise, timesteps)
