@@ -2,7 +2,7 @@
 
 FID and its kin ask a network that knows the world by heart how far two sets of pictures lie apart. For photographs that
 is Inception-v3; for 64 × 64 pixels with cats and kites in eight colours it is this small one. It was taught to name one
-thing of each picture, kind and colour at once, whichever was asked; so two things are worth one half each.
+thing of each picture, kind and colour at once, whichever was asked; so it divides its mind between two things.
 """
 
 from collections.abc import Sequence
