@@ -153,18 +153,18 @@ def page(by_p: pd.DataFrame, grown: pd.DataFrame, claims: Sequence[Claim], setti
     names = [name for name in ("random", *similarities(wide)) if f"{name} of 1" in set(wide["pick"])]
     cell = {row.pick: f"{row.value:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in wide.itertuples()}
     grew = [[str(k), *(cell[f"{name} of {k}"] for name in names)] for k in ks]
-    beside = [
-        f"* {what}, ranked by {show.LABELS.get(claim.ranked_by, claim.ranked_by)}: {found}"
+    beside = {  # once: what has no ranking in it is beside every claim
+        f"* {what}{'' if what.startswith('random') else f', ranked by {show.LABELS[claim.ranked_by]}'}: {found}"
         for claim in claims
         for what, found in claim.apart.items()
-    ]
+    }
     parts = [
         "# Sampling: nucleus p and the number of candidates",
         "**Measured in the miniature**; the paper's figures are of NoCaps and stand beside ours for their direction.",
         f"n = {by_p['n'].max()} images of {settings['dataset']}. Made by `python -m dalleflamingo.studies` at commit "
         f"`{results.current_commit()}`, from the candidates of `{settings['command']}`.",
         "\n".join(map(results.verdict_line, claims)),
-        "\n".join(beside),
+        "\n".join(sorted(beside)),
         "## Nucleus p (Table 6)",
         "One caption an image, from the same seed at every p. CIDEr × 100, higher is better.",
         results.table(["p", "CIDEr × 100", "the paper"], sampled),
