@@ -206,8 +206,11 @@ def rank_curve(
 def lines(curves: Mapping[str, Mapping[float, Interval]], score: str, xlabel: str, note: str) -> Figure:
     """A score against a setting: name -> {setting: interval}; a name that is no similarity's is drawn in grey."""
     figure, axes = _chart()
-    for name, points in curves.items():
-        places, intervals = np.array(list(points), float), list(points.values())
+    settings = {setting for points in curves.values() for setting in points}
+    apart = 0.012 * (max(settings) - min(settings))  # beside each other, so that no bar hides another
+    for i, (name, points) in enumerate(curves.items()):
+        places = np.array(list(points), float) + apart * (i - (len(curves) - 1) / 2)
+        intervals = list(points.values())
         colour = PALETTE.get(name, PALETTE["random"])
         axes.plot(places, [interval.value for interval in intervals], color=colour, linewidth=1.2)
         label = f"ranked by {LABELS[name]}" if name in LABELS else name
@@ -342,7 +345,8 @@ def _colour(name: str) -> str:
 def _finish(figure: Figure, axes: Axes, measure: str, note: str) -> Figure:
     axes.set_ylabel(measure, fontsize=POINTS)
     axes.xaxis.label.set_size(POINTS)
-    axes.legend(frameon=False, fontsize=POINTS, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
+    close = dict(columnspacing=1.2, handletextpad=0.3, borderaxespad=0.2)
+    axes.legend(frameon=False, fontsize=POINTS, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, **close)
     sentence = tiles.wrap(note, _WIDTH - 2 * MARGIN)
     top = _HEIGHT - tiles.text_height(sentence)
     tiles.write(figure, MARGIN, top, sentence, color=PALETTE["quiet"], style="italic")
