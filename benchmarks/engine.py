@@ -4,14 +4,19 @@
 
 Both sides make K = 10 captions of each picture and draw each caption in 20 steps of the shipped scheduler, from the
 same captions and seeds; the pictures must be equal. Then what is gained by drawing equal captions once, from shared
-noise, and by schedulers of fewer steps, beside how far these keep the order of the candidates. Writes
-docs/results/engine.json and engine.md.
+noise, and by schedulers of fewer steps, beside how far these keep the order of the candidates; and the memory of a
+run over few and many images. Writes docs/results/engine.json and engine.md.
 """
 
 import argparse
 import json
+import multiprocessing
+import resource
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -22,6 +27,7 @@ from dalleflamingo import profiles, registry
 from dalleflamingo.captioner import Captioner, Nucleus
 from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import Interval, derive_seed, mean_interval, within_group_spearman
+from dalleflamingo.reconstruct import image_text_image, load_models
 from dalleflamingo.results import SHIPPED, current_commit, table
 from dalleflamingo.similarity import ClipImage
 
@@ -46,6 +52,7 @@ def main() -> None:
         found |= speed(captioner, generator, images, seeds, profile)
     more = dataset.subset(arguments.agreement)
     found["quick"] = agreement(captioner, [more.open(example) for example in more], profile)
+    found["memory"] = {images: in_a_process_of_its_own(images) for images in (100, 1000)}
     file = SHIPPED / "engine.json"
     file.write_text(json.dumps(found, indent=1) + "\n")
     (SHIPPED / "engine.md").write_text(page(found), encoding="utf-8")
@@ -127,6 +134,20 @@ def agreement(captioner: Captioner, images: list, profile) -> list[dict]:
     return rows
 
 
+def in_a_process_of_its_own(images: int) -> float:
+    """Peak memory in MiB of a whole run over so many images, two candidates each, drawn in one step."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_memory, images).result()
+
+
+def peak_memory(images: int) -> float:
+    dataset = registry.dataset("miniature/coco", "train").subset(images)
+    settings = dict(candidates=2, steps=1, guidance_scale=1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        image_text_image(dataset, *load_models(profiles.PROFILES["mini"]), folder, **settings)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
+
+
 def page(found: dict) -> str:
     captions, pictures = found["captions"], found["pictures"]
     both = [sum(side[name] for side in (captions, pictures)) for name in ("stock", "ours")]
@@ -161,6 +182,12 @@ def page(found: dict) -> str:
         f"candidates with the order by {first['scheduler']} in {first['steps']} steps; mean over pictures, 95 % "
         "interval.",
         table(["scheduler", "time", "ratio", "ρ", "n"], quick),
+    ]
+    small, large = found["memory"].items()
+    parts += [
+        "## Memory",
+        f"Peak of a whole run, models included: over {small[0]} images {small[1]:,.0f} MiB, over {large[0]} images "
+        f"{large[1]:,.0f} MiB.",
     ]
     return "\n\n".join(parts) + "\n"
 
