@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from torch.nn import functional as F
+import torch
 
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.datasets import Dataset
+from dalleflamingo.datasets import Dataset, Pictures
 from dalleflamingo.decoding import count_words
 from dalleflamingo.ngrams import Cider
 from dalleflamingo.picks import rows_of
-from dalleflamingo.similarity import Encoder
+from dalleflamingo.similarity import Encoder, cosine_similarity
 
 
 def add(
@@ -28,12 +28,12 @@ def add(
     examples = {example.image_id: example for example in dataset}
     rows, ids = rows_of(table)
     captions, k = table["caption"].to_numpy(object), rows.shape[1]
-    images = [dataset.open(examples[i]) for i in ids]
+    images = Pictures(examples[i].path for i in ids)
     likelihood, matches = np.empty(len(table)), np.empty(len(table))
-    seen, said = clip_image.embed(images), clip_text.embed(list(captions))
-    for image, embedding, own in zip(images, seen, rows, strict=True):
+    for image, own in zip(images, rows, strict=True):
         likelihood[own] = captioner.log_likelihood([image] * k, list(captions[own]), k)
-        matches[own] = F.cosine_similarity(embedding[None], said[own])
+    said = clip_text.embed(list(captions))[torch.from_numpy(rows)]  # (n, K, D)
+    matches[rows] = cosine_similarity(clip_image.embed(images), said)
     idf = Cider({i: list(examples[i].references) for i in ids})
     return table.assign(
         length=[count_words(caption) for caption in captions],

@@ -100,6 +100,23 @@ class Dataset(Sequence[Example]):
         return open_picture(example.path)
 
 
+class Pictures(Sequence[Image.Image]):
+    """Picture files as a sequence that opens them when they are asked for, so that thousands never lie in memory.
+
+    Errors as `Dataset.open`.
+    """
+
+    def __init__(self, paths: Iterable[Path]):
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        found = self.paths[index]
+        return [open_picture(path) for path in found] if isinstance(index, slice) else open_picture(found)
+
+
 def open_picture(path: Path) -> Image.Image:
     """As `Dataset.open`, for one file."""
     path = Path(path)

@@ -84,6 +84,7 @@ class Generator:
         """
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds: give every picture one of each")
+        captions = list(captions)  # of a stacked tensor too: rows that stay, so that each has an id of its own
         texts = [caption for caption in captions if isinstance(caption, str)]
         self._warn_of_long(texts)
         encoded = self._encode(dict.fromkeys([*texts, ""]), batch_size)

@@ -39,6 +39,10 @@ class MiniatureInception(ModelMixin, ConfigMixin):
         )  # fmt: skip
         self.names = nn.Linear(features, len(kinds) * len(colours))
 
+    def class_of(self, thing: scene_graph.Thing) -> int:
+        """The class that a thing belongs to."""
+        return self.config.kinds.index(thing.kind) * len(self.config.colours) + self.config.colours.index(thing.colour)
+
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, 64, 64) in [-1, 1] -> features (B, D) ≥ 0, logits (B, number of names)."""
         features = F.adaptive_avg_pool2d(self.body(pixel_values), 1).flatten(1)

@@ -6,7 +6,6 @@ the exact scene graph stands in for SPICE. WMD and embeddings ask for meaning; C
 says which direction is better, which tokenizer split its words, and its n.
 """
 
-import os
 import re
 import subprocess
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from pycocoevalcap.bleu import bleu as stock_bleu
 from pycocoevalcap.cider import cider as stock_cider
 from pycocoevalcap.meteor import meteor as stock_meteor
@@ -145,7 +145,7 @@ def _spice_ready(folder: Path) -> None:
 def _java_version() -> int | None:
     """The major version of `java`: 8 for "1.8.0_392", 17 for "17.0.15"."""
     try:
-        said = subprocess.run(["java", "-version"], capture_output=True, text=True, env=os.environ).stderr
+        said = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr
     except OSError:
         return None
     found = re.search(r'version "(?:1\.)?(\d+)', said)
@@ -202,8 +202,7 @@ def ref_clip_score(images: Tensor, captions: Tensor, references: Sequence[Tensor
     score = clip_score(images, captions)
     pairs = zip(captions, references, strict=True)
     nearest = score.new_tensor([float(cosine_similarity(c[None], r[None]).max().clamp(min=0)) for c, r in pairs])
-    together = score + nearest
-    return (2 * score * nearest / together.where(together > 0, together + 1)).where(together > 0, together)
+    return 2 * score * nearest / (score + nearest).clamp(min=torch.finfo(score.dtype).tiny)
 
 
 def bleu(references: Mapping[Hashable, Sequence[str]], predictions: Mapping[Hashable, str], order: int = 4) -> Score:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalleflamingo import scene_graph
-from dalleflamingo.datasets import Dataset, open_picture
+from dalleflamingo.datasets import Dataset, Pictures
 from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.image_metrics import fid, inception_score
 from dalleflamingo.picks import CorpusMetric, Judged, rows_of
@@ -45,8 +45,8 @@ def judge_pictures(table: pd.DataFrame, dataset: Dataset, run_folder: str | Path
     """
     rows, ids = rows_of(table)
     examples = {example.image_id: example for example in dataset}
-    real = [dataset.open(examples[i]) for i in ids]
-    drawn = [open_picture(Path(run_folder) / path) for path in table["picture"]]
+    real = Pictures(examples[i].path for i in ids)
+    drawn = Pictures(Path(run_folder) / path for path in table["picture"])
     image = np.empty(len(table), dtype=int)
     image[rows] = np.arange(len(ids))[:, None]  # (n · K,) which real picture is a candidate's
     columns = {

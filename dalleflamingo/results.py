@@ -55,12 +55,12 @@ METRICS = {
     "cider": Metric("CIDEr × 100", 1, ""),
     "f1": Metric("scene-graph F1", 3, "_f1"),
     "bleu4": Metric("BLEU-4 × 100", 1),
-    "wmd": Metric("WMD", 3),
-    "found": Metric("things found", 3, "_found"),
-    "clip_distance": Metric("CLIP distance × 100", 2, "_clip"),
-    "dino_distance": Metric("DINO distance × 100", 2),
-    "fid": Metric("FID", 2, "_fid"),
-    "is": Metric("Inception Score", 2, "_is"),
+    "wmd": Metric(show.LABELS["wmd"], 3),
+    "found": Metric(show.LABELS["found"], 3, "_found"),
+    "clip_distance": Metric(show.LABELS["clip_distance"], 2, "_clip"),
+    "dino_distance": Metric(show.LABELS["dino_distance"], 2),
+    "fid": Metric(show.LABELS["fid"], 2, "_fid"),
+    "is": Metric(show.LABELS["is"], 2, "_is"),
 }
 _TEXTS = {
     "finding-1": {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import pandas as pd
 import pyarrow as pa
@@ -25,30 +25,15 @@ from dalleflamingo.runs import RunFolder, describe
 from dalleflamingo.similarity import Similarity
 
 
-class Trip(Protocol):
-    """A way there and back.
+@dataclass(frozen=True)
+class Trip:
+    """A way there and back: the two that talk, the similarities that judge, and how pictures are drawn.
 
-    what: its name for people. columns: of its table, before the similarities'. similarities, candidates: its settings.
+    what: its name for people. columns: of its table, before the similarities'.
     """
 
-    what: str
-    columns: dict[str, pa.DataType]
-    similarities: Sequence[Similarity]
-    candidates: int
-
-    def settings(self) -> dict[str, object]:
-        """All that a candidate depends on, but for the data set."""
-
-    def open(self, dataset: Dataset, example: Example) -> Image | str:
-        """What the trip starts from. Raises DatasetError where it cannot be had."""
-
-    def make(self, examples: list[Example], sources: list, run: RunFolder, bar: tqdm) -> list[dict]:
-        """The B · K rows of B examples, their pictures saved."""
-
-
-@dataclass(frozen=True)
-class Models:
-    """The two that talk, the similarities that judge, and how pictures are drawn."""
+    what: ClassVar[str]
+    columns: ClassVar[dict[str, pa.DataType]]
 
     captioner: Captioner
     generator: Generator
@@ -60,8 +45,9 @@ class Models:
     batch_size: int
 
     def settings(self) -> dict[str, object]:
-        """All that a candidate depends on; batch_size changes nothing."""
+        """All that a candidate depends on, but for the data set; batch_size changes nothing."""
         return dict(
+            trip=self.what,
             captioner=describe(self.captioner),
             generator=describe(self.generator),
             similarities={similarity.name: describe(similarity) for similarity in self.similarities},
@@ -70,6 +56,14 @@ class Models:
             guidance_scale=self.guidance_scale,
             seed=self.seed,
         )
+
+    def open(self, dataset: Dataset, example: Example) -> Image | str:
+        """What the trip starts from. Raises DatasetError where it cannot be had."""
+        raise NotImplementedError
+
+    def make(self, examples: list[Example], sources: list, run: RunFolder, bar: tqdm) -> list[dict]:
+        """The B · K rows of B examples, their pictures saved."""
+        raise NotImplementedError
 
     def seeds(self, examples: Sequence[Example]) -> list[list[int]]:
         """(B, K), one a candidate."""
@@ -120,7 +114,7 @@ class Models:
 
 
 @dataclass(frozen=True)
-class ImageTrip(Models):
+class ImageTrip(Trip):
     """Image → text → image: K captions of an image, a picture of each, held against the image."""
 
     strategy: Strategy
@@ -155,7 +149,7 @@ class ImageTrip(Models):
 
 
 @dataclass(frozen=True)
-class TextTrip(Models):
+class TextTrip(Trip):
     """Text → image → text: N pictures of a caption, what is said of each, held against the caption."""
 
     what = "text → image → text"
@@ -172,7 +166,9 @@ class TextTrip(Models):
     def open(self, dataset: Dataset, example: Example) -> str:
         """One of the example's captions, drawn by the trip's seed (§3.2)."""
         if not example.references:
-            raise DatasetError(f"image {example.image_id} of {dataset.name} has no caption to start from")
+            raise DatasetError(
+                f"image {example.image_id} of {dataset.name} has no caption to start from: give it one, or leave it out"
+            )
         return example.references[derive_seed(self.seed, "source", example.image_id) % len(example.references)]
 
     def make(self, examples: list[Example], sources: list[str], run: RunFolder, bar: tqdm) -> list[dict]:

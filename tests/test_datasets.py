@@ -340,3 +340,13 @@ def test_real_predictions_of_another_shape_are_refused_and_in_coco_shape_are_rea
     captions = {int(r["image_name"][-16:-4]): r["prediction"] for r in published}
     datasets.write_results(tmp_path / "magic.json", captions)
     assert datasets.read_results(tmp_path / "magic.json") == captions and len(captions) == 4982
+
+
+def test_picture_files_are_opened_when_asked_for_and_not_before(tmp_path):
+    for i, colour in enumerate(("red", "blue", "white")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{i}.png")
+    pictures = datasets.Pictures([*(tmp_path / f"{i}.png" for i in range(3)), tmp_path / "gone.png"])
+    assert len(pictures) == 4 and pictures[1].getpixel((0, 0)) == (0, 0, 255)
+    assert [picture.getpixel((0, 0)) for picture in pictures[::2]] == [(255, 0, 0), (255, 255, 255)]
+    with pytest.raises(datasets.UnreadableImage, match="gone.png: there is no such file"):
+        list(pictures)

@@ -52,6 +52,14 @@ def test_picture_depends_on_its_caption_and_seed_alone(generator, pictures):
     assert_same(generator.render(CAPTIONS[2:3], SEEDS[2:3], steps=6), pictures[2:3])
 
 
+def test_states_in_one_tensor_are_drawn_each_from_the_same_noise(generator):
+    states = torch.stack(list(generator._encode(dict.fromkeys(CAPTIONS[:3]), 3).values()))  # (3, T, D)
+    texts = list(dict.fromkeys(CAPTIONS[:3]))
+    drawn = generator.render(states, [7] * len(states), steps=4)
+    assert_same(drawn, generator.render(texts, [7] * len(texts), steps=4))
+    assert len({picture.tobytes() for picture in drawn}) == len(texts) > 1
+
+
 def test_caption_and_seed_both_matter(pictures):
     assert _difference(pictures[0], pictures[3]) > 10, "same caption, other seed"
     assert _difference(pictures[0], pictures[4]) > 10, "same seed, other caption"

@@ -69,7 +69,7 @@ def test_shipped_one_names_a_thing_and_divides_its_mind_between_two():
     def sure(scenes):
         pictures = [Image.fromarray(world.draw(scene)) for scene in scenes]
         shares = F.softmax(extractor.look(pictures).logits, dim=-1)
-        names = [[KINDS.index(t.kind) * len(COLOURS) + COLOURS.index(t.colour) for t in s.things] for s in scenes]
+        names = [[extractor.model.class_of(thing) for thing in scene.things] for scene in scenes]
         return [share[own].tolist() for share, own in zip(shares, names, strict=True)]
 
     assert np.mean([own[0] > 0.5 for own in sure(one)]) > 0.9

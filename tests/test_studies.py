@@ -58,7 +58,9 @@ def test_claim_7_holds_for_a_ranking_by_the_truth_and_random_stays_flat(judged):
     claims = {c.ranked_by: c for c in studies.claim_7(wide, picks.growth(wide, (1, 12), resamples=200), resamples=200)}
     assert claims["clip"].verdict == "holds" and claims["clip"].effect.n == 24
     grows, flat = claims["clip"].apart.values()
-    assert grows.low > 0 and abs(flat.value) < max(1e-6, flat.high - flat.low)
+    chosen = picks.growing(wide, (1, 12))
+    random = {k: wide.metrics["cider"](chosen[f"random of {k}"]).mean() for k in (1, 12)}
+    assert grows.low > 0 and flat.low < 0 < flat.high and flat.value == pytest.approx(random[12] - random[1])
 
 
 def captions_by_p(words_lost: int) -> np.ndarray:
@@ -150,7 +152,7 @@ def test_baselines_become_columns_and_picks(judged, monkeypatch):
             return torch.stack([torch.tensor([1.0, float(len(str(item)))]) for item in items])
 
     dataset = world()
-    monkeypatch.setattr(type(dataset), "open", lambda self, example: f"image {example.image_id}")
+    monkeypatch.setattr(baselines, "Pictures", lambda paths: [str(path) for path in paths])
     captioner = SimpleNamespace(log_likelihood=lambda images, captions, k: -torch.arange(k, dtype=torch.float))
     table = baselines.add(judged.table, dataset, captioner, Embedder(), Embedder())
     assert table["likelihood"].tolist() == [0, -1, -2, -3] * 24 and table["clip_score"].between(0, 1).all()

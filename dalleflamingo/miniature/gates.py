@@ -249,11 +249,9 @@ def dino_gates(dino: Dino) -> list[Gate]:
 
 def inception_gates(extractor: FeatureExtractor) -> list[Gate]:
     """Does it know the things whose features it compares?"""
-    names, scenes = extractor.model.config, held_out(500, 1, "inception")
+    scenes = held_out(500, 1, "inception")
     named = extractor.look(pictures(scenes)).logits.argmax(1).tolist()
-    things = [scene.things[0] for scene in scenes]
-    classes = [names.kinds.index(t.kind) * len(names.colours) + names.colours.index(t.colour) for t in things]
-    right = sum(a == b for a, b in zip(named, classes, strict=True))
+    right = sum(a == extractor.model.class_of(scene.things[0]) for a, scene in zip(named, scenes, strict=True))
     return [Gate("inception", "kind and colour of one thing", proportion(right, len(named)), 1 / 192, 0.90, 0.98)]
 
 

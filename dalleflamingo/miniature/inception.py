@@ -23,11 +23,11 @@ class InceptionRecipe(SteadyRecipe):
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """Pictures (B, 3, 64, 64) in [-1, 1] and the class (B,) of a thing of each."""
-        names, pictures, classes = self.network.config, [], []
+        pictures, classes = [], []
         for _ in range(self.batch_size):
             scene = world.sample_scene(rng)
             thing = scene.things[rng.integers(len(scene.things))]
-            classes.append(names.kinds.index(thing.kind) * len(names.colours) + names.colours.index(thing.colour))
+            classes.append(self.network.class_of(thing))
             picture, _ = shift(world.draw(scene), scene, *rng.integers(-2, 3, 2).tolist())
             pictures.append(damage(picture, rng))
         return {"pixel_values": prepare(np.stack(pictures)), "classes": torch.tensor(classes)}
