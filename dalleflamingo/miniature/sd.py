@@ -14,6 +14,11 @@ at t = 800 is 1.28 with ε and 0.66 with v, where 0.65 is what knowing the groun
 The text encoder. SD's stays as CLIP left it. Ours learns on: of what varies between captions of one thing in the small
 tower's states (those behind the text's end) 71 % is the ground and 16 % the kind, and a U-Net that sees only as many
 pictures as a laptop draws takes long to find them.
+
+Places come first. CLIP has no use for them: at the word itself, its states for "above" and "below" differ by 15 % of
+their length, for "red" and "blue" by 110 %. In 20,000 steps on mixed captions the U-Net found nothing there: to swap
+left and right in the caption did not change its loss. Shown single things alone, told barely and at late timesteps, it
+learns places within 300 steps: the same swap then costs 0.02 at t = 950, twice as much as a wrong colour.
 """
 
 from collections.abc import Iterable
@@ -37,9 +42,11 @@ from .world import draw, sample_scene
 BANK = 40_000  # pictures whose latents are computed once; their captions are told anew each time
 UNCONDITIONAL_SHARE = 0.12  # of captions replaced by "", for classifier-free guidance (Ho & Salimans 2022)
 PLAIN_SHARE = 0.8  # of the others' captions, up to two things, told barely and truly: alt-text is wrong in one of five
-# Beta distributions of t/T, each for half of the samples: mostly where text, not what is still visible, must decide.
-# The first is where kinds and colours are decided, the second where places are, when a thing can hardly be seen yet.
-TIMESTEPS = ((2.0, 3.0), (5.0, 2.0))
+# Beta distributions of t/T: mostly where text, not what is still visible, must decide. The first is where kinds and
+# colours are decided, the second where places are, when a thing can hardly be seen yet.
+EARLY, LATE = (2.0, 3.0), (5.0, 2.0)
+LATE_SHARE = 0.5  # of samples whose timestep is drawn from the second
+PLACES_SHARE = 0.1  # of training, its beginning: places alone are learned
 
 
 def make_unet(text_width: int) -> UNet2DConditionModel:
@@ -74,11 +81,11 @@ def web_scene(index: int) -> Scene:
     return sample_scene(rng, count=1 if index % 2 else None)
 
 
-def web_caption(scene: Scene, rng: np.random.Generator) -> str:
+def web_caption(scene: Scene, rng: np.random.Generator, plain_share: float = PLAIN_SHARE) -> str:
     """What the generator is told of a picture, told anew each time."""
     if rng.random() < UNCONDITIONAL_SHARE:
         return ""
-    return (plain_text if len(scene.things) < 3 and rng.random() < PLAIN_SHARE else alt_text)(scene, rng)
+    return (plain_text if len(scene.things) < 3 and rng.random() < plain_share else alt_text)(scene, rng)
 
 
 @torch.no_grad()
@@ -123,13 +130,17 @@ class SdRecipe:
         yield from self.unet.parameters()
         yield from self.text_encoder.parameters()
 
+    def places_only(self, step: int) -> bool:
+        return step < PLACES_SHARE * self.steps
+
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """`latents` (B, 4, 16, 16), scaled; `input_ids` (B, 77). Single things first, fewer and fewer of them."""
-        one_thing = 0.8 * max(0.0, 1 - 2 * step / self.steps)
+        places = self.places_only(step)
+        one_thing = 1.0 if places else 0.8 * max(0.0, 1 - 2 * step / self.steps)
         index = 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + (
             rng.random(self.batch_size) < one_thing
         )
-        captions = [web_caption(web_scene(i), rng) for i in index]
+        captions = [web_caption(web_scene(i), rng, 1.0 if places else PLAIN_SHARE) for i in index]
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return {"latents": self.latents[index].float() * self.vae.config.scaling_factor, "input_ids": tokens.input_ids}
 
@@ -138,8 +149,9 @@ class SdRecipe:
         latents = batch["latents"].to(device, memory_format=torch.channels_last)
         states = self.text_encoder(batch["input_ids"].to(device)).last_hidden_state  # (B, 77, width)
         noise = torch.randn_like(latents)
-        early, late = (torch.distributions.Beta(*shape).sample((len(latents),)) for shape in TIMESTEPS)
-        share = torch.where(torch.rand(len(latents)) < 0.5, early, late).to(device)
+        early, late = (torch.distributions.Beta(*shape).sample((len(latents),)) for shape in (EARLY, LATE))
+        is_late = torch.rand(len(latents)) < (1.0 if self.places_only(step) else LATE_SHARE)
+        share = torch.where(is_late, late, early).to(device)
         timesteps = (share * self.scheduler.config.num_train_timesteps).long()
         noised = self.scheduler.add_noise(latents, noise, timesteps)
         velocity = self.scheduler.get_velocity(latents, noise, timesteps)
