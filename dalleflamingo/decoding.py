@@ -22,6 +22,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dalleflamingo.subwords import style, token_bytes
+
 WORD = re.compile(r"[^\W_]+")
 NEVER = -torch.inf
 
@@ -101,10 +103,9 @@ class WordLimits(LogitsProcessor):
             raise ValueError(f"expected 0 <= min_words <= max_words, got min_words={min_words}, max_words={max_words}")
         self.tokenizer, self.prompt_length, self.end = tokenizer, prompt_length, end
         self.min_words, self.max_words = min_words, max_words
-        special = set(tokenizer.all_special_ids)  # never part of the text
-        lettered = {t: id for t, id in tokenizer.get_vocab().items() if count_words(t) and id not in special}
-        self.lettered = _table(lettered.values(), vocabulary_size)
-        self.beginning = _table([id for t, id in lettered.items() if not t.startswith("##")], vocabulary_size)
+        lettered = {id: text for id, text in _texts(tokenizer).items() if count_words(text)}
+        self.lettered = _table(lettered, vocabulary_size)
+        self.beginning = _table([id for id, text in lettered.items() if not text[0].isalnum()], vocabulary_size)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
@@ -118,13 +119,26 @@ class WordLimits(LogitsProcessor):
         return scores
 
     def _end_at_next_word(self, scores: Tensor, in_word: Tensor) -> Tensor:
-        # a "##" piece continues a word that is open; after a comma it would begin one
+        # "##s", or "s" without its space, continues a word that is open; after a comma it would begin one
         beginning, lettered = self.beginning.to(scores.device), self.lettered.to(scores.device)
         begins = torch.where(in_word[:, None], beginning, lettered)  # (B, V)
         surplus = scores.masked_fill(~begins, NEVER).logsumexp(-1)
         scores = scores.masked_fill(begins, NEVER)
         scores[:, self.end] = torch.logaddexp(scores[:, self.end], surplus)
         return scores
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Id -> what a token adds to the text, the space before a word included; special tokens add nothing.
+
+    A byte of a letter that takes several counts as a letter: alone it is nothing, but with the next it may be a word.
+    """
+    how, special = style(tokenizer), set(tokenizer.all_special_ids)
+    return {
+        id: "".join(chr(byte) if byte < 128 else "x" for byte in token_bytes(token, how))
+        for token, id in tokenizer.get_vocab().items()
+        if id not in special
+    }
 
 
 def _table(ids: Iterable[int], size: int) -> Tensor:

@@ -4,22 +4,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import BlipForConditionalGeneration, BlipProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from dalleflamingo.captioner import Captioner, Nucleus, Temperature, TopK, count_words
 from dalleflamingo.decoding import GumbelNoise, WordLimits
+from dalleflamingo.miniature.tokenizers import train_opt_bpe
 
 PHOTOS = tiny.pictures(7)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tiny.blip(tmp_path_factory.mktemp("blip")))
+@pytest.fixture(scope="module", params=[tiny.blip, tiny.blip2], ids=["blip", "blip2"])
+def folder(request, tmp_path_factory):
+    return str(request.param(tmp_path_factory.mktemp("captioner")))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def captioner(folder):
 
 @pytest.fixture(scope="module")
 def stock(folder):
-    return BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 # A candidate is a function of (picture, seed)
@@ -90,21 +92,18 @@ def test_consecutive_words_are_independent_draws():
 
 def test_first_word_is_distributed_as_the_models_nucleus(captioner, stock, monkeypatch):
     draws = 4_000
-    written, generate = [], captioner.model.text_decoder.generate
-    monkeypatch.setattr(
-        captioner.model.text_decoder, "generate", lambda **k: written.append(generate(**k)) or written[-1]
-    )
+    written, generate = [], captioner._generate
+    monkeypatch.setattr(captioner, "_generate", lambda *a, **k: written.append(generate(*a, **k)) or written[-1])
     captioner.sample(PHOTOS[:1], [range(draws)], Nucleus(0.9), min_words=0, max_words=1)
     pixel_values = captioner.processor(images=PHOTOS[:1], return_tensors="pt").pixel_values
-    start = torch.tensor([[stock.config.text_config.bos_token_id]])
     with torch.no_grad():
-        probability = stock(pixel_values, start).logits[0, -1].double().softmax(-1).numpy()
+        probability = stock(pixel_values, captioner.prompt_ids[None]).logits[0, -1].double().softmax(-1).numpy()
     order = np.argsort(-probability)
     nucleus = order[: np.searchsorted(np.cumsum(probability[order]), 0.9) + 1]
     expected = np.zeros_like(probability)
     expected[nucleus] = probability[nucleus] / probability[nucleus].sum()
     assert 5 < len(nucleus) < len(probability) - 5
-    assert _p_value(written[0][:, 1], expected) > 1e-3
+    assert _p_value(written[0][:, len(captioner.prompt_ids)], expected) > 1e-3
 
 
 def _p_value(drawn, expected):
@@ -137,7 +136,7 @@ def test_captions_keep_their_word_limits(captioner, limits, seed):
 
 
 def test_both_word_limits_are_reached_but_not_forced(captioner):
-    (captions,) = captioner.sample(PHOTOS[:1], [range(100)], Temperature(2.0), min_words=3, max_words=6)
+    (captions,) = captioner.sample(PHOTOS[:1], [range(300)], Temperature(4.0), min_words=3, max_words=6)
     assert {count_words(caption) for caption in captions} == {3, 4, 5, 6}
 
 
@@ -149,18 +148,38 @@ def test_beam_search_keeps_the_word_limits(captioner):
 
 def test_limits_count_words_and_pass_the_surplus_probability_to_the_end(captioner):
     tokenizer, size = captioner.processor.tokenizer, captioner.model.config.text_config.vocab_size
-    id = tokenizer.get_vocab()
-    rows = ["bird ##s ##s ##s", "bird red tree ,", "bird red tree"]
-    ids = torch.tensor([[size - 2, *tokenizer.convert_tokens_to_ids((row + " [PAD]" * 4).split()[:4])] for row in rows])
+    id, end = tokenizer.get_vocab(), captioner.end_id
+    if "##s" in id:
+        bird, s, red, tree, t, pad = "bird", "##s", "red", "tree", "t", "[PAD]"
+    else:
+        bird, s, red, tree, t, pad = "Ġbird", "s", "Ġred", "Ġtree", "Ġt", "<pad>"
+    rows = [[bird, s, s, s], [bird, red, tree, ","], [bird, red, tree, pad]]
+    ids = torch.tensor([[captioner.prompt_ids[-1], *tokenizer.convert_tokens_to_ids(row)] for row in rows])
     scores = torch.linspace(-2, 2, size).repeat(3, 1)
-    limited = WordLimits(tokenizer, size, prompt_length=1, end=id["[SEP]"], min_words=2, max_words=3)(ids, scores)
-    assert limited[0, id["[SEP]"]] == -torch.inf, "one word in four pieces is one word"
-    torch.testing.assert_close(limited[:, : id["[SEP]"]], scores[:, : id["[SEP]"]])
-    for row, allowed, forbidden in [(0, "red ##s ,", "[SEP]"), (1, ", [SEP]", "red ##s"), (2, ", ##s [SEP]", "red t")]:
-        assert all(limited[row, id[token]] > -torch.inf for token in allowed.split())
-        assert all(limited[row, id[token]] == -torch.inf for token in forbidden.split())
+    limited = WordLimits(tokenizer, size, prompt_length=1, end=end, min_words=2, max_words=3)(ids, scores)
+    assert limited[0, end] == -torch.inf, "one word in four pieces is one word"
+    kept = torch.arange(size) != end
+    torch.testing.assert_close(limited[0, kept], scores[0, kept])
+    assert (limited[1:, end] > -torch.inf).all()
+    for row, allowed, forbidden in [(0, [red, s, ","], []), (1, [","], [red, s]), (2, [",", s], [red, t])]:
+        assert all(limited[row, id[token]] > -torch.inf for token in allowed)
+        assert all(limited[row, id[token]] == -torch.inf for token in forbidden)
     torch.testing.assert_close(limited[1:].logsumexp(-1), scores[1:].logsumexp(-1))
     torch.testing.assert_close(limited[1:, id[","]], scores[1:, id[","]])
+
+
+def test_a_byte_of_a_letter_is_no_way_past_the_limit(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(train_opt_bpe(["a b"], 260, tmp_path))
+    bytes_of_e = tokenizer.tokenize("é")
+    ids = tokenizer("a a", add_special_tokens=False, return_tensors="pt").input_ids
+    end = tokenizer.convert_tokens_to_ids("Ċ")
+    limited = WordLimits(tokenizer, 260, prompt_length=0, end=end, min_words=0, max_words=2)(ids, torch.zeros(1, 260))
+    space_then_e = tokenizer("a a ", add_special_tokens=False, return_tensors="pt").input_ids
+    begun = WordLimits(tokenizer, 260, prompt_length=0, end=end, min_words=0, max_words=2)(
+        space_then_e, torch.zeros(1, 260)
+    )
+    first = tokenizer.convert_tokens_to_ids(bytes_of_e[0])
+    assert len(bytes_of_e) == 2 and limited[0, first] > -torch.inf and begun[0, first] == -torch.inf
 
 
 # Beam search is the stock model's
@@ -170,7 +189,7 @@ def test_limits_count_words_and_pass_the_surplus_probability_to_the_end(captione
 @pytest.mark.parametrize("beams", [1, 3])
 def test_describe_equals_stock_generate_where_limits_do_not_bite(folder, stock, beams, prompt):
     captioner = Captioner.from_pretrained(folder, prompt=prompt)
-    processor = BlipProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
     inputs = processor(images=PHOTOS, text=[prompt] * 7, return_tensors="pt") if prompt else processor(
         images=PHOTOS, return_tensors="pt"
     )
@@ -181,6 +200,13 @@ def test_describe_equals_stock_generate_where_limits_do_not_bite(folder, stock, 
 
 
 # Errors teach
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "model.safetensors").write_bytes(safetensors.torch.save({"weight": torch.ones(1)}))
+    with pytest.raises(ValueError, match="model of type 'vit': expected one of blip, blip-2"):
+        Captioner.from_pretrained(str(tmp_path))
 
 
 def test_seeds_for_another_number_of_pictures_are_refused(captioner):
@@ -208,7 +234,7 @@ def test_token_logits_are_the_models_own_without_the_prompt(captioner, stock):
     with torch.no_grad():
         logits, ids = captioner.token_logits(PHOTOS[:3], captions)
         for b, caption in enumerate(captions):
-            words = captioner.processor.tokenizer(caption).input_ids[1:]  # with [SEP]
+            words = captioner.processor.tokenizer(caption, add_special_tokens=False).input_ids + [captioner.end_id]
             pixels = captioner.processor(images=PHOTOS[b], return_tensors="pt").pixel_values
             own = stock(pixel_values=pixels, input_ids=torch.tensor([prompt + words])).logits[0]
             assert ids[b, : len(words)].tolist() == words

@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
     BlipConfig,
     BlipForConditionalGeneration,
     BlipImageProcessor,
@@ -23,6 +26,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    OPTConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     ViTConfig,
@@ -31,6 +35,7 @@ from transformers import (
 )
 
 from dalleflamingo import registry
+from dalleflamingo.miniature.tokenizers import train_opt_bpe
 
 WORDS = "a the of in on red blue green bird cat house tree boat kite sits flies two with and small large it".split()
 PIECES = ["##s", "##ing", "##boat", "n", "t", "x", ",", ".", "'", "-"]
@@ -104,6 +109,43 @@ def blip(folder: Path) -> Path:
     bias = model.text_decoder.cls.predictions.bias.data
     bias[: len(SPECIAL)] = bias[len(vocabulary) :] = -10.0  # captions of words
     bias[SPECIAL.index("[SEP]")] = 2.0  # that end
+    model.save_pretrained(folder)
+    return folder
+
+
+def blip2(folder: Path) -> Path:
+    """A BLIP-2 before an OPT, whose tokenizer puts </s> before a text; a line break ends a caption."""
+    torch.manual_seed(0)
+    texts = [" ".join(WORDS)] * 5 + [f" {word}" for word in WORDS for _ in range(3)]
+    tokenizer = AutoTokenizer.from_pretrained(train_opt_bpe(texts, 330, folder))
+    image_processor = BlipImageProcessor(size={"height": SIZE, "width": SIZE})
+    processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=3)
+    processor.save_pretrained(folder)
+    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    end = tokenizer("\n").input_ids[-1]
+    text = OPTConfig(
+        **small,
+        ffn_dim=32,
+        word_embed_proj_dim=16,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        dropout=0.0,
+        bos_token_id=2,
+        eos_token_id=end,
+        pad_token_id=1,
+        init_std=0.3,
+    )
+    config = Blip2Config(
+        text_config=text,
+        vision_config=dict(small, intermediate_size=32, image_size=SIZE, patch_size=8, initializer_range=0.5),
+        qformer_config=dict(small, intermediate_size=32, hidden_dropout_prob=0.0, initializer_range=0.5),
+        num_query_tokens=3,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        initializer_range=0.5,
+        dtype="float32",
+    )
+    model = Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)
     model.save_pretrained(folder)
     return folder
 

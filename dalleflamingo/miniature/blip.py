@@ -84,12 +84,11 @@ def start_from_clip(model: BlipForConditionalGeneration, clip: open_clip.CLIP, s
     ours.post_layernorm.load_state_dict(theirs.ln_post.state_dict())
 
 
-class BlipRecipe:
-    """Eq. 1: the next word's cross-entropy, teacher-forced.
+class CaptioningRecipe:
+    """Eq. 1: the next word's cross-entropy, teacher-forced; what the captioners' recipes share.
 
     Args:
         draw_batch: (rng, n) -> (n, 64, 64, 3) uint8 pictures and their n captions.
-        tokenizer: of `train_wordpiece`.
         draw_first: drawn from in its stead, half of the training always, then less and less often. The web's captions
             alone teach no sides: to say which of two things stands left, the decoder has to attend to the one that was
             named, and that pays only once it can say where a thing stands that it attends to. From captions of one
@@ -99,6 +98,26 @@ class BlipRecipe:
     steps, batch_size = 6000, 64
     weight_decay, warmup, average = 0.05, 200, 0.998
 
+    def __init__(self, name: str, draw_batch: DrawBatch, learning_rate: float, draw_first: DrawBatch | None):
+        self.name, self.draw_batch, self.draw_first = name, draw_batch, draw_first or draw_batch
+        self.learning_rate = learning_rate
+
+    def draw(self, rng: np.random.Generator, step: int) -> tuple[np.ndarray, list[str]]:
+        """(B, 64, 64, 3) uint8 pictures and their B captions."""
+        draw = self.draw_batch if rng.random() < 2 * step / self.steps - 1 else self.draw_first
+        return draw(rng, self.batch_size)
+
+    def after_step(self, step: int) -> None:
+        pass
+
+
+class BlipRecipe(CaptioningRecipe):
+    """BLIP, all of it trained.
+
+    Args:
+        tokenizer: of `train_wordpiece`. The others as `CaptioningRecipe`.
+    """
+
     def __init__(
         self,
         name: str,
@@ -107,9 +126,8 @@ class BlipRecipe:
         learning_rate: float = 1e-3,
         draw_first: DrawBatch | None = None,
     ):
-        self.name, self.draw_batch, self.draw_first = name, draw_batch, draw_first or draw_batch
-        self.tokenizer, self.learning_rate = tokenizer, learning_rate
-        self.model = make_blip(tokenizer)
+        super().__init__(name, draw_batch, learning_rate, draw_first)
+        self.tokenizer, self.model = tokenizer, make_blip(tokenizer)
         self.modules = {"blip": self.model}
         self.compilable = [self.model.vision_model]  # not the decoder: its sentences differ in length
 
@@ -118,8 +136,7 @@ class BlipRecipe:
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """`pixel_values` (B, 3, 64, 64); `input_ids` and `labels` (B, T): [DEC] words [SEP], padding not scored."""
-        draw = self.draw_batch if rng.random() < 2 * step / self.steps - 1 else self.draw_first
-        pictures, captions = draw(rng, self.batch_size)
+        pictures, captions = self.draw(rng, step)
         tokens = self.tokenizer(captions, padding="longest", return_tensors="pt")
         input_ids = tokens.input_ids
         input_ids[:, 0] = self.tokenizer.bos_token_id  # BLIP's decoder begins with [DEC] where BERT has [CLS]
@@ -142,9 +159,6 @@ class BlipRecipe:
             labels=batch["labels"],
         )
         return {"loss": said.loss}
-
-    def after_step(self, step: int) -> None:
-        pass
 
     def restore(self, folder: Path) -> None:
         self.model.load_state_dict(BlipForConditionalGeneration.from_pretrained(folder).state_dict())

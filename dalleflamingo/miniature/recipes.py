@@ -9,9 +9,10 @@ logged; `after_step(step)`; `export(folder)` writes the standard format and `res
 from pathlib import Path
 
 import numpy as np
-from transformers import BertTokenizer, CLIPTokenizer
+from transformers import BertTokenizer, CLIPTokenizer, GPT2Tokenizer
 
 from .blip import BlipRecipe, start_from_clip
+from .blip2 import Blip2Recipe, start_from_blip
 from .checkpoints import load_trained
 from .clip import ClipRecipe, pixels, text_encoder
 from .corpora import ROOT, annotation_files, labelled_batches, plain_batch, texts, web_batch
@@ -19,13 +20,14 @@ from .dino import DinoRecipe
 from .inception import InceptionRecipe
 from .recogniser import RecogniserRecipe
 from .sd import SdRecipe
-from .tokenizers import train_clip_bpe, train_wordpiece
+from .tokenizers import train_clip_bpe, train_opt_bpe, train_wordpiece
 from .vae import VaeRecipe
 
 RUNS = Path("build/training")  # where checkpoints and curves are kept
 
 
-SHIPPED = {"vae": "sd/vae", "blip-web": "blip"}  # where a stage's weights are in data/miniature, if not under its name
+# where a stage's weights are in data/miniature, if not under its name
+SHIPPED = {"vae": "sd/vae", "blip-web": "blip", "blip2-web": "blip2"}
 
 
 def trained(recipe, name: str):
@@ -49,6 +51,13 @@ def byte_pair() -> CLIPTokenizer:
     if (ROOT / "clip/vocab.json").exists():
         return CLIPTokenizer.from_pretrained(ROOT / "clip")
     return CLIPTokenizer.from_pretrained(train_clip_bpe(texts(), 700, RUNS / "byte-pair"))
+
+
+def byte_level() -> GPT2Tokenizer:
+    """BLIP-2's tokenizer: the shipped one, else learned from the world's texts, the same one again."""
+    if (ROOT / "blip2/vocab.json").exists():
+        return GPT2Tokenizer.from_pretrained(ROOT / "blip2")
+    return GPT2Tokenizer.from_pretrained(train_opt_bpe(texts(), 400, RUNS / "byte-level"))
 
 
 def clip() -> ClipRecipe:
@@ -77,6 +86,21 @@ def blip() -> BlipRecipe:
     return recipe
 
 
+def blip2_web() -> Blip2Recipe:
+    """Its image encoder is that of the trained BLIP."""
+    recipe = Blip2Recipe("blip2-web", web_batch, byte_level(), draw_first=plain_batch)
+    start_from_blip(recipe.model, trained(BlipRecipe("blip-web", web_batch, wordpiece()), "blip-web").model)
+    return recipe
+
+
+def blip2() -> Blip2Recipe:
+    """Finetuned as BLIP is."""
+    batches = labelled_batches(annotation_files()["train"])
+    recipe = trained(Blip2Recipe("blip2", batches, byte_level(), learning_rate=2e-4), "blip2-web")
+    recipe.steps, recipe.warmup = 30, 7
+    return recipe
+
+
 RECIPES = {
     "recogniser": RecogniserRecipe,
     "vae": VaeRecipe,
@@ -84,6 +108,8 @@ RECIPES = {
     "sd": sd,
     "blip-web": blip_web,
     "blip": blip,
+    "blip2-web": blip2_web,
+    "blip2": blip2,
     "dino": DinoRecipe,
     "inception": InceptionRecipe,
 }

@@ -1,9 +1,10 @@
-"""The two tokenizers of the miniature, learned from the world's captions, which split words differently.
+"""The three tokenizers of the miniature, learned from the world's captions, which split words differently.
 
-BLIP reads WordPiece (BERT's: `##` marks a piece that continues a word), Stable Diffusion reads CLIP's byte pairs
-(`</w>` marks a piece that ends a word). The map between such vocabularies is the bridge of §4.1. Both are written as
-ordinary `transformers` folders. The same texts give the same files, in whatever order they come: every base symbol gets
-its id before training, because the trainer breaks ties between equally frequent pairs by id.
+BLIP reads WordPiece (BERT's: `##` marks a piece that continues a word), BLIP-2's language model OPT byte pairs that
+keep their spaces (`Ġ` is the space before a word), Stable Diffusion CLIP's byte pairs (`</w>` marks a piece that ends a
+word). The map between such vocabularies is the bridge of §4.1. All are written as ordinary `transformers` folders. The
+same texts give the same files, in whatever order they come: every base symbol gets its id before training, because the
+trainer breaks ties between equally frequent pairs by id.
 """
 
 import json
@@ -12,9 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import BertTokenizer, CLIPTokenizer
+from transformers import BertTokenizer, CLIPTokenizer, GPT2Tokenizer
 
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 … 4
+OPT_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 … 3; a sentence begins with </s>
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 
@@ -84,6 +86,35 @@ def train_clip_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path, ma
     return save_tokenizer(CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length), folder)
 
 
+def train_opt_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Path:
+    """Learn OPT's byte-pair vocabulary, which keeps letters' case and spaces, and write it as a `GPT2Tokenizer` folder.
+
+    Ids, as in OPT: `<s> <pad> </s> <unk>`, the 256 bytes, one id per merge. A sentence begins with `</s>`; a caption of
+    BLIP-2 ends with a line break, which is a byte like others. Nothing is ever unknown.
+
+    Args:
+        texts: the captions to learn from.
+        vocab_size: number of ids, special tokens included; fewer if the texts hold fewer different words.
+        folder: where to write; made if missing.
+    Returns:
+        the folder.
+    Raises:
+        ValueError: if `vocab_size` has no room for the 256 bytes and the four special tokens.
+    """
+    base = [*OPT_SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    _require_room(vocab_size, len(base), "256 bytes, 4 special tokens")
+    learner = _learner(models.BPE(), GPT2Tokenizer().backend_tokenizer)
+    learner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=base, show_progress=False)
+    )
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    _, pad, end, unknown = OPT_SPECIALS
+    names = dict(bos_token=end, eos_token=end, pad_token=pad, unk_token=unknown, add_bos_token=True)
+    return save_tokenizer(
+        GPT2Tokenizer(vocab=learner.get_vocab(), merges=merges, model_max_length=128, **names), folder
+    )
+
+
 def _learner(model: models.Model, stock: Tokenizer) -> Tokenizer:
     """A tokenizer to train that cuts text into words exactly as the stock one will."""
     learner = Tokenizer(model)
@@ -96,7 +127,7 @@ def _require_room(vocab_size: int, needed: int, what: str) -> None:
         raise ValueError(f"vocab_size is {vocab_size}, but {needed} ids are needed before anything is learned ({what})")
 
 
-def save_tokenizer(tokenizer: BertTokenizer | CLIPTokenizer, folder: str | Path) -> Path:
+def save_tokenizer(tokenizer: BertTokenizer | CLIPTokenizer | GPT2Tokenizer, folder: str | Path) -> Path:
     """Write tokenizer.json, and for older transformers and people vocab.txt or vocab.json and merges.txt."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
