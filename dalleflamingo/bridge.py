@@ -91,7 +91,7 @@ class Bridge:
             distributions: (B, T, |V_source|), the captioner's, of the pieces *after* its prompt; position t says what
                 `ids[:, t]` could have been.
             ids: (B, T) pieces of the path: the teacher-forced caption in training, the argmax otherwise. From the
-                first [SEP] (or padding) on they are dropped.
+                first [SEP] (line break, padding) on they are dropped.
             texts: the captions as written, where known.
         Returns:
             (B, 77, D) encoder hidden states, as the stock pipeline makes them of a text.
@@ -102,7 +102,8 @@ class Bridge:
     def spoken(self, ids: Tensor) -> list[list[int]]:
         """Rows of ids up to the first that ends or pads a caption."""
         source = self.map.source
-        ends = {source.sep_token_id, source.eos_token_id, source.pad_token_id} - {None}
+        line_break = source.get_vocab().get("Ċ")  # where bytes are written as letters; it ends BLIP-2's captions
+        ends = {source.sep_token_id, source.eos_token_id, source.pad_token_id, line_break} - {None}
         rows = ids.tolist()
         return [row[: next((t for t, id in enumerate(row) if id in ends), len(row))] for row in rows]
 

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+import transformers
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dalleflamingo.bridge import MODES, Bridge, embeddings_replaced, relax
@@ -11,6 +12,7 @@ from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
 from dalleflamingo.vocabulary import KINDS, VocabularyMap
 
 WORDPIECE, CLIP, BYTES = wordpiece_vocabulary(), clip_vocabulary(), tiny.byte_level_bpe()
+OLD = int(transformers.__version__.split(".")[0]) < 5
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 TEXTS = ["a giraffe's 10 frisbees, isn't it?", "a café by the sea 😀", "", "dog", "giraffe " * 90]
 
@@ -142,19 +144,28 @@ def test_gradient_equals_finite_differences(kind):
     assert torch.autograd.gradcheck(loss, logits.requires_grad_(), eps=1e-6, atol=1e-6, fast_mode=True)
 
 
-def test_gradient_reaches_the_captioners_cross_attention_and_nothing_frozen(tmp_path):
-    """BLIP → bridge → text encoder, only cross-attention queries trainable, as in the paper's Appendix H."""
-    captioner = Captioner.from_pretrained(str(tiny.blip(tmp_path)))
+@pytest.mark.parametrize(
+    ("kind", "trained"),
+    [
+        (tiny.blip, "crossattention.self.query"),
+        pytest.param(tiny.blip2, "query_tokens", marks=pytest.mark.skipif(OLD, reason="BLIP-2 wants transformers 5")),
+    ],
+)
+def test_gradient_reaches_what_is_trained_of_the_captioner_and_nothing_frozen(tmp_path, kind, trained):
+    """Captioner → bridge → text encoder, trainable what is in the paper's Appendix H."""
+    captioner = Captioner.from_pretrained(str(kind(tmp_path)))
     model, source = captioner.model, captioner.processor.tokenizer
     model.requires_grad_(False)
-    queries = [p for name, p in model.named_parameters() if "crossattention.self.query" in name]
+    queries = [p for name, p in model.named_parameters() if trained in name]
     for parameter in queries:
         parameter.requires_grad_()
     encoder = text_encoder(64, 2).requires_grad_(False)
     text = "a red bird in the tree"
     logits, ids = captioner.token_logits(tiny.pictures(1), [text])
     learned = VocabularyMap.learn(source, CLIP, [text]).widened(logits.shape[-1])
-    states = Bridge(learned, encoder)(relax(logits), ids, [text])
+    bridge = Bridge(learned, encoder)
+    assert source.decode(bridge.spoken(ids)[0]) == text
+    states = bridge(relax(logits), ids, [text])
     states.square().sum().backward()
     assert queries and all(p.grad is not None and p.grad.abs().sum() > 0 for p in queries)
     frozen = [p for p in [*model.parameters(), *encoder.parameters()] if not p.requires_grad]
