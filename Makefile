@@ -55,6 +55,7 @@ reproduce: data
 	$(BIN)/python -m dalleflamingo.reproduce finding-1 --images 500 --candidates 10
 	$(BIN)/python -m dalleflamingo.reproduce finding-2 --images 300 --candidates 10
 	$(BIN)/python -m dalleflamingo.studies
+	$(BIN)/python -m dalleflamingo.variants
 
 gates: data
 	$(BIN)/python -m dalleflamingo.miniature.gates

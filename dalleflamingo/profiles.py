@@ -25,6 +25,7 @@ class Profile:
         image_size: side of a generated picture, in pixels.
         dtype: "float32" or "float16", the weights' type on a GPU; see `torch_dtype`.
         captioner, generator, clip, dino, inception, dataset: names in `registry.ENTRIES`.
+        other_captioner: likewise; the captioner that Table 8 has instead.
         batch_size: pictures drawn at once; bounded by memory, without influence on any picture.
     """
 
@@ -41,6 +42,7 @@ class Profile:
     dino: str
     inception: str
     dataset: str
+    other_captioner: str
     batch_size: int
 
     @property
@@ -64,6 +66,7 @@ _MINIATURE = dict(
     dino="miniature/dino",
     inception="miniature/inception",
     dataset="miniature/nocaps",
+    other_captioner="miniature/blip2",
 )
 _REAL = dict(
     guidance_scale=7.5,
@@ -75,6 +78,7 @@ _REAL = dict(
     dino="dino-vitb8",
     inception="inception-v3",
     dataset="nocaps",
+    other_captioner="blip2-opt-2.7b",
 )
 
 PROFILES: dict[str, Profile] = {

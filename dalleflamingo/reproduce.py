@@ -57,6 +57,7 @@ class Claim:
     """A row of the scoreboard; `effect` is signed so that the paper's side is above 0.
 
     ranked_by: "all" where the effect is over every similarity. digits: of the effect. apart: reported beside it.
+    dataset: where it is not the one that the scoreboard is told.
     """
 
     number: int
@@ -65,6 +66,7 @@ class Claim:
     effect: Interval
     digits: int
     apart: Mapping[str, Interval] = field(default_factory=dict)
+    dataset: str = ""
 
     @property
     def verdict(self) -> str:
@@ -139,16 +141,17 @@ def _negated(effect: Interval) -> Interval:
 def most_out_of_domain(effects: pd.DataFrame, metric: str, by: str) -> dict[str, Interval]:
     """Claim 2's second half, reported apart: the gain out of domain minus the gain in each other domain.
 
-    The domains share no image, so the interval of a difference follows from their two (Zou and Donner 2008).
+    The domains share no image, so their two gains are independent.
     """
     by_domain = gains(effects, metric, by)
     if _OUT not in by_domain:
         return {}
     out = by_domain[_OUT]
-    return {name: _difference(out, other) for name, other in by_domain.items() if name not in (ALL, _OUT)}
+    return {name: difference(out, other) for name, other in by_domain.items() if name not in (ALL, _OUT)}
 
 
-def _difference(a: Interval, b: Interval) -> Interval:
+def difference(a: Interval, b: Interval) -> Interval:
+    """a − b of two independent figures, its interval from theirs (Zou and Donner 2008)."""
     value = a.value - b.value
     below, above = np.hypot(a.value - a.low, b.high - b.value), np.hypot(a.high - a.value, b.value - b.low)
     return Interval(value, float(value - below), float(value + above), a.n + b.n, a.seed)

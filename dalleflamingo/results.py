@@ -97,6 +97,7 @@ class Claim(Protocol):
     verdict: str
     digits: int
     apart: Mapping[str, Interval]
+    dataset: str
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ class Settings:
     resamples: int
     seed: int
     judges: str = ""
+
+    @classmethod
+    def of(cls, table: pd.DataFrame) -> "Settings":
+        """Of a table that `load` returned."""
+        return cls(**{name: table.attrs[name] for name in cls.__dataclass_fields__})
 
     @property
     def miniature(self) -> bool:
@@ -241,7 +247,7 @@ def verdict_line(claim: Claim) -> str:
     """A claim as an item of a list in Markdown."""
     by = "" if claim.ranked_by == ALL else f", ranked by {show.LABELS[claim.ranked_by]}"
     text = f"{claim.text[0].upper()}{claim.text[1:]}"
-    return f"* Claim {claim.number}{by}: **{claim.verdict}**. {text}: {_cell(claim.effect, claim.digits, signed=True)}."
+    return f"* Claim {claim.number}{by}: **{claim.verdict}**. {text}: {cell(claim.effect, claim.digits, signed=True)}."
 
 
 def _against_random(finding: Finding, metric: str) -> str:
@@ -252,10 +258,10 @@ def _against_random(finding: Finding, metric: str) -> str:
         header += [f"{show.LABELS[by]} first", "minus random"]
     rows = []
     for domain, base in random.items():
-        row = [show.LABELS[domain], str(base.n), _cell(base, digits)]
+        row = [show.LABELS[domain], str(base.n), cell(base, digits)]
         for by in similarities(effects):
             first, gain = scores(effects, metric, f"{by} 1")[domain], gains(effects, metric, by)[domain]
-            row += [_cell(first, digits), _cell(gain, digits, signed=True)]
+            row += [cell(first, digits), cell(gain, digits, signed=True)]
         if paper:
             low, high = paper.get(domain, (None, None))
             row.append("" if low is None else f"{low} → {high} ({high - low:+.1f})")
@@ -268,7 +274,7 @@ def _apart(finding: Finding) -> list[str]:
     rows = []
     for claim in finding.claims:
         by = "" if claim.ranked_by == ALL else f"ranked by {show.LABELS[claim.ranked_by]}"
-        rows += [[by, what, _cell(found, claim.digits, signed=True)] for what, found in claim.apart.items()]
+        rows += [[by, what, cell(found, claim.digits, signed=True)] for what, found in claim.apart.items()]
     if not rows:
         return []
     paper = PAPER[finding.name].get("cider")
@@ -296,11 +302,11 @@ def _references(finding: Finding) -> str:
     for pick in (pick for pick in named if pick in there):
         row = [named[pick]]
         for name, metric in finding.metrics.items():
-            gain = _cell(gains(effects, name, pick)[ALL], metric.digits, signed=True)
-            row += [_cell(scores(effects, name, pick)[ALL], metric.digits), "" if pick == "random" else gain]
+            gain = cell(gains(effects, name, pick)[ALL], metric.digits, signed=True)
+            row += [cell(scores(effects, name, pick)[ALL], metric.digits), "" if pick == "random" else gain]
         rows.append(row)
     for by, gained in finding.chance.items():
-        cells = [("", _cell(gained[name], metric.digits, signed=True)) for name, metric in finding.metrics.items()]
+        cells = [("", cell(gained[name], metric.digits, signed=True)) for name, metric in finding.metrics.items()]
         rows.append([f"{show.LABELS[by]}, shuffled 500 times", *(cell for pair in cells for cell in pair)])
     return table(header, rows)
 
@@ -321,7 +327,8 @@ def _how(finding: Finding) -> str:
     return table(["", ""], [*rows, ["commit", f"`{finding.commit}`"]])
 
 
-def _cell(interval: Interval, digits: int, signed: bool = False) -> str:
+def cell(interval: Interval, digits: int, signed: bool = False) -> str:
+    """A figure with its interval, as text."""
     form = f"{'+' if signed else ''}.{digits}f"
     return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
@@ -333,10 +340,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def scoreboard(path: Path, claims: Sequence[Claim], settings: Settings) -> None:
-    """Put these claims in the place of those of the same numbers; others stay."""
+    """Put these claims in the place of those of the same numbers and data sets; others stay."""
     there = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.exists() else []
-    numbers = {claim.number for claim in claims}
-    rows = [row for row in there if row["claim"] not in numbers]
+    new = {(claim.number, claim.dataset or settings.dataset) for claim in claims}
+    rows = [row for row in there if (row["claim"], row["dataset"]) not in new]
     for claim in claims:
         rows.append({
             "claim": claim.number,
@@ -344,7 +351,7 @@ def scoreboard(path: Path, claims: Sequence[Claim], settings: Settings) -> None:
             **_rounded(claim.effect),
             "seeds": [settings.seed],
             "profile": settings.profile,
-            "dataset": settings.dataset,
+            "dataset": claim.dataset or settings.dataset,
             "ranked_by": claim.ranked_by,
             "what": claim.text,
             "apart": {what: _rounded(found) for what, found in claim.apart.items()},

@@ -1,9 +1,13 @@
 """What becomes of Finding I when sampling changes: nucleus p (Table 6) and the number of candidates (Fig. 9).
 
     python -m dalleflamingo.studies      after `make reproduce` has measured Finding I
+
+And how many captions two vocabularies cut alike (App. G), of the miniature and, where a folder that DALLEFLAMINGO_COCO
+names holds coco_karpathy_test_gt.json, of COCO with BLIP's and CLIP's own vocabularies.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +17,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dalleflamingo import profiles, registry, results, show
 from dalleflamingo.captioner import Captioner, Nucleus
-from dalleflamingo.datasets import Dataset, read_results, write_results
+from dalleflamingo.datasets import Dataset, read_coco, read_results, write_results
 from dalleflamingo.intervals import Interval, derive_seed, paired_bootstraps
 from dalleflamingo.metrics import Cider
 from dalleflamingo.picks import (
@@ -31,6 +36,7 @@ from dalleflamingo.picks import (
     similarities,
 )
 from dalleflamingo.reproduce import Claim
+from dalleflamingo.subwords import clip_vocabulary, pieces, same_pieces, wordpiece_vocabulary
 
 NUCLEUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # Table 6
 PAPER_TABLE_6 = (111.8, 111.2, 110.0, 107.2, 103.4, 96.2, 89.7, 83.1, 78.7, 69.2)  # NoCaps CIDEr × 100
@@ -112,16 +118,48 @@ def claim_7(judged: Judged, grown: pd.DataFrame, resamples: int = RESAMPLES) -> 
     return claims
 
 
-def write(docs: Path, by_p: pd.DataFrame, grown: pd.DataFrame, claims: Sequence[Claim], settings: dict) -> None:
-    """results/nucleus.csv, growth.csv, studies.md, their claims, and figures/nucleus.png and growth_cider.png."""
+def claim_13(
+    captions: Sequence[str], source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, dataset: str
+) -> Claim:
+    """More than 60 % of captions fall into the same pieces (App. G): the share minus 0.6."""
+    share = same_pieces(pieces(source, captions), pieces(target, captions))
+    effect = Interval(share.value - 0.6, share.low - 0.6, share.high - 0.6, share.n, share.seed)
+    return Claim(13, f"captions of {dataset} that both cut into the same pieces: the share − 0.6", ALL, effect, 3,
+                 dataset=dataset)  # fmt: skip
+
+
+def _cut_alike() -> list[Claim]:
+    """Claim 13 of the miniature's vocabularies, and of the real ones where COCO's captions are at hand."""
+    test = registry.dataset("miniature/coco", "test")
+    tokenizers = (
+        AutoTokenizer.from_pretrained(registry.locate("miniature/blip")),
+        AutoTokenizer.from_pretrained(Path(registry.locate("miniature/sd"), "tokenizer")),
+    )
+    found = [claim_13(_captions(test), *tokenizers, dataset=test.name)]
+    file = Path(os.environ.get("DALLEFLAMINGO_COCO", ""), "coco_karpathy_test_gt.json")
+    if file.is_file():
+        real = read_coco(file, file.parent)
+        found.append(claim_13(_captions(real), wordpiece_vocabulary(), clip_vocabulary(), dataset="coco/test"))
+    return found
+
+
+def _captions(dataset: Dataset) -> list[str]:
+    return [caption for example in dataset for caption in example.references]
+
+
+def write(docs: Path, by_p: pd.DataFrame, grown: pd.DataFrame, claims: Sequence[Claim], table: pd.DataFrame) -> None:
+    """results/nucleus.csv, growth.csv, studies.md, their claims, and figures/nucleus.png and growth_cider.png.
+
+    Args:
+        table: Finding I's, as `results.load` returns it.
+    """
     folder, figures = docs / "results", docs / "figures"
     by_p.round(5).to_csv(folder / "nucleus.csv", index=False)
     grown.round(5).to_csv(folder / "growth.csv", index=False)
     show.write_png(nucleus_figure(by_p), figures / "nucleus.png")
     show.write_png(growth_figure(grown, "cider"), figures / "growth_cider.png")
-    known = results.Settings(**{name: settings[name] for name in results.Settings.__dataclass_fields__})
-    results.scoreboard(folder / "claims.json", claims, known)
-    (folder / "studies.md").write_text(page(by_p, grown, claims, settings), encoding="utf-8")
+    results.scoreboard(folder / "claims.json", claims, results.Settings.of(table))
+    (folder / "studies.md").write_text(page(by_p, grown, claims, table.attrs), encoding="utf-8")
 
 
 def nucleus_figure(by_p: pd.DataFrame) -> Figure:
@@ -159,7 +197,7 @@ def page(by_p: pd.DataFrame, grown: pd.DataFrame, claims: Sequence[Claim], setti
         for what, found in claim.apart.items()
     }
     parts = [
-        "# Sampling: nucleus p and the number of candidates",
+        "# Sampling and vocabularies",
         "**Measured in the miniature**; the paper's figures are of NoCaps and stand beside ours for their direction.",
         f"n = {by_p['n'].max()} images of {settings['dataset']}. Made by `python -m dalleflamingo.studies` at commit "
         f"`{results.current_commit()}`, from the candidates of `{settings['command']}`.",
@@ -192,8 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
     captioner = Captioner.from_pretrained(registry.locate(profile.captioner), device=profile.device)
     by_p = cider_by_p(nucleus_sweep(dataset, captioner, options.folder), dataset, NUCLEUS)
     grown = growth(judged, [k for k in NUMBERS if k <= judged.rows.shape[1]])
-    claims = claim_5(by_p) + claim_7(judged, grown)
-    write(options.docs, by_p, grown, claims, table.attrs)
+    claims = claim_5(by_p) + claim_7(judged, grown) + _cut_alike()
+    write(options.docs, by_p, grown, claims, table)
     for claim in claims:
         print(f"Claim {claim.number}, {claim.ranked_by}: {claim.verdict}; {claim.text}: {claim.effect}")
     return 0

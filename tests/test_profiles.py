@@ -33,6 +33,7 @@ def test_numbers_are_those_that_the_course_promises():
 def test_every_name_in_a_profile_is_registered_as_what_it_is_used_for(profile):
     kinds = {
         "captioner": "captioner",
+        "other_captioner": "captioner",
         "generator": "generator",
         "clip": "image similarity",
         "dino": "image similarity",
@@ -44,7 +45,7 @@ def test_every_name_in_a_profile_is_registered_as_what_it_is_used_for(profile):
 
 @pytest.mark.parametrize("profile", profiles.PROFILES.values(), ids=lambda profile: profile.name)
 def test_a_profile_is_of_one_scale(profile):
-    names = [profile.captioner, profile.generator, profile.clip, profile.dino, profile.dataset]
+    names = [profile.captioner, profile.other_captioner, profile.generator, profile.clip, profile.dino, profile.dataset]
     assert len({name.startswith("miniature/") for name in names}) == 1
 
 

@@ -239,8 +239,9 @@ def test_the_command_writes_table_page_figures_and_claims_and_again_the_same(tmp
     monkeypatch.setattr(reproduce.baselines, "add", lambda table, *rest: table.assign(**BASELINES))
     docs = tmp_path / "docs"
     (docs / "results").mkdir(parents=True)
-    other = {"claim": 13, "verdict": "holds"}
-    stale = {"claim": 2, "verdict": "does not hold"}
+    where = fakes.dataset(tmp_path / "source").name
+    other = {"claim": 13, "verdict": "holds", "dataset": where}
+    stale = {"claim": 2, "verdict": "does not hold", "dataset": where}
     (docs / "results" / "claims.json").write_text(json.dumps({"claims": [other, stale]}))
     arguments = ["finding-1", "--images", "8", "--candidates", "3"]
     arguments += ["--run", str(tmp_path / "run"), "--docs", str(docs)]

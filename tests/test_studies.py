@@ -1,5 +1,6 @@
 """Studies of sampling and baselines against scores worked out another way."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,11 +106,28 @@ def test_the_page_names_its_settings_and_its_verdicts(judged, tmp_path):
     settings = {name: "x" for name in results.Settings.__dataclass_fields__} | {"dataset": "miniature/one", "seed": 0}
     for folder in ("results", "figures"):
         (tmp_path / folder).mkdir()
-    studies.write(tmp_path, by_p, grown, studies.claim_5(by_p), settings)
+    table = pd.DataFrame()
+    table.attrs = settings
+    studies.write(tmp_path, by_p, grown, studies.claim_5(by_p), table)
     page = (tmp_path / "results/studies.md").read_text(encoding="utf-8")
     assert "Claim 5: **holds**" in page and "| 0.9 |" in page and "| 4 |" in page
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"nucleus.png", "growth_cider.png"}
     assert len(pd.read_csv(tmp_path / "results/nucleus.csv")) == 10
+
+
+def test_claim_13_counts_the_captions_that_both_cut_alike(tmp_path):
+    blip, clip = tiny.shipped_tokenizers()
+    captions = ["a red tree"] * 7 + ["a chair"] * 3  # the miniature's BLIP cuts "chair" into pieces, its SD does not
+    claim = studies.claim_13(captions, blip, clip, "somewhere")
+    assert claim.effect.value == pytest.approx(0.1) and claim.effect.n == 10 and claim.verdict == "undecided"
+    assert studies.claim_13(captions[7:] * 9, blip, clip, "elsewhere").verdict == "does not hold"
+    settings = results.Settings(
+        **{name: "x" for name in results.Settings.__dataclass_fields__} | {"dataset": "somewhere", "seed": 0}
+    )
+    board = tmp_path / "claims.json"
+    for where in ("somewhere", "elsewhere", "elsewhere"):  # a claim is decided anew for a data set, not for all
+        results.scoreboard(board, [studies.claim_13(captions, blip, clip, where)], settings)
+    assert sorted(row["dataset"] for row in json.loads(board.read_text())["claims"]) == ["elsewhere", "somewhere"]
 
 
 # ── baselines ────────────────────────────────────────────────────────────────────────────────────────────────────────

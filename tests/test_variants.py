@@ -1,0 +1,89 @@
+"""Tables 7 and 8: what is changed is changed, what is not stays, and the claims say what the tables say."""
+
+import dataclasses
+
+import fakes
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from test_reproduce import candidates, world
+
+from dalleflamingo import picks, profiles, variants
+from dalleflamingo.captioner import PAPER
+from dalleflamingo.decoding import Temperature, TopK
+from dalleflamingo.intervals import Interval
+from dalleflamingo.reproduce import difference
+from dalleflamingo.similarity import PairSimilarity
+
+
+@pytest.fixture(scope="module")
+def measured() -> pd.DataFrame:
+    """Finding I ranked by the truth (clip) and against it (dino)."""
+    judged = picks.judge_captions(candidates(world()), world())
+    table = judged.table.assign(clip=judged.table["f1"], dino=-judged.table["f1"])
+    return picks.measure(dataclasses.replace(judged, table=table), resamples=200)
+
+
+@pytest.mark.parametrize(("name", "strategy", "captioner"), [
+    ("top-k", TopK(10), "usual"), ("temperature", Temperature(0.7), "usual"), ("blip2", PAPER, "other"),
+])  # fmt: skip
+def test_a_variant_changes_one_thing(monkeypatch, tmp_path, name, strategy, captioner):
+    asked = []
+
+    def trip(dataset, *models, **settings):
+        asked.append((models, settings))
+        return candidates(dataset)
+
+    monkeypatch.setattr(variants, "load_models", lambda profile: ("usual", "generator", ["clip", "dino"]))
+    monkeypatch.setattr(variants, "_other_captioner", lambda profile: "other")
+    monkeypatch.setattr(variants.registry, "dataset", lambda name: world())
+    monkeypatch.setattr(variants, "image_text_image", trip)
+    monkeypatch.setattr(variants, "measure", lambda judged: judged)
+    judged = variants.finding_1_again(variants.VARIANTS[name], 20, tmp_path)
+    [(models, settings)] = asked
+    profile = profiles.current()
+    assert models == (captioner, "generator", ["clip", "dino"], tmp_path) and len(judged.rows) == 20
+    assert settings == {
+        "candidates": 10, "steps": profile.steps, "guidance_scale": profile.guidance_scale,
+        "batch_size": profile.batch_size, "strategy": strategy,
+    }  # fmt: skip
+
+
+def test_pictures_that_another_captioner_describes_stay_where_they_are(tmp_path):
+    length = PairSimilarity("length", lambda source, candidate: -abs(len(source) - len(candidate)))
+    rows = []
+    for i in range(20):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"image_id": i // 2, "candidate": i % 2, "caption": "x" * i, "picture": f"{i}.png"})
+    table = pd.DataFrame(rows).assign(recovered="nothing", length=np.nan)
+    found = variants.described_again(table, tmp_path, fakes.Captioner(), [length])
+    said = [f"a thing of {i} and {i}" for i in range(20)]
+    assert list(found["recovered"]) == said
+    assert list(found["length"]) == [-abs(i - len(text)) for i, text in enumerate(said)]
+    same = ["image_id", "candidate", "caption", "picture"]
+    pd.testing.assert_frame_equal(found[same], table[same])
+
+
+def test_each_variant_decides_by_its_gain_and_tells_how_much_smaller_it_is(measured):
+    claims = variants.claims_6_and_8({"top-k": measured, "blip2": measured}, measured)
+    assert [(claim.number, claim.ranked_by, claim.verdict) for claim in claims] == [
+        (6, "clip", "holds"), (6, "dino", "does not hold"), (8, "clip", "holds"), (8, "dino", "does not hold"),
+    ]  # fmt: skip
+    gain = picks.gains(measured, "cider", "clip")["all"]
+    assert claims[0].effect == gain and list(claims[0].apart.values()) == [difference(gain, gain)]
+
+
+def test_a_difference_of_two_independent_figures():
+    found = difference(Interval(5.0, 2.0, 9.0, 10, 0), Interval(1.0, 0.0, 5.0, 20, 0))
+    assert (found.value, found.n) == (4.0, 30)
+    assert found.low == pytest.approx(4 - np.hypot(3, 4)) and found.high == pytest.approx(4 + np.hypot(4, 1))
+
+
+def test_the_page_has_a_row_for_each_variant_and_each_reader(measured):
+    of_pictures = pd.concat([measured.assign(metric=metric) for metric in variants.TABLE_2 if metric != "cider"])
+    of_pictures = of_pictures.drop_duplicates(["domain", "metric", "pick"])
+    claims = variants.claims_6_and_8({"top-k": measured}, measured)
+    page = variants.page({"top-k": measured}, {"BLIP": of_pictures, "BLIP-2": of_pictures}, claims, "make it")
+    assert "Claim 6, ranked by CLIP: **holds**" in page and "79.6 → 84.0" in page
+    assert "40.54 → 33.47, 39.41" in page and page.count("BLIP-2 minus random") == 1 and "by `make it`" in page
