@@ -6,7 +6,7 @@ function of its caption and its seed, not of the batch it was drawn in.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,28 +82,23 @@ class Generator:
         Raises:
             ValueError: if there are not as many seeds as captions.
         """
-        if len(captions) != len(seeds):
-            raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds: give every picture one of each")
         captions = list(captions)  # of a stacked tensor too: rows that stay, so that each has an id of its own
         texts = [caption for caption in captions if isinstance(caption, str)]
         self._warn_of_long(texts)
         encoded = self._encode(dict.fromkeys([*texts, ""]), batch_size)
-        keys = [(c if isinstance(c, str) else id(c), int(seed)) for c, seed in zip(captions, seeds, strict=True)]
-        states = {key: encoded[c] if isinstance(c, str) else c for key, c in zip(keys, captions, strict=True)}
-        wanted, drawn = Counter(keys), {}
-        for start in range(0, len(wanted), batch_size):
-            batch = list(wanted)[start : start + batch_size]
-            pictures = self.pipeline(
-                prompt_embeds=torch.stack([states[key] for key in batch]),  # (B, T, D)
+        keys = [caption if isinstance(caption, str) else id(caption) for caption in captions]
+        states = {key: encoded[key] if isinstance(key, str) else c for key, c in zip(keys, captions, strict=True)}
+
+        def draw(batch: list[tuple[Hashable, int]]) -> list[Image]:
+            return self.pipeline(
+                prompt_embeds=torch.stack([states[key] for key, _ in batch]),  # (B, T, D)
                 negative_prompt_embeds=torch.stack([encoded[""]] * len(batch)),
                 generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
             ).images
-            drawn.update(zip(batch, pictures, strict=True))
-            if progress is not None:
-                progress(sum(wanted[key] for key in batch))
-        return [drawn[key] for key in keys]
+
+        return draw_once(keys, seeds, draw, batch_size, progress)
 
     def noise_loss(self, images: Sequence[Image], states: Tensor, seed: int) -> Tensor:
         """How well the generator tells the noise in pictures, given texts: Eq. 3, or Eq. 2 with states from the bridge.
@@ -160,6 +155,30 @@ class Generator:
                 read = tokenizer.decode(ids[: limit - 1], skip_special_tokens=True)
                 message = f"{caption!r} has {len(ids)} tokens, the generator reads {limit}: it is drawn as {read!r}"
                 warnings.warn(message, stacklevel=3)
+
+
+def draw_once(
+    keys: Sequence[Hashable],
+    seeds: Sequence[int],
+    draw: Callable[[list[tuple[Hashable, int]]], list[Image]],
+    batch_size: int,
+    progress: Callable[[int], object] | None,
+) -> list[Image]:
+    """A picture for each of N (key, seed); each distinct pair is drawn once, `batch_size` of them together.
+
+    Raises:
+        ValueError: if there are not as many seeds as keys.
+    """
+    if len(keys) != len(seeds):
+        raise ValueError(f"{len(keys)} captions but {len(seeds)} seeds: give every picture one of each")
+    pairs = [(key, int(seed)) for key, seed in zip(keys, seeds, strict=True)]
+    wanted, drawn = Counter(pairs), {}
+    for start in range(0, len(wanted), batch_size):
+        batch = list(wanted)[start : start + batch_size]
+        drawn.update(zip(batch, draw(batch), strict=True))
+        if progress is not None:
+            progress(sum(wanted[pair] for pair in batch))
+    return [drawn[pair] for pair in pairs]
 
 
 def _scheduler(name: str, shipped):

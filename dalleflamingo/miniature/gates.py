@@ -34,7 +34,7 @@ from .world import draw, sample_scene
 
 SEED = 20  # of held-out scenes; no recipe draws from it
 MINI = PROFILES["mini"]
-MODELS = ("recogniser", "vae", "blip", "sd", "clip", "dino", "inception")
+MODELS = ("recogniser", "vae", "blip", "blip2", "sd", "clip", "dino", "inception")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _difference(before: list[PictureScore], after: list[PictureScore]) -> Interv
     )
 
 
-def blip_gates(captioner: Captioner, test: Dataset, nocaps: Dataset) -> list[Gate]:
+def captioner_gates(name: str, captioner: Captioner, test: Dataset, nocaps: Dataset) -> list[Gate]:
     test = test.subset(300, SEED)
     scenes = _scenes(test)
     said = _in_parts(
@@ -145,7 +145,7 @@ def blip_gates(captioner: Captioner, test: Dataset, nocaps: Dataset) -> list[Gat
     right = sum(map(is_right, said, scenes))
     gates = [
         Gate(
-            "blip",
+            name,
             "beam search: captions without a wrong kind, colour or relation",
             proportion(right, len(said)),
             None,
@@ -153,7 +153,7 @@ def blip_gates(captioner: Captioner, test: Dataset, nocaps: Dataset) -> list[Gat
             0.85,
         ),
         Gate(
-            "blip",
+            name,
             "beam search: recall of things",
             mean_interval(list(map(recall_of_things, said, scenes))),
             None,
@@ -161,13 +161,13 @@ def blip_gates(captioner: Captioner, test: Dataset, nocaps: Dataset) -> list[Gat
             0.80,
         ),
     ]
-    gates += _sampling_gates(captioner, test, "coco test", (0.40, 0.85), (0.45, 0.80))
+    gates += _sampling_gates(name, captioner, test, "coco test", (0.40, 0.85), (0.45, 0.80))
     for domain, part in nocaps.by_domain().items():
-        gates += _sampling_gates(captioner, part.subset(60, SEED), domain, None, None)
+        gates += _sampling_gates(name, captioner, part.subset(60, SEED), domain, None, None)
     return gates
 
 
-def _sampling_gates(captioner: Captioner, data: Dataset, where: str, floor, goal) -> list[Gate]:
+def _sampling_gates(name: str, captioner: Captioner, data: Dataset, where: str, floor, goal) -> list[Gate]:
     """Nucleus p = 0.9, K = 10: the share of right captions, and how far the candidates of a picture differ in F1."""
     examples, k = list(data), 10
     seeds = [[derive_seed(SEED, example.image_id, i) for i in range(k)] for example in examples]
@@ -184,8 +184,8 @@ def _sampling_gates(captioner: Captioner, data: Dataset, where: str, floor, goal
         np.std([f1(caption, scene) for caption in captions]) for captions, scene in zip(said, scenes, strict=True)
     ]
     return [
-        Gate("blip", f"nucleus p = 0.9, {where}: captions factually right", mean_interval(right), None, floor, goal),
-        Gate("blip", f"nucleus p = 0.9, {where}: standard deviation of F1 across 10 candidates", mean_interval(spread)),
+        Gate(name, f"nucleus p = 0.9, {where}: captions factually right", mean_interval(right), None, floor, goal),
+        Gate(name, f"nucleus p = 0.9, {where}: standard deviation of F1 across 10 candidates", mean_interval(spread)),
     ]
 
 
@@ -259,10 +259,15 @@ def measure(name: str, n: int) -> list[Gate]:
     """The gates of one model; n prompts for each of SD's."""
     recogniser = Recogniser.from_pretrained(registry.locate("miniature/recogniser")).eval()
     test, nocaps = registry.dataset("miniature/coco", "test"), registry.dataset("miniature/nocaps")
+
+    def captioner() -> list[Gate]:
+        return captioner_gates(name, Captioner.from_pretrained(registry.locate(f"miniature/{name}")), test, nocaps)
+
     of: dict[str, Callable[[], list[Gate]]] = {
         "recogniser": lambda: recogniser_gates(recogniser),
         "vae": lambda: vae_gates(recogniser, Generator.from_pretrained(registry.locate("miniature/sd"))),
-        "blip": lambda: blip_gates(Captioner.from_pretrained(registry.locate("miniature/blip")), test, nocaps),
+        "blip": captioner,
+        "blip2": captioner,
         "sd": lambda: sd_gates(recogniser, Generator.from_pretrained(registry.locate("miniature/sd")), n),
         "clip": clip_gates,
         "dino": lambda: dino_gates(Dino.from_pretrained(registry.locate("miniature/dino"))),

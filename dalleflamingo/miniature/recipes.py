@@ -1,9 +1,10 @@
 """Name → recipe of each of the miniature's models, in the order in which they are trained.
 
 A recipe has `name`, `steps`, `batch_size`, `learning_rate`, `weight_decay`, `warmup` and `average` (decay of the moving
-average of its weights, 0 for none); `modules`, what a checkpoint holds; `compilable`, what `--compile` compiles;
-`parameters()`, what is trained; `batch(rng, step)`; `loss(batch, step)`, whose entry "loss" is minimised and the others
-logged; `after_step(step)`; `export(folder)` writes the standard format and `restore(folder)` reads weights from it.
+average of its weights, 0 for none), and `betas` where Adam's are not the loop's; `modules`, what a checkpoint holds;
+`compilable`, what `--compile` compiles; `parameters()`, what is trained; `batch(rng, step)`; `loss(batch, step)`, whose
+entry "loss" is minimised and the others logged; `after_step(step)`; `export(folder)` writes the standard format and
+`restore(folder)` reads weights from it.
 """
 
 from pathlib import Path
@@ -18,6 +19,7 @@ from .clip import ClipRecipe, pixels, text_encoder
 from .corpora import ROOT, annotation_files, labelled_batches, plain_batch, texts, web_batch
 from .dino import DinoRecipe
 from .inception import InceptionRecipe
+from .lafite import LafiteRecipe
 from .recogniser import RecogniserRecipe
 from .sd import SdRecipe
 from .tokenizers import train_clip_bpe, train_opt_bpe, train_wordpiece
@@ -70,6 +72,13 @@ def sd() -> SdRecipe:
     return SdRecipe(vae.vae, text_encoder(text.model, text.tokenizer), text.tokenizer, RUNS / "sd-latents.safetensors")
 
 
+def lafite() -> LafiteRecipe:
+    """The GAN stands on the same autoencoder and on the trained CLIP."""
+    vae, eyes = trained(VaeRecipe(), "vae"), trained(clip(), "clip")
+    files = RUNS / "sd-latents.safetensors", RUNS / "clip-features.safetensors"
+    return LafiteRecipe(vae.vae, eyes.model, eyes.tokenizer, *files)
+
+
 def blip_web() -> BlipRecipe:
     """Its image encoder starts from the trained CLIP's."""
     recipe, eyes = BlipRecipe("blip-web", web_batch, wordpiece(), draw_first=plain_batch), trained(clip(), "clip")
@@ -110,6 +119,7 @@ RECIPES = {
     "blip": blip,
     "blip2-web": blip2_web,
     "blip2": blip2,
+    "lafite": lafite,
     "dino": DinoRecipe,
     "inception": InceptionRecipe,
 }

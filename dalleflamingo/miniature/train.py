@@ -36,7 +36,10 @@ def train(recipe, run: Path, checkpoint_every: int = 100, seed: int = 0, device:
         module.to(device)
     parameters = list(recipe.parameters())
     optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+        parameters,
+        lr=recipe.learning_rate,
+        betas=getattr(recipe, "betas", (0.9, 0.98)),
+        weight_decay=recipe.weight_decay,
     )
     checkpoint = Checkpoint(run, recipe, optimizer)
     first, minutes = checkpoint.load()
