@@ -46,7 +46,7 @@ PLAIN_SHARE = 0.8  # of the others' captions, up to two things, told barely and 
 # colours are decided, the second where places are, when a thing can hardly be seen yet.
 EARLY, LATE = (2.0, 3.0), (5.0, 2.0)
 LATE_SHARE = 0.5  # of samples whose timestep is drawn from the second
-PLACES_SHARE = 0.1  # of training, its beginning: places alone are learned
+LESSONS = {1: 0.05, 2: 0.2}  # things in a picture -> share of training until which their places alone are learned
 
 
 def make_unet(text_width: int) -> UNet2DConditionModel:
@@ -130,19 +130,28 @@ class SdRecipe:
         yield from self.unet.parameters()
         yield from self.text_encoder.parameters()
 
-    def places_only(self, step: int) -> bool:
-        return step < PLACES_SHARE * self.steps
+    def lesson(self, step: int) -> int | None:
+        """How many things the pictures hold while places alone are learned."""
+        return next((things for things, end in LESSONS.items() if step < end * self.steps), None)
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """`latents` (B, 4, 16, 16), scaled; `input_ids` (B, 77). Single things first, fewer and fewer of them."""
-        places = self.places_only(step)
-        one_thing = 1.0 if places else 0.8 * max(0.0, 1 - 2 * step / self.steps)
-        index = 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + (
-            rng.random(self.batch_size) < one_thing
-        )
-        captions = [web_caption(web_scene(i), rng, 1.0 if places else PLAIN_SHARE) for i in index]
+        """`latents` (B, 4, 16, 16), scaled; `input_ids` (B, 77)."""
+        lesson = self.lesson(step)
+        index = self.lesson_index(rng, lesson) if lesson else self.index(rng, step)
+        captions = [web_caption(web_scene(i), rng, 1.0 if lesson else PLAIN_SHARE) for i in index]
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return {"latents": self.latents[index].float() * self.vae.config.scaling_factor, "input_ids": tokens.input_ids}
+
+    def index(self, rng: np.random.Generator, step: int) -> np.ndarray:
+        """(B,) places in the bank: first mostly single things, then fewer and fewer of them."""
+        one_thing = 0.8 * max(0.0, 1 - 2 * step / self.steps)
+        chosen = rng.random(self.batch_size) < one_thing
+        return 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + chosen
+
+    def lesson_index(self, rng: np.random.Generator, things: int) -> np.ndarray:
+        """(B,) places in the bank whose pictures hold so many things."""
+        tried = rng.permutation(len(self.latents))[: 10 * self.batch_size]
+        return np.array([i for i in tried if len(web_scene(i).things) == things][: self.batch_size])
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         device = self.unet.device
@@ -150,7 +159,7 @@ class SdRecipe:
         states = self.text_encoder(batch["input_ids"].to(device)).last_hidden_state  # (B, 77, width)
         noise = torch.randn_like(latents)
         early, late = (torch.distributions.Beta(*shape).sample((len(latents),)) for shape in (EARLY, LATE))
-        is_late = torch.rand(len(latents)) < (1.0 if self.places_only(step) else LATE_SHARE)
+        is_late = torch.rand(len(latents)) < (1.0 if self.lesson(step) else LATE_SHARE)
         share = torch.where(is_late, late, early).to(device)
         timesteps = (share * self.scheduler.config.num_train_timesteps).long()
         noised = self.scheduler.add_noise(latents, noise, timesteps)
