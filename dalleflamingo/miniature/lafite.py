@@ -112,17 +112,15 @@ class LafiteRecipe:
         show = contrast(shown, features)
         self.discriminator.requires_grad_(True)
 
-        penalise = step % PENALTY_EVERY == 0
-        real = real.requires_grad_(penalise)
+        penalised = step % PENALTY_EVERY == 0
+        real = real.requires_grad_(penalised)
         shown_real, score_real = self.discriminator(real, features)
         _, score_drawn = self.discriminator(drawn.detach(), features)
         tell = F.softplus(-score_real).mean() + F.softplus(score_drawn).mean()
         know = contrast(shown_real, features)
-        loss = fool + show + tell + know
-        if penalise:
-            [slope] = torch.autograd.grad(score_real.sum(), real, create_graph=True)
-            loss = loss + PENALTY * PENALTY_EVERY / 2 * slope.square().sum((1, 2, 3)).mean()
-        return {"loss": loss, "fool": fool, "show": show, "tell": tell, "know": know}
+        calm = steepness(score_real, real) * PENALTY * PENALTY_EVERY / 2 if penalised else torch.zeros(())
+        losses = {"fool": fool, "show": show, "tell": tell, "know": know, "calm": calm}
+        return {"loss": sum(losses.values())} | losses
 
     def after_step(self, step: int) -> None:
         pass
@@ -135,6 +133,12 @@ class LafiteRecipe:
         model = Lafite.from_config(self.generator.config)
         model.load_state_dict(self.generator.state_dict())
         model.half().save_pretrained(folder)
+
+
+def steepness(score: Tensor, latents: Tensor) -> Tensor:
+    """Mean squared length of a score's (B,) gradient by the latents (B, …) that it judges; can be minimised."""
+    [slope] = torch.autograd.grad(score.sum(), latents, create_graph=True)
+    return slope.flatten(1).square().sum(1).mean()
 
 
 def disturbed(features: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""The GAN generator: its layer against a plain transcription, pictures as functions of caption and seed, its losses."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from transformers import CLIPTokenizer
+
+from dalleflamingo import registry
+from dalleflamingo.lafite import Lafite, LafiteGenerator, StyledConv
+from dalleflamingo.miniature import clip, lafite, sd
+from dalleflamingo.miniature.corpora import texts
+from dalleflamingo.miniature.tokenizers import train_clip_bpe
+
+
+class Letters:
+    """Stands for CLIP's text encoder: counts letters."""
+
+    def embed(self, captions):
+        rows = [[caption.count(letter) for letter in "abcdefghijklmnopqrstuvwx"] for caption in captions]
+        return torch.tensor(rows, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    pipeline = tiny.stable_diffusion(tmp_path_factory.mktemp("sd"))
+    vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae")
+    torch.manual_seed(0)
+    return LafiteGenerator(Lafite(feature_size=24, widths=(16, 8)), vae, Letters())
+
+
+CAPTIONS = ["a red bird", "a blue boat", "two cats"]
+
+
+def test_a_styled_convolution_is_stylegan2s():
+    """Karras et al. 2020, Eq. 1 and 3, one picture at a time."""
+    torch.manual_seed(0)
+    layer = StyledConv(3, 5, 4)
+    torch.nn.init.normal_(layer.bias)
+    x, style = torch.randn(2, 3, 6, 6), torch.randn(2, 4)
+    expected = []
+    for picture, scale in zip(x, layer.style(style), strict=True):
+        modulated = layer.weight * scale[None, :, None, None]
+        modulated = modulated / (modulated.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        expected.append(F.conv2d(picture[None], modulated, layer.bias, padding=1)[0])
+    expected = F.leaky_relu(torch.stack(expected), 0.2) * 2**0.5
+    torch.testing.assert_close(layer(x, style), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_picture_depends_on_its_caption_and_seed_alone(generator):
+    together = generator.render(CAPTIONS, [1, 2, 1])
+    alone = [generator.render([caption], [seed])[0] for caption, seed in zip(CAPTIONS, [1, 2, 1], strict=True)]
+    for a, b in zip(together, alone, strict=True):
+        assert np.abs(np.subtract(a, b, dtype=float)).max() <= 1  # a batch may be summed in another order
+    again, *others = generator.render([CAPTIONS[0], CAPTIONS[0], CAPTIONS[1]], [1, 2, 1])
+    assert again.tobytes() == together[0].tobytes()
+    assert len({picture.tobytes() for picture in (again, *others)}) == 3
+
+
+def test_each_distinct_pair_is_drawn_once_and_progress_counts_all(generator):
+    embedded, counted = [], []
+    embed, generator.clip_text = generator.clip_text, type("", (), {})()
+    generator.clip_text.embed = lambda captions: embedded.extend(captions) or embed.embed(captions)
+    try:
+        generator.render(CAPTIONS[:2] * 3, [1, 1] * 3, batch_size=1, progress=counted.append)
+    finally:
+        generator.clip_text = embed
+    assert embedded == CAPTIONS[:2] and sum(counted) == 6
+    with pytest.raises(ValueError, match="2 captions but 1 seeds"):
+        generator.render(CAPTIONS[:2], [1])
+
+
+def test_a_folder_opens_with_the_clip_and_the_autoencoder_it_names(generator, tmp_path, monkeypatch):
+    folders = {"a clip": tiny.clip, "an autoencoder": tiny.stable_diffusion}
+    for name, make in folders.items():
+        (tmp_path / name).mkdir()
+        make(tmp_path / name)
+    monkeypatch.setattr(registry, "locate", lambda name: str(tmp_path / name))
+    monkeypatch.setattr("dalleflamingo.lafite.ClipText.from_pretrained", lambda folder, device: (Letters(), folder))
+    saved = Lafite(feature_size=24, widths=(16, 8), clip="a clip", autoencoder="an autoencoder")
+    saved.save_pretrained(tmp_path / "lafite")
+    opened = LafiteGenerator.from_pretrained(str(tmp_path / "lafite"))
+    assert opened.clip_text[1] == str(tmp_path / "a clip")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), opened.model.parameters(), strict=True))
+
+
+# ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lafite")
+    tokenizer = CLIPTokenizer.from_pretrained(train_clip_bpe(texts(200), 600, folder))
+    torch.manual_seed(0)
+    eyes = clip.build(len(tokenizer))
+    for name, width in (("latents", (4, 16, 16)), ("features", (128,))):
+        values = torch.randn(200, *width)
+        values = F.normalize(values, dim=-1) if name == "features" else values
+        sd.save_file({name: values.half()}, folder / f"{name}.safetensors")
+    recipe = lafite.LafiteRecipe(None, eyes, tokenizer, folder / "latents.safetensors", folder / "features.safetensors")
+    recipe.batch_size = 6
+    return recipe
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_each_network_learns_by_its_own_losses_only(recipe, step):
+    losses = recipe.loss(recipe.batch(np.random.default_rng(0), step), step)
+    networks = list(recipe.generator.parameters()), list(recipe.discriminator.parameters())
+    assert (losses["calm"] > 0) == (step % lafite.PENALTY_EVERY == 0)
+    for names, own, other in ((("fool", "show"), 0, 1), (("tell", "know"), 1, 0)):
+        together = sum(losses[name] for name in names)
+        found = torch.autograd.grad(together, networks[own], retain_graph=True, allow_unused=True)
+        assert sum(g is not None and g.abs().sum() > 0 for g in found) > len(networks[own]) // 2
+        assert not any(g is not None for g in torch.autograd.grad(
+            together, networks[other], retain_graph=True, allow_unused=True))  # fmt: skip
+    names = ("fool", "show", "tell", "know", "calm")
+    torch.testing.assert_close(losses["loss"], sum(losses[name] for name in names))
+
+
+def test_the_steepness_of_a_plane_is_its_slope():
+    latents, slope = torch.randn(5, 4, 16, 16, requires_grad=True), torch.randn(4, 16, 16, requires_grad=True)
+    found = lafite.steepness((latents * slope).flatten(1).sum(1), latents)
+    torch.testing.assert_close(found, slope.square().sum())
+    found.backward()
+    torch.testing.assert_close(slope.grad, 2 * slope)
+
+
+def test_contrast_in_closed_form():
+    own = torch.eye(3)
+    sure = torch.log(torch.tensor(1 + 2 * np.exp(-1 / lafite.TEMPERATURE)))
+    torch.testing.assert_close(lafite.contrast(5 * own, own), sure.float(), atol=1e-6, rtol=1e-4)
+    assert lafite.contrast(own.roll(1, 0), own) > 5
+
+
+def test_a_disturbed_feature_keeps_its_length_and_near_its_direction():
+    features = F.normalize(torch.randn(2000, 128), dim=-1)
+    moved = lafite.disturbed(features)
+    torch.testing.assert_close(moved.norm(dim=-1), torch.ones(2000))
+    cosine = (moved * features).sum(-1).mean().item()
+    assert cosine == pytest.approx(1 / np.sqrt(1 + lafite.DISTURBANCE**2), abs=0.005)
+
+
+def test_what_is_exported_is_the_generator_in_half_precision(recipe, tmp_path):
+    recipe.export(tmp_path)
+    opened = Lafite.from_pretrained(tmp_path, dtype=torch.float32)
+    for ours, theirs in zip(recipe.generator.parameters(), opened.parameters(), strict=True):
+        torch.testing.assert_close(ours.half().float(), theirs)
