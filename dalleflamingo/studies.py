@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from dalleflamingo.picks import (
     judge_captions,
     similarities,
 )
-from dalleflamingo.reproduce import Claim
+from dalleflamingo.reproduce import RANKED, Claim
 from dalleflamingo.subwords import clip_vocabulary, pieces, same_pieces, wordpiece_vocabulary
 
 NUCLEUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # Table 6
@@ -118,6 +119,21 @@ def claim_7(judged: Judged, grown: pd.DataFrame, resamples: int = RESAMPLES) -> 
     return claims
 
 
+def compared(judged: Judged, metrics: Sequence[str] = ("cider", "f1"), resamples: int = RESAMPLES) -> pd.DataFrame:
+    """Which similarity ranks best: for each pair, the score of what one ranks first minus that of the other.
+
+    Returns:
+        columns metric, first, second, value, low, high, n; paired over images.
+    """
+    picks, rows = judged.picks(), []
+    for metric in (name for name in metrics if name in judged.metrics):
+        for first, second in combinations(similarities(judged.table), 2):
+            better = contrast(judged, metric, [picks[f"{first} 1"]], [picks[f"{second} 1"]], resamples)
+            interval = {name: getattr(better, name) for name in ("value", "low", "high", "n")}
+            rows.append({"metric": metric, "first": first, "second": second} | interval)
+    return pd.DataFrame(rows)
+
+
 def claim_13(
     captions: Sequence[str], source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, dataset: str
 ) -> Claim:
@@ -147,19 +163,28 @@ def _captions(dataset: Dataset) -> list[str]:
     return [caption for example in dataset for caption in example.references]
 
 
-def write(docs: Path, by_p: pd.DataFrame, grown: pd.DataFrame, claims: Sequence[Claim], table: pd.DataFrame) -> None:
-    """results/nucleus.csv, growth.csv, studies.md, their claims, and figures/nucleus.png and growth_cider.png.
+def write(
+    docs: Path,
+    by_p: pd.DataFrame,
+    grown: pd.DataFrame,
+    pairs: pd.DataFrame,
+    claims: Sequence[Claim],
+    table: pd.DataFrame,
+) -> None:
+    """results/nucleus.csv, growth.csv, similarities.csv, studies.md, their claims; figures nucleus and growth_cider.
 
     Args:
+        by_p, grown, pairs: of `cider_by_p`, `picks.growth` and `compared`.
         table: Finding I's, as `results.load` returns it.
     """
     folder, figures = docs / "results", docs / "figures"
     by_p.round(5).to_csv(folder / "nucleus.csv", index=False)
     grown.round(5).to_csv(folder / "growth.csv", index=False)
+    pairs.round(5).to_csv(folder / "similarities.csv", index=False)
     show.write_png(nucleus_figure(by_p), figures / "nucleus.png")
     show.write_png(growth_figure(grown, "cider"), figures / "growth_cider.png")
     results.scoreboard(folder / "claims.json", claims, results.Settings.of(table))
-    (folder / "studies.md").write_text(page(by_p, grown, claims, table.attrs), encoding="utf-8")
+    (folder / "studies.md").write_text(page(by_p, grown, pairs, claims, table.attrs), encoding="utf-8")
 
 
 def nucleus_figure(by_p: pd.DataFrame) -> Figure:
@@ -180,7 +205,9 @@ def growth_figure(grown: pd.DataFrame, metric: str) -> Figure:
     return show.lines(curves, results.METRICS[metric].label, "candidates k of each picture", note)
 
 
-def page(by_p: pd.DataFrame, grown: pd.DataFrame, claims: Sequence[Claim], settings: dict) -> str:
+def page(
+    by_p: pd.DataFrame, grown: pd.DataFrame, pairs: pd.DataFrame, claims: Sequence[Claim], settings: dict
+) -> str:
     """The page in Markdown."""
     sampled = [
         [f"{row.p}", f"{row.value:.1f} [{row.low:.1f}, {row.high:.1f}]", str(paper)]
@@ -196,6 +223,11 @@ def page(by_p: pd.DataFrame, grown: pd.DataFrame, claims: Sequence[Claim], setti
         for claim in claims
         for what, found in claim.apart.items()
     }
+    differences = []
+    for row in pairs.itertuples():
+        metric, found = results.METRICS[row.metric], Interval(row.value, row.low, row.high, row.n, 0)
+        who = f"{show.LABELS[row.first]} − {show.LABELS[row.second]}"
+        differences.append([metric.label, who, results.cell(found, metric.digits, signed=True)])
     parts = [
         "# Sampling and vocabularies",
         "**Measured in the miniature**; the paper's figures are of NoCaps and stand beside ours for their direction.",
@@ -211,6 +243,9 @@ def page(by_p: pd.DataFrame, grown: pd.DataFrame, claims: Sequence[Claim], setti
         "CIDEr × 100 of the candidate ranked first among the first k, and of a random one of them.",
         results.table(["k", *(show.LABELS.get(name, name) for name in names)], grew),
         "![CIDEr against the number of candidates](../figures/growth_cider.png)",
+        "## Which similarity ranks best",
+        f"The score of the caption that one ranks first of {RANKED}, minus that of the caption that the other does.",
+        results.table(["", "", "difference"], differences),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -231,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     by_p = cider_by_p(nucleus_sweep(dataset, captioner, options.folder), dataset, NUCLEUS)
     grown = growth(judged, [k for k in NUMBERS if k <= judged.rows.shape[1]])
     claims = claim_5(by_p) + claim_7(judged, grown) + _cut_alike()
-    write(options.docs, by_p, grown, claims, table)
+    write(options.docs, by_p, grown, compared(judged.first(RANKED)), claims, table)
     for claim in claims:
         print(f"Claim {claim.number}, {claim.ranked_by}: {claim.verdict}; {claim.text}: {claim.effect}")
     return 0

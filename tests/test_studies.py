@@ -64,6 +64,14 @@ def test_claim_7_holds_for_a_ranking_by_the_truth_and_random_stays_flat(judged):
     assert grows.low > 0 and flat.low < 0 < flat.high and flat.value == pytest.approx(random[12] - random[1])
 
 
+def test_similarities_are_compared_in_pairs_by_what_they_rank_first(judged):
+    found = studies.compared(judged, resamples=100).set_index(["metric", "first", "second"])
+    f1 = judged.table["f1"].to_numpy()[judged.rows]
+    row = found.loc[("f1", "clip", "dino")]  # clip ranks by F1, dino always the last
+    assert row.value == pytest.approx((f1.max(1) - f1[:, -1]).mean()) and 0 < row.low < row.value < row.high
+    assert row.n == 24 and found.loc[("cider", "clip", "dino")].value > 0
+
+
 def captions_by_p(words_lost: int) -> np.ndarray:
     """(10, 24) captions that lose words as p grows, or gain them."""
     whole = [example.references[0].split() for example in world()]
@@ -108,9 +116,10 @@ def test_the_page_names_its_settings_and_its_verdicts(judged, tmp_path):
         (tmp_path / folder).mkdir()
     table = pd.DataFrame()
     table.attrs = settings
-    studies.write(tmp_path, by_p, grown, studies.claim_5(by_p), table)
+    pairs = studies.compared(judged, resamples=20)
+    studies.write(tmp_path, by_p, grown, pairs, studies.claim_5(by_p), table)
     page = (tmp_path / "results/studies.md").read_text(encoding="utf-8")
-    assert "Claim 5: **holds**" in page and "| 0.9 |" in page and "| 4 |" in page
+    assert "Claim 5: **holds**" in page and "| 0.9 |" in page and "| 4 |" in page and "| CLIP − DINO |" in page
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"nucleus.png", "growth_cider.png"}
     assert len(pd.read_csv(tmp_path / "results/nucleus.csv")) == 10
 
