@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dalleflamingo.miniature.checkpoints import Checkpoint, load_trained
-from dalleflamingo.miniature.sd import SdRecipe, make_scheduler
+from dalleflamingo.miniature.sd import FAR_WEIGHT, SdRecipe, at_end, far_view, make_scheduler
 from dalleflamingo.miniature.train import schedule, train
 
 
@@ -134,11 +134,36 @@ def test_sd_learns_the_velocity_of_its_noised_latents():
             return SimpleNamespace(sample={"velocity": velocity, "noise": noise}[self.answer])
 
     recipe = SdRecipe.__new__(SdRecipe)
-    recipe.scheduler, recipe.text_encoder = make_scheduler(), lambda ids: SimpleNamespace(last_hidden_state=None)
+    recipe.scheduler, recipe.tokenizer = make_scheduler(), SimpleNamespace(eos_token_id=9)
+    recipe.text_encoder = lambda ids: SimpleNamespace(last_hidden_state=torch.zeros(*ids.shape, 8))
+    recipe.tell = torch.nn.Linear(8, 4 * 8 * 8)
     for answer, low, high in (("velocity", 0, 1e-6), ("noise", 0.1, 10)):
         recipe.unet = Knows(answer)
         torch.manual_seed(0)
-        assert low <= recipe.loss(batch, 0)["loss"].item() <= high
+        assert low <= recipe.loss(batch, 0)["near"].item() <= high
+
+
+def test_the_far_view_is_told_by_the_state_behind_the_captions_end_and_not_where_there_is_no_caption():
+    states, ids = torch.randn(3, 5, 8), torch.tensor([[0, 1, 2, 9, 9], [0, 9, 9, 9, 9], [0, 3, 9, 9, 9]])
+    assert torch.equal(at_end(states, ids, 9), torch.stack([states[0, 3], states[1, 1], states[2, 2]]))
+    latents = torch.arange(256.0).view(1, 1, 16, 16).expand(3, 4, 16, 16)
+    assert far_view(latents)[0, 0, 0, 0] == (0 + 1 + 16 + 17) / 4 and far_view(latents).shape == (3, 4, 8, 8)
+
+    recipe = SdRecipe.__new__(SdRecipe)
+    recipe.scheduler, recipe.tokenizer, recipe.tell = make_scheduler(), SimpleNamespace(eos_token_id=9), None
+    recipe.text_encoder = lambda ids: SimpleNamespace(last_hidden_state=states)
+
+    class Nothing:
+        device = torch.device("cpu")
+
+        def __call__(self, noised, timesteps, states):
+            return SimpleNamespace(sample=torch.zeros_like(noised))
+
+    recipe.unet = Nothing()
+    recipe.tell = lambda state: torch.where(torch.isin(state, states[1, 1]), 1e6, 0.0).repeat(1, 32)
+    losses = recipe.loss({"latents": latents, "input_ids": ids}, 10**9)
+    assert losses["far"].item() == pytest.approx(far_view(latents).square().mean().item(), rel=1e-5)
+    assert losses["loss"].item() == pytest.approx((losses["near"] + FAR_WEIGHT * losses["far"]).item())
 
 
 class Halves(LineRecipe):

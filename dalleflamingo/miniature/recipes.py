@@ -18,6 +18,7 @@ from .checkpoints import load_trained
 from .clip import ClipRecipe, pixels, text_encoder
 from .corpora import ROOT, annotation_files, labelled_batches, plain_batch, texts, web_batch
 from .dino import DinoRecipe
+from .far_view import FarViewRecipe
 from .inception import InceptionRecipe
 from .lafite import LafiteRecipe
 from .recogniser import RecogniserRecipe
@@ -29,7 +30,7 @@ RUNS = Path("build/training")  # where checkpoints and curves are kept
 
 
 # where a stage's weights are in data/miniature, if not under its name
-SHIPPED = {"vae": "sd/vae", "blip-web": "blip", "blip2-web": "blip2"}
+SHIPPED = {"vae": "sd/vae", "sd-text": "sd", "blip-web": "blip", "blip2-web": "blip2"}
 
 
 def trained(recipe, name: str):
@@ -66,10 +67,17 @@ def clip() -> ClipRecipe:
     return ClipRecipe(web_batch, byte_pair())
 
 
-def sd() -> SdRecipe:
-    """SD stands on the trained autoencoder and on the trained CLIP's text tower."""
+def sd_text() -> FarViewRecipe:
+    """SD's text encoder begins as the trained CLIP's text tower."""
     vae, text = trained(VaeRecipe(), "vae"), trained(clip(), "clip")
-    return SdRecipe(vae.vae, text_encoder(text.model, text.tokenizer), text.tokenizer, RUNS / "sd-latents.safetensors")
+    tower = text_encoder(text.model, text.tokenizer)
+    return FarViewRecipe(vae.vae, tower, text.tokenizer, RUNS / "sd-latents.safetensors")
+
+
+def sd() -> SdRecipe:
+    """SD stands on the trained autoencoder and on the text encoder that has learned to see from afar."""
+    vae, text = trained(VaeRecipe(), "vae"), trained(sd_text(), "sd-text")
+    return SdRecipe(vae.vae, text.text_encoder, text.tokenizer, RUNS / "sd-latents.safetensors", text.tell)
 
 
 def lafite() -> LafiteRecipe:
@@ -114,6 +122,7 @@ RECIPES = {
     "recogniser": RecogniserRecipe,
     "vae": VaeRecipe,
     "clip": clip,
+    "sd-text": sd_text,
     "sd": sd,
     "blip-web": blip_web,
     "blip": blip,

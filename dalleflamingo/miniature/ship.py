@@ -16,7 +16,8 @@ from .checkpoints import load_trained
 from .corpora import ROOT
 from .recipes import RECIPES, RUNS
 
-STAGES = ("vae", "blip-web")  # trained on the way to a model that is shipped: the MANIFEST tells their history only
+# trained on the way to a model that is shipped: the MANIFEST tells their history only
+STAGES = ("vae", "sd-text", "blip-web", "blip2-web")
 LARGEST_FILE, LARGEST_ALL = 16 * 2**20, 48 * 2**20
 _CURVE_POINTS = 60
 
