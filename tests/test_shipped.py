@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
-from transformers import BlipForConditionalGeneration, BlipProcessor, ViTModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, ViTModel
 
 from dalleflamingo import registry
 from dalleflamingo.bridge import Bridge
@@ -20,7 +20,7 @@ from dalleflamingo.recogniser import Recogniser
 from dalleflamingo.scene_graph import f1
 from dalleflamingo.vocabulary import VocabularyMap
 
-MODELS = ("blip", "sd", "clip", "dino", "recogniser")
+MODELS = ("blip", "blip2", "sd", "clip", "dino", "recogniser", "inception")
 
 
 def manifest():
@@ -56,9 +56,10 @@ def test_pictures_from_a_caption_and_from_its_one_hot_bridge_are_identical():
     assert [picture.tobytes() for picture in drawn] == [picture.tobytes() for picture in crossed]
 
 
-def test_stock_blip_opens_and_describes():
-    folder = registry.locate("miniature/blip")
-    model, processor = BlipForConditionalGeneration.from_pretrained(folder), BlipProcessor.from_pretrained(folder)
+@pytest.mark.parametrize("name", ["blip", "blip2"])
+def test_stock_transformers_opens_a_captioner_and_describes(name):
+    folder = registry.locate(f"miniature/{name}")
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert model.dtype == torch.float32
     scenes = gates.held_out(20)
     inputs = processor(images=gates.pictures(scenes), return_tensors="pt")
@@ -86,7 +87,7 @@ def test_the_recogniser_is_as_good_as_its_gate_says():
 
 def test_every_gate_in_the_manifest_has_its_interval_and_n():
     measured = manifest()["gates"]
-    assert {gate["model"] for gate in measured} == {"recogniser", "vae", "blip", "sd", "clip", "dino", "inception"}
+    assert {gate["model"] for gate in measured} == set(gates.MODELS)
     for gate in measured:
         value = gate["value"]
         assert value["low"] <= value["value"] <= value["high"]
