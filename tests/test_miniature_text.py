@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from open_clip import ClipLoss
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTokenizer
 
 from dalleflamingo.miniature import clip
+from dalleflamingo.miniature.far_view import FarViewRecipe
 from dalleflamingo.miniature.tokenizers import train_clip_bpe, train_wordpiece
 
 WORDS = """
@@ -249,3 +251,28 @@ def test_temperature_never_passes_a_hundred(bpe):
         recipe.model.logit_scale.fill_(9.0)
     recipe.after_step(0)
     assert recipe.model.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
+
+
+def test_the_far_view_of_a_caption_is_learned_from_pictures_that_it_tells_truly(tmp_path, bpe):
+    bank = tmp_path / "latents.safetensors"
+    latents = torch.randn(60, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    save_file({"latents": latents}, bank)
+    torch.manual_seed(0)
+    recipe = FarViewRecipe(None, clip.text_encoder(clip.build(len(bpe)), bpe), bpe, bank)
+    recipe.batch_size = 40
+    batch = recipe.batch(np.random.default_rng(0), 0)
+    index = np.random.default_rng(0).integers(60, size=40)
+    expected = torch.nn.functional.avg_pool2d(latents.float() / latents.float().std(), 2)[index]
+    torch.testing.assert_close(batch["views"], expected)
+    assert (batch["input_ids"][:, 1] != bpe.eos_token_id).all()  # here every picture has its caption
+    first = recipe.loss(batch, 0)["loss"]
+    with torch.no_grad():  # what stands behind the end is not looked at
+        longer = torch.cat([batch["input_ids"], batch["input_ids"][:, -1:]], dim=1)
+        torch.testing.assert_close(recipe.view(longer), recipe.view(batch["input_ids"]))
+    optimizer = torch.optim.Adam(recipe.parameters(), lr=1e-3)
+    for _ in range(60):
+        loss = recipe.loss(batch, 0)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5 * first
