@@ -53,6 +53,7 @@ VARIANTS = {
     "blip2": Variant(8, "captions by BLIP-2", other_captioner=True),
     "lafite": Variant(8, "pictures by LAFITE", other_generator=True, paper=(74.1, 77.4)),
 }
+READERS = ("BLIP", "BLIP-2")
 # Table 8: SD's pictures, random, ranked by what BLIP and what BLIP-2 say of them; NoCaps
 PAPER_TABLE_8 = {"clip_distance": (40.54, 33.47, 39.41), "fid": (32.37, 29.59, 31.34), "is": (41.19, 45.64, 42.34)}
 
@@ -103,7 +104,7 @@ def finding_2_again(docs: Path, run_folder: Path) -> dict[str, pd.DataFrame]:
     judges = Judges(clip, dino, FeatureExtractor.of(profile.inception, profile.device))
     return {
         who: measure(judge_pictures(one, dataset, run_folder, judges), resamples=RESAMPLES_OF_PICTURES)
-        for who, one in (("BLIP", table), ("BLIP-2", again))
+        for who, one in zip(READERS, (table, again), strict=True)
     }
 
 
@@ -132,10 +133,19 @@ def claims_6_and_8(again: Mapping[str, pd.DataFrame], first: pd.DataFrame) -> li
     return found
 
 
-def page(
-    again: Mapping[str, pd.DataFrame], described: Mapping[str, pd.DataFrame], claims: Sequence[Claim], command: str
-) -> str:
-    """The page in Markdown."""
+def load(folder: Path = results.SHIPPED) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
+    """What was measured: variant -> effects of Finding I, and captioner -> effects of Finding II; none where not."""
+    named = [{name: folder / _file(name) for name in names} for names in (VARIANTS, READERS)]
+    first, second = ({name: pd.read_csv(path) for name, path in paths.items() if path.is_file()} for paths in named)
+    return first, second
+
+
+def _file(name: str) -> str:
+    return f"{'reader' if name in READERS else 'variant'}-{name.lower()}-intervals.csv"
+
+
+def table_7(again: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Finding I under each variant, Tables 7 and 8 in one: texts, a row a variant and similarity."""
     rows = []
     for name, effects in again.items():
         random, variant = scores(effects, "cider", "random")[ALL], VARIANTS[name]
@@ -144,45 +154,54 @@ def page(
             ranked, gain = scores(effects, "cider", f"{by} 1")[ALL], gains(effects, "cider", by)[ALL]
             cells = results.cell(random, 1), results.cell(ranked, 1), results.cell(gain, 1, signed=True)
             rows.append([variant.what, show.LABELS[by], *cells, paper])
-    beside = [
-        f"* ranked by {show.LABELS[claim.ranked_by]}, {what}: {results.cell(value, 1, signed=True)}"
-        for claim in claims
-        for what, value in claim.apart.items()
-    ]
-    n = {name: int(effects["n"].max()) for name, effects in (again | described).items()}
-    parts = [
-        "# Other samplings, another captioner, another generator",
-        "**Measured in the miniature**; the paper's figures are of NoCaps and stand beside ours for their direction.",
-        f"Made by `{command}` at commit `{results.current_commit()}`. Brackets are 95 % intervals, paired over images.",
-        "\n".join(map(results.verdict_line, claims)),
-        f"## Finding I (Tables 7 and 8), n = {n[next(iter(again))]}, K = {RANKED}",
-        results.table(["changed", "ranked by", "random", "ranked first", "minus random", "the paper, NoCaps"], rows),
-        "How much smaller the gain is than Finding I's, by intervals of two independent figures:",
-        "\n".join(beside),
-        f"## Finding II with another reader (Table 8), n = {n['BLIP-2']}",
-        "The same pictures, ranked by the likeness of the caption to what BLIP, and to what BLIP-2, says of them.",
-        _table_8(described),
-    ]
-    return "\n\n".join(parts) + "\n"
+    return pd.DataFrame(
+        rows, columns=["changed", "ranked by", "random", "ranked first", "minus random", "the paper, NoCaps"]
+    )
 
 
-def _table_8(described: Mapping[str, pd.DataFrame]) -> str:
+def table_8(described: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Finding II's pictures ranked by what each captioner says of them: texts, a row a metric and similarity."""
     rows = []
     for metric in TABLE_2:
         named = results.METRICS[metric]
         for by in similarities(described["BLIP"]):
             random = scores(described["BLIP"], metric, "random")[ALL]
             found = [gains(effects, metric, by)[ALL] for effects in described.values()]
-            low, ours, theirs = PAPER_TABLE_8[metric]
-            rows.append([
-                named.label,
-                show.LABELS[by],
-                results.cell(random, named.digits),
-                *(results.cell(gain, named.digits, signed=True) for gain in found),
-                f"{low} → {ours}, {theirs}",
-            ])
-    header = ["", "ranked by", "random", *(f"{who} minus random" for who in described), "the paper: BLIP, BLIP-2"]
-    return results.table(header, rows)
+            start, ours, theirs = PAPER_TABLE_8[metric]
+            cells = results.cell(random, named.digits), *(results.cell(g, named.digits, signed=True) for g in found)
+            rows.append([named.label, show.LABELS[by], *cells, f"{start} → {ours}, {theirs}"])
+    readers = [f"{who} minus random" for who in described]
+    return pd.DataFrame(rows, columns=["", "ranked by", "random", *readers, "the paper: BLIP, BLIP-2"])
+
+
+def page(
+    again: Mapping[str, pd.DataFrame], described: Mapping[str, pd.DataFrame], claims: Sequence[Claim], command: str
+) -> str:
+    """The page in Markdown."""
+    beside = [
+        f"* ranked by {show.LABELS[claim.ranked_by]}, {what}: {results.cell(value, 1, signed=True)}"
+        for claim in claims
+        for what, value in claim.apart.items()
+    ]
+    n = {name: int(effects["n"].max()) for name, effects in [*again.items(), *described.items()]}
+    parts = [
+        "# Other samplings, another captioner, another generator",
+        "**Measured in the miniature**; the paper's figures are of NoCaps and stand beside ours for their direction.",
+        f"Made by `{command}` at commit `{results.current_commit()}`. Brackets are 95 % intervals, paired over images.",
+        "\n".join(map(results.verdict_line, claims)),
+        f"## Finding I (Tables 7 and 8), n = {n[next(iter(again))]}, K = {RANKED}",
+        _markdown(table_7(again)),
+        "How much smaller the gain is than Finding I's, by intervals of two independent figures:",
+        "\n".join(beside),
+        f"## Finding II with another reader (Table 8), n = {n['BLIP-2']}",
+        "The same pictures, ranked by the likeness of the caption to what BLIP, and to what BLIP-2, says of them.",
+        _markdown(table_8(described)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    return results.table(list(frame), frame.to_numpy().tolist())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -206,8 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
     claims = claims_6_and_8(again, first)
     folder, command = options.docs / "results", f"python -m dalleflamingo.variants --images {options.images}"
     results.scoreboard(folder / "claims.json", claims, results.Settings.of(table))
-    for name, effects in (again | described).items():
-        effects.round(5).to_csv(folder / f"variant-{name.lower()}-intervals.csv", index=False)
+    for name, effects in [*again.items(), *described.items()]:
+        effects.round(5).to_csv(folder / _file(name), index=False)
     (folder / "variants.md").write_text(page(again, described, claims, command), encoding="utf-8")
     for claim in claims:
         print(f"Claim {claim.number}, {claim.ranked_by}: {claim.verdict}; {claim.text}: {claim.effect}")

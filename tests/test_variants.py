@@ -90,3 +90,11 @@ def test_the_page_has_a_row_for_each_variant_and_each_reader(measured):
     page = variants.page({"top-k": measured}, {"BLIP": of_pictures, "BLIP-2": of_pictures}, claims, "make it")
     assert "Claim 6, ranked by CLIP: **holds**" in page and "79.6 → 84.0" in page
     assert "40.54 → 33.47, 39.41" in page and page.count("BLIP-2 minus random") == 1 and "by `make it`" in page
+
+
+def test_what_was_measured_is_read_again(measured, tmp_path):
+    measured.to_csv(tmp_path / variants._file("top-k"), index=False)
+    measured.to_csv(tmp_path / variants._file("BLIP-2"), index=False)
+    first, second = variants.load(tmp_path)
+    assert list(first) == ["top-k"] and list(second) == ["BLIP-2"]
+    pd.testing.assert_frame_equal(variants.table_7(first), variants.table_7({"top-k": measured}))
