@@ -93,3 +93,15 @@ def test_the_exported_folder_opens_in_float32_and_says_the_same(tokenizer, tmp_p
     halved = {name: tensor.half().float() for name, tensor in recipe.model.state_dict().items()}
     assert all(torch.equal(tensor, halved[name]) for name, tensor in model.state_dict().items())
     assert BlipProcessor.from_pretrained(tmp_path).tokenizer.bos_token == "[DEC]"
+
+
+@torch.no_grad()
+def test_a_deeper_image_encoder_begins_by_seeing_what_the_trained_one_sees(tokenizer):
+    torch.manual_seed(0)
+    small, large = blip.make_blip(tokenizer), blip.make_blip(tokenizer, blip.LARGE)
+    pictures = torch.randn(3, 3, 64, 64)
+    blip.grow_eyes(large, small)
+    ours, theirs = (model.vision_model.eval()(pictures).last_hidden_state for model in (large, small))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert len(large.vision_model.encoder.layers) == 6 > len(small.vision_model.encoder.layers)
+    assert large.vision_model.encoder.layers[5].mlp.fc1.weight.abs().sum() > 0  # so that gradients reach what is zero

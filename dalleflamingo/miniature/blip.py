@@ -13,11 +13,14 @@ from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 from .clip import DrawBatch, pixels
 from .tokenizers import save_tokenizer
 
+BASE, LARGE = (4, 3), (6, 6)  # layers of image encoder and of text decoder
+
 
 def make_blip(
-    tokenizer: BertTokenizer, width: int = 128, image_layers: int = 4, text_layers: int = 3
+    tokenizer: BertTokenizer, depth: tuple[int, int] = BASE, width: int = 128
 ) -> BlipForConditionalGeneration:
-    """About 1.7 M parameters with random weights; 8 × 8 patches of 8 pixels."""
+    """About 1.7 M parameters (LARGE: 2.9 M) with random weights; 8 × 8 patches of 8 pixels."""
+    image_layers, text_layers = depth
     size = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4}
     text = size | {
         "num_hidden_layers": text_layers,
@@ -84,6 +87,18 @@ def start_from_clip(model: BlipForConditionalGeneration, clip: open_clip.CLIP, s
     ours.post_layernorm.load_state_dict(theirs.ln_post.state_dict())
 
 
+@torch.no_grad()
+def grow_eyes(model: BlipForConditionalGeneration, smaller: BlipForConditionalGeneration) -> None:
+    """Give a deeper image encoder all layers of a trained one; those beyond begin by changing nothing."""
+    ours, theirs = model.vision_model, smaller.vision_model
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    added = ours.encoder.layers[len(theirs.encoder.layers) :]
+    for layer in added:
+        for last in (layer.self_attn.projection, layer.mlp.fc2):
+            last.weight.zero_()
+            last.bias.zero_()
+
+
 class CaptioningRecipe:
     """Eq. 1: the next word's cross-entropy, teacher-forced; what the captioners' recipes share.
 
@@ -95,12 +110,11 @@ class CaptioningRecipe:
             thing and its place it learned the one in 800 steps and the other in 900 more; without, in 6,200, neither.
     """
 
-    steps, batch_size = 6000, 64
+    steps, batch_size, learning_rate = 6000, 64, 1e-3
     weight_decay, warmup, average = 0.05, 200, 0.998
 
-    def __init__(self, name: str, draw_batch: DrawBatch, learning_rate: float, draw_first: DrawBatch | None):
+    def __init__(self, name: str, draw_batch: DrawBatch, draw_first: DrawBatch | None):
         self.name, self.draw_batch, self.draw_first = name, draw_batch, draw_first or draw_batch
-        self.learning_rate = learning_rate
 
     def draw(self, rng: np.random.Generator, step: int) -> tuple[np.ndarray, list[str]]:
         """(B, 64, 64, 3) uint8 pictures and their B captions."""
@@ -115,7 +129,8 @@ class BlipRecipe(CaptioningRecipe):
     """BLIP, all of it trained.
 
     Args:
-        tokenizer: of `train_wordpiece`. The others as `CaptioningRecipe`.
+        tokenizer: of `train_wordpiece`. depth: layers of image encoder and of text decoder. The others as
+            `CaptioningRecipe`.
     """
 
     def __init__(
@@ -123,11 +138,12 @@ class BlipRecipe(CaptioningRecipe):
         name: str,
         draw_batch: DrawBatch,
         tokenizer: BertTokenizer,
-        learning_rate: float = 1e-3,
         draw_first: DrawBatch | None = None,
+        depth: tuple[int, int] = BASE,
     ):
-        super().__init__(name, draw_batch, learning_rate, draw_first)
-        self.tokenizer, self.model = tokenizer, make_blip(tokenizer)
+        super().__init__(name, draw_batch, draw_first)
+        self.tokenizer, self.depth = tokenizer, depth
+        self.model = make_blip(tokenizer, depth)
         self.modules = {"blip": self.model}
         self.compilable = [self.model.vision_model]  # not the decoder: its sentences differ in length
 
@@ -165,7 +181,7 @@ class BlipRecipe(CaptioningRecipe):
 
     def export(self, folder: Path) -> None:
         """A folder for `BlipForConditionalGeneration` and `BlipProcessor`: tensors in float16, loaded in float32."""
-        model = make_blip(self.tokenizer)
+        model = make_blip(self.tokenizer, self.depth)
         model.load_state_dict(self.model.state_dict())
         model.half().save_pretrained(folder)
         model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = torch.float32

@@ -78,14 +78,9 @@ class Blip2Recipe(CaptioningRecipe):
     """
 
     def __init__(
-        self,
-        name: str,
-        draw_batch: DrawBatch,
-        tokenizer: GPT2Tokenizer,
-        learning_rate: float = 1e-3,
-        draw_first: DrawBatch | None = None,
+        self, name: str, draw_batch: DrawBatch, tokenizer: GPT2Tokenizer, draw_first: DrawBatch | None = None
     ):
-        super().__init__(name, draw_batch, learning_rate, draw_first)
+        super().__init__(name, draw_batch, draw_first)
         self.processor = make_processor(tokenizer)
         self.tokenizer, self.model = tokenizer, make_blip2(tokenizer)
         self.model.vision_model.requires_grad_(False)

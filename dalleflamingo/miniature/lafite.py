@@ -26,7 +26,7 @@ from dalleflamingo.miniature.world import draw
 
 DISTURBANCE = 0.3  # length of the noise on a picture's feature of length 1
 TEMPERATURE = 0.1  # of the contrastive loss
-PENALTY_EVERY, PENALTY = 4, 1.0  # R1 (Mescheder et al. 2018), at every fourth step
+PENALTY_EVERY, PENALTY = 4, 10.0  # R1 (Mescheder et al. 2018), at every fourth step
 
 
 class Discriminator(nn.Module):
@@ -70,7 +70,7 @@ class LafiteRecipe:
     """
 
     name = "lafite"
-    steps, batch_size, learning_rate = 12_000, 32, 1e-3
+    steps, batch_size, learning_rate = 12_000, 32, 5e-4
     weight_decay, warmup, average, betas = 0.0, 100, 0.998, (0.0, 0.99)
 
     def __init__(self, vae: AutoencoderKL, clip: open_clip.CLIP, tokenizer: CLIPTokenizer, bank: Path, features: Path):

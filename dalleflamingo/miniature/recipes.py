@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from transformers import BertTokenizer, CLIPTokenizer, GPT2Tokenizer
 
-from .blip import BlipRecipe, start_from_clip
+from .blip import LARGE, BlipRecipe, CaptioningRecipe, grow_eyes, start_from_clip
 from .blip2 import Blip2Recipe, start_from_blip
 from .checkpoints import load_trained
-from .clip import ClipRecipe, pixels, text_encoder
+from .clip import ClipRecipe, DrawBatch, pixels, text_encoder
 from .corpora import ROOT, annotation_files, labelled_batches, plain_batch, texts, web_batch
 from .dino import DinoRecipe
 from .far_view import FarViewRecipe
@@ -30,7 +30,9 @@ RUNS = Path("build/training")  # where checkpoints and curves are kept
 
 
 # where a stage's weights are in data/miniature, if not under its name
-SHIPPED = {"vae": "sd/vae", "sd-text": "sd", "blip-web": "blip", "blip2-web": "blip2"}
+SHIPPED = {
+    "vae": "sd/vae", "sd-text": "sd", "blip-web": "blip", "blip-large-web": "blip-large", "blip2-web": "blip2",
+}  # fmt: skip
 
 
 def trained(recipe, name: str):
@@ -94,13 +96,30 @@ def blip_web() -> BlipRecipe:
     return recipe
 
 
-def blip() -> BlipRecipe:
-    """Finetuned on coco's few clean captions, from the captioner that the web taught."""
-    batches = labelled_batches(annotation_files()["train"])
-    recipe = trained(BlipRecipe("blip", batches, wordpiece(), learning_rate=2e-4), "blip-web")
-    # few and small, or the kinds that coco lacks are forgotten; on coco val 250 steps write no better than 30
-    recipe.steps, recipe.warmup = 30, 7
+def blip_large_web() -> BlipRecipe:
+    """Its image encoder is that of the trained BLIP with layers added, its text decoder begins anew."""
+    recipe = BlipRecipe("blip-large-web", web_batch, wordpiece(), draw_first=plain_batch, depth=LARGE)
+    grow_eyes(recipe.model, trained(BlipRecipe("blip-web", web_batch, wordpiece()), "blip-web").model)
     return recipe
+
+
+def coco_batches() -> DrawBatch:
+    return labelled_batches(annotation_files()["train"])
+
+
+def finetuned(recipe: CaptioningRecipe, stage: str) -> CaptioningRecipe:
+    """On coco's few clean captions, from the captioner that the web taught."""
+    # few and small, or the kinds that coco lacks are forgotten; on coco val 250 steps of BLIP write no better than 30
+    recipe.steps, recipe.warmup, recipe.learning_rate = 30, 7, 2e-4
+    return trained(recipe, stage)
+
+
+def blip() -> BlipRecipe:
+    return finetuned(BlipRecipe("blip", coco_batches(), wordpiece()), "blip-web")
+
+
+def blip_large() -> BlipRecipe:
+    return finetuned(BlipRecipe("blip-large", coco_batches(), wordpiece(), depth=LARGE), "blip-large-web")
 
 
 def blip2_web() -> Blip2Recipe:
@@ -111,11 +130,7 @@ def blip2_web() -> Blip2Recipe:
 
 
 def blip2() -> Blip2Recipe:
-    """Finetuned as BLIP is."""
-    batches = labelled_batches(annotation_files()["train"])
-    recipe = trained(Blip2Recipe("blip2", batches, byte_level(), learning_rate=2e-4), "blip2-web")
-    recipe.steps, recipe.warmup = 30, 7
-    return recipe
+    return finetuned(Blip2Recipe("blip2", coco_batches(), byte_level()), "blip2-web")
 
 
 RECIPES = {
@@ -126,6 +141,8 @@ RECIPES = {
     "sd": sd,
     "blip-web": blip_web,
     "blip": blip,
+    "blip-large-web": blip_large_web,
+    "blip-large": blip_large,
     "blip2-web": blip2_web,
     "blip2": blip2,
     "lafite": lafite,
