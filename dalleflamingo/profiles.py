@@ -25,8 +25,7 @@ class Profile:
         image_size: side of a generated picture, in pixels.
         dtype: "float32" or "float16", the weights' type on a GPU; see `torch_dtype`.
         captioner, generator, clip, dino, inception, dataset: names in `registry.ENTRIES`.
-        other_captioner, other_generator: likewise; what Table 8 has instead. The authors' LAFITE is on no hub, so the
-            real profiles have no other generator.
+        other_captioner: likewise; the captioner that Table 8 has instead.
         batch_size: pictures drawn at once; bounded by memory, without influence on any picture.
     """
 
@@ -44,7 +43,6 @@ class Profile:
     inception: str
     dataset: str
     other_captioner: str
-    other_generator: str | None
     batch_size: int
 
     @property
@@ -69,7 +67,6 @@ _MINIATURE = dict(
     inception="miniature/inception",
     dataset="miniature/nocaps",
     other_captioner="miniature/blip2",
-    other_generator="miniature/lafite",
 )
 _REAL = dict(
     guidance_scale=7.5,
@@ -82,7 +79,6 @@ _REAL = dict(
     inception="inception-v3",
     dataset="nocaps",
     other_captioner="blip2-opt-2.7b",
-    other_generator=None,
 )
 
 PROFILES: dict[str, Profile] = {

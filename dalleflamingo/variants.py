@@ -1,9 +1,9 @@
-"""Do the findings need this sampling, this captioner, this generator? Tables 7 and 8, claims 6 and 8.
+"""Do the findings need this sampling, this captioner? Tables 7 and 8, claims 6 and 8.
 
     python -m dalleflamingo.variants --images 200     after `make reproduce` has measured both findings
 
-Finding I is measured again with other captions, by top-k sampling, with a temperature (Table 7) or by BLIP-2, and with
-pictures by a GAN (Table 8). The pictures of Finding II, as they are, are ranked again by what BLIP-2 says of them.
+Finding I is measured again with other captions: by top-k sampling and with a temperature (Table 7), and by BLIP-2
+(Table 8). And the pictures of Finding II, as they are, are ranked again by what BLIP-2 says of them (Table 8).
 """
 
 import argparse
@@ -22,7 +22,6 @@ from dalleflamingo.datasets import Dataset, Pictures
 from dalleflamingo.decoding import Strategy, Temperature, TopK
 from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.image_metrics import RESAMPLES as RESAMPLES_OF_PICTURES
-from dalleflamingo.lafite import LafiteGenerator
 from dalleflamingo.picks import ALL, gains, judge_captions, measure, scores, similarities
 from dalleflamingo.picture_picks import Judges, judge_pictures
 from dalleflamingo.reconstruct import image_text_image, load_models, load_text_similarities
@@ -43,7 +42,6 @@ class Variant:
     what: str
     strategy: Strategy = PAPER
     other_captioner: bool = False
-    other_generator: bool = False
     paper: tuple[float, float] | None = None
 
 
@@ -51,7 +49,6 @@ VARIANTS = {
     "top-k": Variant(6, "top-k sampling, k = 10", TopK(10), paper=(79.6, 84.0)),
     "temperature": Variant(6, "temperature 0.7", Temperature(0.7), paper=(84.3, 89.3)),
     "blip2": Variant(8, "captions by BLIP-2", other_captioner=True),
-    "lafite": Variant(8, "pictures by LAFITE", other_generator=True, paper=(74.1, 77.4)),
 }
 READERS = ("BLIP", "BLIP-2")
 # Table 8: SD's pictures, random, ranked by what BLIP and what BLIP-2 say of them; NoCaps
@@ -65,8 +62,6 @@ def finding_1_again(variant: Variant, images: int, run_folder: Path) -> pd.DataF
     captioner, generator, encoders = load_models(profile)
     if variant.other_captioner:
         captioner = _other_captioner(profile)
-    if variant.other_generator:
-        generator = LafiteGenerator.from_pretrained(registry.locate(profile.other_generator), profile.device)
     table = image_text_image(
         dataset, captioner, generator, encoders, run_folder,
         candidates=RANKED, steps=profile.steps, guidance_scale=profile.guidance_scale,
@@ -185,7 +180,7 @@ def page(
     ]
     n = {name: int(effects["n"].max()) for name, effects in [*again.items(), *described.items()]}
     parts = [
-        "# Other samplings, another captioner, another generator",
+        "# Other samplings, another captioner",
         "**Measured in the miniature**; the paper's figures are of NoCaps and stand beside ours for their direction.",
         f"Made by `{command}` at commit `{results.current_commit()}`. Brackets are 95 % intervals, paired over images.",
         "\n".join(map(results.verdict_line, claims)),
@@ -215,8 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    has_other = profiles.current().other_generator is not None
-    names = [options.only] if options.only else [n for n, v in VARIANTS.items() if has_other or not v.other_generator]
+    names = [options.only] if options.only else list(VARIANTS)
     again = {name: finding_1_again(VARIANTS[name], options.images, options.runs / name) for name in names}
     if options.only:
         return 0
