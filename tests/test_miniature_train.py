@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dalleflamingo.miniature.checkpoints import Checkpoint, load_trained
 from dalleflamingo.miniature.sd import FAR_WEIGHT, SdRecipe, at_end, far_view, make_scheduler
 from dalleflamingo.miniature.train import schedule, train
+from dalleflamingo.scene_graph import parse
 
 
 class LineRecipe:
@@ -164,6 +165,26 @@ def test_the_far_view_is_told_by_the_state_behind_the_captions_end_and_not_where
     losses = recipe.loss({"latents": latents, "input_ids": ids}, 10**9)
     assert losses["far"].item() == pytest.approx(far_view(latents).square().mean().item(), rel=1e-5)
     assert losses["loss"].item() == pytest.approx((losses["near"] + FAR_WEIGHT * losses["far"]).item())
+
+
+def test_lessons_show_one_thing_then_two_told_barely():
+    recipe = SdRecipe.__new__(SdRecipe)
+    recipe.steps, recipe.latents = 100, torch.zeros(2000, 4, 16, 16)
+    recipe.vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0))
+    told = []
+    recipe.tokenizer = lambda captions, **_: told.extend(captions) or SimpleNamespace(input_ids=None)
+    words = {}
+    for step, things in ((0, 1), (4, 1), (5, 2), (39, 2), (40, None), (99, None)):
+        assert recipe.lesson(step) == things
+        told.clear()
+        recipe.batch(np.random.default_rng(step), step)
+        words[step] = [caption for caption in told if caption]
+        assert len(told) == 32
+    for caption in (*words[0], *words[4]):
+        assert caption.split()[3] in ("to", "above", "below", "in") and len(parse(caption).things) == 1
+    for caption in (*words[5], *words[39]):
+        assert len(parse(caption).things) == 2 and len(parse(caption).relations) == 1 and parse(caption).ground is None
+    assert {len(parse(caption).things) for caption in words[99]} == {1, 2, 3}
 
 
 class Halves(LineRecipe):
