@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import torch
 from PIL.Image import Image
 from tqdm.auto import tqdm
@@ -29,7 +28,7 @@ from dalleflamingo.reconstruct import load_models
 from dalleflamingo.reproduce import RANKED
 from dalleflamingo.runs import RunFolder
 from dalleflamingo.similarity import Similarity
-from dalleflamingo.trips import Trip, travel
+from dalleflamingo.trips import ImageTrip, Trip, travel
 
 
 class Written:
@@ -51,18 +50,7 @@ class RedrawTrip(Trip):
     captioner: Written
 
     what = "caption → pictures"
-    columns = {
-        "image_id": pa.int64(),
-        "domain": pa.string(),
-        "candidate": pa.int64(),
-        "seed": pa.int64(),
-        "noise_seed": pa.int64(),
-        "caption": pa.string(),
-        "picture": pa.string(),
-    }
-
-    def open(self, dataset: Dataset, example: Example) -> Image:
-        return dataset.open(example)
+    columns, open = ImageTrip.columns, ImageTrip.open
 
     def make(self, examples: list[Example], sources: list[Image], run: RunFolder, bar: tqdm) -> list[dict]:
         captions, noise = [], []
