@@ -16,6 +16,7 @@ from transformers import CLIPTextModel
 
 from dalleflamingo.alignment import Path
 from dalleflamingo.decoding import gumbel
+from dalleflamingo.subwords import style
 from dalleflamingo.vocabulary import VocabularyMap
 
 MODES = ("soft", "straight-through", "gumbel")
@@ -80,6 +81,10 @@ class Bridge:
                 f"the map leads to {vocabulary_map.matrix.shape[1]} pieces, the text encoder knows {len(table)}: "
                 "learn the map for this text encoder's own tokenizer"
             )
+        source = vocabulary_map.source
+        self.ends = {source.sep_token_id, source.eos_token_id, source.pad_token_id} - {None}
+        if style(source).spaced:
+            self.ends.add(source.convert_tokens_to_ids("Ċ"))  # the line break that ends BLIP-2's captions
         precise = torch.promote_types(table.dtype, torch.float32)
         matrix = vocabulary_map.matrix.to(table.device, precise)
         self.readings = torch.sparse.mm(matrix, table.detach().to(precise)).to(table.dtype)  # M·E, (|V_source|, D)
@@ -101,11 +106,8 @@ class Bridge:
 
     def spoken(self, ids: Tensor) -> list[list[int]]:
         """Rows of ids up to the first that ends or pads a caption."""
-        source = self.map.source
-        line_break = source.get_vocab().get("Ċ")  # where bytes are written as letters; it ends BLIP-2's captions
-        ends = {source.sep_token_id, source.eos_token_id, source.pad_token_id, line_break} - {None}
         rows = ids.tolist()
-        return [row[: next((t for t, id in enumerate(row) if id in ends), len(row))] for row in rows]
+        return [row[: next((t for t, id in enumerate(row) if id in self.ends), len(row))] for row in rows]
 
     def soft_prompt(self, distributions: Tensor, paths: Sequence[Path]) -> Tensor:
         """(B, 77, D) token embeddings: [BOS], the soft caption, cut where the room for it ends, [EOS], padding."""

@@ -8,7 +8,7 @@ kept as published, character by character: tokenizing is the metrics' business.
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +68,10 @@ class Dataset(Sequence[Example]):
     def __getitem__(self, index):
         return Dataset(self.name, self.examples[index]) if isinstance(index, slice) else self.examples[index]
 
+    def only(self, image_ids: Collection[int]) -> "Dataset":
+        """The examples of these images, in file order; ids that it does not have are passed over."""
+        return Dataset(self.name, tuple(example for example in self.examples if example.image_id in image_ids))
+
     def subset(self, n: int, seed: int = 0) -> "Dataset":
         """`n` examples chosen by `seed`, in file order.
 
@@ -80,8 +84,7 @@ class Dataset(Sequence[Example]):
         if not 1 <= n <= len(self):
             raise DatasetError(f"a subset of {n} was asked of {self.name}: ask for 1 to {len(self)}, its size")
         chosen = sorted(self.examples, key=lambda example: derive_seed("subset", seed, example.image_id))[:n]
-        ids = {example.image_id for example in chosen}
-        return Dataset(self.name, tuple(example for example in self.examples if example.image_id in ids))
+        return self.only({example.image_id for example in chosen})
 
     def by_domain(self) -> dict[str, "Dataset"]:
         """NoCaps's domains that occur, in the order in, near, out; empty for a data set without domains."""

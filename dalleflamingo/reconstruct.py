@@ -164,13 +164,18 @@ def select(table: pd.DataFrame, by: str) -> pd.DataFrame:
 def load_models(profile: profiles.Profile) -> tuple[Captioner, Generator, list[Similarity]]:
     """The profile's captioner, generator, and CLIP and DINO. Errors as `registry.locate`."""
     return (
-        Captioner.from_pretrained(**_found(profile, profile.captioner), dtype=profile.torch_dtype),
+        load_captioner(profile, profile.captioner),
         Generator.from_pretrained(**_found(profile, profile.generator), dtype=profile.torch_dtype),
         [
             ClipImage.from_pretrained(**_found(profile, profile.clip)),
             Dino.from_pretrained(**_found(profile, profile.dino)),
         ],
     )
+
+
+def load_captioner(profile: profiles.Profile, name: str) -> Captioner:
+    """A captioner by its name in the registry, for the profile's device. Errors as `registry.locate`."""
+    return Captioner.from_pretrained(**_found(profile, name), dtype=profile.torch_dtype)
 
 
 def load_text_similarities(profile: profiles.Profile, corpus: Mapping[int, Sequence[str]]) -> list[Similarity]:

@@ -85,8 +85,7 @@ def redraw(
     candidates = pictures * len(next(iter(captions.values())))
     size = candidates, profile.steps, profile.guidance_scale, 0, profile.batch_size
     trip = RedrawTrip(Written(captions), generator, similarities, *size)
-    few = Dataset(dataset.name, tuple(example for example in dataset if example.image_id in captions))
-    return travel(trip, few, run_folder, chunk=4)
+    return travel(trip, dataset.only(captions), run_folder, chunk=4)
 
 
 def agreement(found: np.ndarray, pictures: int, resamples: int = RESAMPLES) -> Interval:
@@ -99,7 +98,9 @@ def agreement(found: np.ndarray, pictures: int, resamples: int = RESAMPLES) -> I
     """
     n, k, m = found.shape
     if 2 * pictures > m:
-        raise ValueError(f"two times {pictures} pictures of each caption are wanted, {m} were drawn")
+        raise ValueError(
+            f"two times {pictures} pictures of each caption are wanted, {m} were drawn: draw more, or compare fewer"
+        )
     image = np.repeat(np.arange(n), k)
     first, second = (found[:, :, part].mean(2).ravel() for part in (slice(pictures), slice(pictures, 2 * pictures)))
     rho = within_group_spearman(pd.DataFrame({"image": image, "x": first, "y": second}), "image", "x", "y")
@@ -164,26 +165,34 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    profile = profiles.current()
-    table, _ = results.load("finding-1", options.docs / "results")
-    dataset = registry.dataset(profile.dataset)
-    ids = {example.image_id for example in dataset.subset(options.images)}
-    table = table[table["image_id"].isin(ids) & (table["candidate"] < RANKED)].reset_index(drop=True)
-    _, generator, encoders = load_models(profile)
-    drawn = redraw(table, dataset, generator, encoders, options.run, options.pictures, profile)
-    judged = judge_captions(table, dataset)
-    shape = (len(judged.rows), RANKED, options.pictures)
-    found = {encoder.name: drawn[encoder.name].to_numpy().reshape(shape) for encoder in encoders}
-    halves = [m for m in (1, 2, 4, 8) if 2 * m <= options.pictures]
-    agreed = {by: {m: agreement(values, m) for m in halves} for by, values in found.items()}
-    gained, command = worth(judged, found), f"python -m dalleflamingo.stability --images {options.images}"
-    gained.round(5).to_csv(options.docs / "results/stability.csv", index=False)
-    (options.docs / "results/stability.md").write_text(
-        page(agreed, gained, f"{command} --pictures {options.pictures}"), encoding="utf-8"
-    )
+    try:
+        agreed = run(options.images, options.pictures, options.docs / "results", options.run)
+    except (ValueError, FileNotFoundError, registry.RegistryError) as error:
+        parser.error(str(error))
     for by, row in agreed.items():
         print(by, *(f"{m} pictures against {m}: {rho}" for m, rho in row.items()), sep="\n  ")
     return 0
+
+
+def run(images: int, pictures: int, folder: Path, run_folder: Path) -> dict[str, dict[int, Interval]]:
+    """Measure and write stability.csv and stability.md; returns similarity -> pictures on each side -> agreement."""
+    profile = profiles.current()
+    table, _ = results.load("finding-1", folder)
+    dataset = registry.dataset(profile.dataset)
+    ids = {example.image_id for example in dataset.subset(images)}
+    table = table[table["image_id"].isin(ids) & (table["candidate"] < RANKED)].reset_index(drop=True)
+    _, generator, encoders = load_models(profile)
+    drawn = redraw(table, dataset, generator, encoders, run_folder, pictures, profile)
+    judged = judge_captions(table, dataset)
+    shape = (len(judged.rows), RANKED, pictures)
+    found = {encoder.name: drawn[encoder.name].to_numpy().reshape(shape) for encoder in encoders}
+    halves = [m for m in (1, 2, 4, 8) if 2 * m <= pictures]
+    agreed = {by: {m: agreement(values, m) for m in halves} for by, values in found.items()}
+    gained = worth(judged, found)
+    gained.round(5).to_csv(folder / "stability.csv", index=False)
+    command = f"python -m dalleflamingo.stability --images {images} --pictures {pictures}"
+    (folder / "stability.md").write_text(page(agreed, gained, command), encoding="utf-8")
+    return agreed
 
 
 if __name__ == "__main__":

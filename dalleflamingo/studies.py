@@ -36,6 +36,7 @@ from dalleflamingo.picks import (
     judge_captions,
     similarities,
 )
+from dalleflamingo.reconstruct import load_captioner
 from dalleflamingo.reproduce import RANKED, Claim
 from dalleflamingo.subwords import clip_vocabulary, pieces, same_pieces, wordpiece_vocabulary
 
@@ -260,10 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
     table, _ = results.load("finding-1", options.docs / "results")
     dataset = registry.dataset(profile.dataset)
     judged = judge_captions(table, dataset)
-    ids = set(table["image_id"])
-    dataset = Dataset(dataset.name, tuple(example for example in dataset if example.image_id in ids))
-    captioner = Captioner.from_pretrained(registry.locate(profile.captioner), device=profile.device)
-    by_p = cider_by_p(nucleus_sweep(dataset, captioner, options.folder), dataset, NUCLEUS)
+    dataset = dataset.only(set(table["image_id"]))
+    swept = nucleus_sweep(dataset, load_captioner(profile, profile.captioner), options.folder)
+    by_p = cider_by_p(swept, dataset, NUCLEUS)
     grown = growth(judged, [k for k in NUMBERS if k <= judged.rows.shape[1]])
     claims = claim_5(by_p) + claim_7(judged, grown) + _cut_alike()
     write(options.docs, by_p, grown, compared(judged.first(RANKED)), claims, table)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry, results, show
 from dalleflamingo.captioner import PAPER, Captioner
@@ -22,10 +22,11 @@ from dalleflamingo.datasets import Dataset, Pictures
 from dalleflamingo.decoding import Strategy, Temperature, TopK
 from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.image_metrics import RESAMPLES as RESAMPLES_OF_PICTURES
-from dalleflamingo.picks import ALL, gains, judge_captions, measure, scores, similarities
+from dalleflamingo.picks import ALL, Judged, gains, judge_captions, measure, scores, similarities
 from dalleflamingo.picture_picks import Judges, judge_pictures
-from dalleflamingo.reconstruct import image_text_image, load_models, load_text_similarities
+from dalleflamingo.reconstruct import image_text_image, load_captioner, load_models, load_text_similarities
 from dalleflamingo.reproduce import RANKED, TABLE_2, Claim, difference
+from dalleflamingo.scene_graph import Scene, recall_of_things, wrong_facts
 from dalleflamingo.similarity import Similarity
 
 DESCRIBED = 16  # pictures at once
@@ -51,23 +52,39 @@ VARIANTS = {
     "blip2": Variant(8, "captions by BLIP-2", other_captioner=True),
 }
 READERS = ("BLIP", "BLIP-2")
+FAULTS = "variant-faults.csv"
 # Table 8: SD's pictures, random, ranked by what BLIP and what BLIP-2 say of them; NoCaps
 PAPER_TABLE_8 = {"clip_distance": (40.54, 33.47, 39.41), "fid": (32.37, 29.59, 31.34), "is": (41.19, 45.64, 42.34)}
 
 
-def finding_1_again(variant: Variant, images: int, run_folder: Path) -> pd.DataFrame:
-    """What `picks.measure` gives for Finding I under a variant, ranked by CLIP and DINO; resumed as ever."""
+def finding_1_again(variant: Variant, images: int, run_folder: Path) -> Judged:
+    """The candidates of Finding I under a variant, with the similarities of CLIP and DINO, judged; resumed as ever."""
     profile = profiles.current()
     dataset = registry.dataset(profile.dataset).subset(images)
     captioner, generator, encoders = load_models(profile)
     if variant.other_captioner:
-        captioner = _other_captioner(profile)
+        captioner = load_captioner(profile, profile.other_captioner)
     table = image_text_image(
         dataset, captioner, generator, encoders, run_folder,
         candidates=RANKED, steps=profile.steps, guidance_scale=profile.guidance_scale,
         batch_size=profile.batch_size, strategy=variant.strategy,
     )  # fmt: skip
-    return measure(judge_captions(table, dataset))
+    return judge_captions(table, dataset)
+
+
+def faults(judged: Judged, dataset: Dataset) -> dict[str, float]:
+    """What is wrong with captions, in the miniature, whose truth is known.
+
+    Returns:
+        right: share of captions without a wrong kind, colour or relation. left out: share of a picture's things that a
+        caption does not name, mean over captions. kind, colour, size, relation, ground: share of the captions that are
+        not right that err in it.
+    """
+    scenes = {example.image_id: Scene.from_dict(example.extra["scene"]) for example in dataset}
+    pairs = [(caption, scenes[i]) for caption, i in zip(judged.table["caption"], judged.table["image_id"], strict=True)]
+    wrong = pd.DataFrame([wrong_facts(*pair) for pair in pairs])[~judged.table["right"].to_numpy(bool)] > 0
+    named = sum(recall_of_things(*pair) for pair in pairs) / len(pairs)
+    return {"right": float(judged.table["right"].mean()), "left out": 1 - named} | wrong.mean().to_dict()
 
 
 def described_again(
@@ -79,35 +96,35 @@ def described_again(
         table: as from `reconstruct.text_image_text`, its pictures in `run_folder`.
     """
     pictures, recovered = Pictures(run_folder / path for path in table["picture"]), []
-    for start in trange(0, len(pictures), DESCRIBED, desc="descriptions", unit_scale=DESCRIBED, unit="picture"):
-        recovered += captioner.describe(pictures[start : start + DESCRIBED])
+    with tqdm(total=len(pictures), desc="descriptions", unit="picture") as bar:
+        for start in range(0, len(pictures), DESCRIBED):
+            recovered += captioner.describe(pictures[start : start + DESCRIBED])
+            bar.update(len(recovered) - bar.n)
     pairs = [[caption] for caption in recovered]
     columns = {s.name: s.compare(list(table["caption"]), pairs).flatten().tolist() for s in similarities}
     return table.assign(recovered=recovered, **columns)
 
 
 def finding_2_again(docs: Path, run_folder: Path) -> dict[str, pd.DataFrame]:
-    """What `picks.measure` gives for Finding II's pictures, described by each of the two captioners."""
+    """What `picks.measure` gives for Finding II's pictures, described by each of the two captioners.
+
+    Raises:
+        FileNotFoundError: the pictures of the measured finding are not on this machine.
+    """
     profile = profiles.current()
     table, _ = results.load("finding-2", docs / "results")
+    if not (run_folder / "pictures").is_dir():
+        raise FileNotFoundError(f"{run_folder} has no pictures: draw them by `{table.attrs['command']}`, then go on")
     everything = registry.dataset(profile.dataset)
-    ids = set(table["image_id"])
-    dataset = Dataset(everything.name, tuple(example for example in everything if example.image_id in ids))
+    dataset = everything.only(set(table["image_id"]))
     texts = load_text_similarities(profile, {example.image_id: example.references for example in everything})
-    again = described_again(table, run_folder, _other_captioner(profile), texts)
+    again = described_again(table, run_folder, load_captioner(profile, profile.other_captioner), texts)
     _, _, (clip, dino) = load_models(profile)
     judges = Judges(clip, dino, FeatureExtractor.of(profile.inception, profile.device))
     return {
         who: measure(judge_pictures(one, dataset, run_folder, judges), resamples=RESAMPLES_OF_PICTURES)
         for who, one in zip(READERS, (table, again), strict=True)
     }
-
-
-def _other_captioner(profile: profiles.Profile) -> Captioner:
-    entry = registry.ENTRIES[profile.other_captioner]
-    return Captioner.from_pretrained(
-        registry.locate(entry.name), profile.device, profile.torch_dtype, revision=entry.revision
-    )
 
 
 def claims_6_and_8(again: Mapping[str, pd.DataFrame], first: pd.DataFrame) -> list[Claim]:
@@ -169,8 +186,17 @@ def table_8(described: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["", "ranked by", "random", *readers, "the paper: BLIP, BLIP-2"])
 
 
+def load_faults(folder: Path = results.SHIPPED) -> pd.DataFrame:
+    """A row for Finding I and each variant: what `faults` found; measured in the miniature only."""
+    return pd.read_csv(folder / FAULTS, index_col=0)
+
+
 def page(
-    again: Mapping[str, pd.DataFrame], described: Mapping[str, pd.DataFrame], claims: Sequence[Claim], command: str
+    again: Mapping[str, pd.DataFrame],
+    described: Mapping[str, pd.DataFrame],
+    wrong: pd.DataFrame,
+    claims: Sequence[Claim],
+    command: str,
 ) -> str:
     """The page in Markdown."""
     beside = [
@@ -188,6 +214,11 @@ def page(
         _markdown(table_7(again)),
         "How much smaller the gain is than Finding I's, by intervals of two independent figures:",
         "\n".join(beside),
+        "## What the captions err in",
+        "*right*: share of captions without a wrong kind, colour or relation; *left out*: share of a picture's things "
+        "that a caption does not name; then, of the captions that are not right, the share that errs in each sort of "
+        "fact.",
+        _markdown(wrong.round(2).astype(str).reset_index(names="captions")),
         f"## Finding II with another reader (Table 8), n = {n['BLIP-2']}",
         "The same pictures, ranked by the likeness of the caption to what BLIP, and to what BLIP-2, says of them.",
         _markdown(table_8(described)),
@@ -210,21 +241,35 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = [options.only] if options.only else list(VARIANTS)
-    again = {name: finding_1_again(VARIANTS[name], options.images, options.runs / name) for name in names}
-    if options.only:
-        return 0
-    described = finding_2_again(options.docs, options.runs / "finding-2")
-    table, first = results.load("finding-1", options.docs / "results")
-    claims = claims_6_and_8(again, first)
-    folder, command = options.docs / "results", f"python -m dalleflamingo.variants --images {options.images}"
-    results.scoreboard(folder / "claims.json", claims, results.Settings.of(table))
-    for name, effects in [*again.items(), *described.items()]:
-        effects.round(5).to_csv(folder / _file(name), index=False)
-    (folder / "variants.md").write_text(page(again, described, claims, command), encoding="utf-8")
+    try:
+        claims = run(options.images, options.docs, options.runs, options.only)
+    except (ValueError, FileNotFoundError, registry.RegistryError) as error:
+        parser.error(str(error))
     for claim in claims:
         print(f"Claim {claim.number}, {claim.ranked_by}: {claim.verdict}; {claim.text}: {claim.effect}")
     return 0
+
+
+def run(images: int, docs: Path, runs: Path, only: str | None) -> list[Claim]:
+    """Measure and write; with `only`, make the candidates of that variant and nothing else."""
+    names = [only] if only else list(VARIANTS)
+    judged = {name: finding_1_again(VARIANTS[name], images, runs / name) for name in names}
+    if only:
+        return []
+    again = {name: measure(one) for name, one in judged.items()}
+    described = finding_2_again(docs, runs / "finding-2")
+    folder, command = docs / "results", f"python -m dalleflamingo.variants --images {images}"
+    table, first = results.load("finding-1", folder)
+    dataset = registry.dataset(profiles.current().dataset)
+    everyone = {"Finding I": judge_captions(table, dataset)} | {VARIANTS[name].what: judged[name] for name in names}
+    wrong = pd.DataFrame({what: faults(one, dataset) for what, one in everyone.items()}).T
+    claims = claims_6_and_8(again, first)
+    results.scoreboard(folder / "claims.json", claims, results.Settings.of(table))
+    for name, effects in [*again.items(), *described.items()]:
+        effects.round(5).to_csv(folder / _file(name), index=False)
+    wrong.round(5).to_csv(folder / FAULTS)
+    (folder / "variants.md").write_text(page(again, described, wrong, claims, command), encoding="utf-8")
+    return claims
 
 
 if __name__ == "__main__":

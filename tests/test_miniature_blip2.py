@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, Blip2ForConditionalGeneration, GPT2Tokenizer
+from transformers import AutoProcessor, BertTokenizer, Blip2ForConditionalGeneration, GPT2Tokenizer
 
 from dalleflamingo.captioner import Blip2Captioner, Captioner
 from dalleflamingo.miniature import blip, blip2
@@ -70,7 +70,7 @@ def test_the_loss_is_eq_1_as_the_captioner_itself_sees_it(recipe, batch):
 
 def test_the_eyes_are_blips_and_stay_as_they_are(recipe, batch, tmp_path):
     torch.manual_seed(1)
-    eyes = blip.make_blip(train_tokenizer(tmp_path))
+    eyes = blip.make_blip(BertTokenizer.from_pretrained(train_wordpiece(texts(200), 200, tmp_path)))
     blip2.start_from_blip(recipe.model, eyes)
     with torch.no_grad():
         ours = recipe.model.vision_model(batch["pixel_values"]).last_hidden_state
@@ -84,12 +84,6 @@ def test_the_eyes_are_blips_and_stay_as_they_are(recipe, batch, tmp_path):
     reached = {name for name, p in named.items() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {"query_tokens", "language_projection.weight"} <= reached
     assert not any(name.startswith("vision_model") for name in reached)
-
-
-def train_tokenizer(folder):
-    from transformers import BertTokenizer
-
-    return BertTokenizer.from_pretrained(train_wordpiece(texts(200), 200, folder))
 
 
 def test_queries_begin_different(recipe):
@@ -109,4 +103,6 @@ def test_the_exported_folder_opens_in_float32_and_says_the_same(recipe, tmp_path
     captioner = Captioner.from_pretrained(str(tmp_path))
     ids = model.generate(seen, max_length=60, do_sample=False, eos_token_id=captioner.end_id)
     stock = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    assert captioner.describe(pictures, beams=1, min_words=0, max_words=60)[0][:40] == stock[0][:40]
+    said = captioner.describe(pictures, beams=1, min_words=0, max_words=60)
+    # untrained, it goes on until it is stopped, there by tokens and here by words
+    assert all(text and ours.startswith(text[:40]) for ours, text in zip(said, stock, strict=True))

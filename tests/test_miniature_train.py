@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dalleflamingo.miniature import recipes
 from dalleflamingo.miniature.checkpoints import Checkpoint, load_trained
-from dalleflamingo.miniature.sd import FAR_WEIGHT, SdRecipe, at_end, far_view, make_scheduler
+from dalleflamingo.miniature.sd import FAR_WEIGHT, SdRecipe, at_end, far_view, make_scheduler, web_scene
 from dalleflamingo.miniature.train import schedule, train
 from dalleflamingo.scene_graph import parse
 
@@ -83,6 +84,12 @@ def test_what_is_shipped_is_the_moving_average(tmp_path):
     state = load_file(tmp_path / "state.safetensors")
     assert torch.equal(fresh.line.weight, state["average.0"])
     assert not torch.equal(fresh.line.weight, state["line.weight"])
+
+
+def test_a_stage_that_is_neither_trained_nor_shipped_says_how_to_train_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "RUNS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither trained, .* nor shipped, .*train blip-large-web`"):
+        recipes.trained(None, "blip-large-web")
 
 
 def test_a_run_that_was_never_trained_says_how_to_train_it(tmp_path):
@@ -170,6 +177,7 @@ def test_the_far_view_is_told_by_the_state_behind_the_captions_end_and_not_where
 def test_lessons_show_one_thing_then_two_told_barely():
     recipe = SdRecipe.__new__(SdRecipe)
     recipe.steps, recipe.latents = 100, torch.zeros(2000, 4, 16, 16)
+    recipe.things = np.array([len(web_scene(i).things) for i in range(2000)])
     recipe.vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0))
     told = []
     recipe.tokenizer = lambda captions, **_: told.extend(captions) or SimpleNamespace(input_ids=None)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_reproduce import candidates, world
 
-from dalleflamingo import picks, profiles, variants
+from dalleflamingo import picks, profiles, results, variants
 from dalleflamingo.captioner import PAPER
 from dalleflamingo.decoding import Temperature, TopK
 from dalleflamingo.intervals import Interval
@@ -36,10 +36,9 @@ def test_a_variant_changes_one_thing(monkeypatch, tmp_path, name, strategy, capt
         return candidates(dataset)
 
     monkeypatch.setattr(variants, "load_models", lambda profile: ("usual", "generator", ["clip", "dino"]))
-    monkeypatch.setattr(variants, "_other_captioner", lambda profile: "other")
+    monkeypatch.setattr(variants, "load_captioner", lambda profile, name: "other")
     monkeypatch.setattr(variants.registry, "dataset", lambda name: world())
     monkeypatch.setattr(variants, "image_text_image", trip)
-    monkeypatch.setattr(variants, "measure", lambda judged: judged)
     judged = variants.finding_1_again(variants.VARIANTS[name], 20, tmp_path)
     [(models, settings)] = asked
     profile = profiles.current()
@@ -83,10 +82,12 @@ def test_a_difference_of_two_independent_figures():
 
 
 def test_the_page_has_a_row_for_each_variant_and_each_reader(measured):
-    of_pictures = pd.concat([measured.assign(metric=metric) for metric in variants.TABLE_2 if metric != "cider"])
-    of_pictures = of_pictures.drop_duplicates(["domain", "metric", "pick"])
+    f1 = measured[measured["metric"] == "f1"]
+    of_pictures = pd.concat([f1.assign(metric=metric) for metric in variants.TABLE_2])
     claims = variants.claims_6_and_8({"top-k": measured}, measured)
-    page = variants.page({"top-k": measured}, {"BLIP": of_pictures, "BLIP-2": of_pictures}, claims, "make it")
+    wrong = pd.DataFrame({"top-k": {"right": 0.7512, "kind": 0.0}}).T
+    page = variants.page({"top-k": measured}, {"BLIP": of_pictures, "BLIP-2": of_pictures}, wrong, claims, "make it")
+    assert "| captions | right | kind |" in page and "| top-k | 0.75 | 0.0 |" in page
     assert "Claim 6, ranked by CLIP: **holds**" in page and "79.6 → 84.0" in page
     assert "40.54 → 33.47, 39.41" in page and page.count("BLIP-2 minus random") == 1 and "by `make it`" in page
 
@@ -97,3 +98,19 @@ def test_what_was_measured_is_read_again(measured, tmp_path):
     first, second = variants.load(tmp_path)
     assert list(first) == ["top-k"] and list(second) == ["BLIP-2"]
     pd.testing.assert_frame_equal(variants.table_7(first), variants.table_7({"top-k": measured}))
+
+
+def test_faults_are_shares_of_captions_and_of_the_wrong_ones():
+    dataset = world(2)  # a red cat and a blue car, each alone on the grass
+    said = ["a red cat on the grass", "a blue cat", "a red fish and a red cat"]
+    said += ["a fish in the snow", "a blue car", "a car"]
+    table = pd.DataFrame({"image_id": [0, 0, 0, 1, 1, 1], "candidate": [0, 1, 2] * 2, "caption": said})
+    found = variants.faults(picks.judge_captions(table, dataset), dataset)
+    assert found["right"] == pytest.approx(3 / 6) and found["left out"] == pytest.approx(1 / 6)
+    wrong = {"kind": 2 / 3, "colour": 1 / 3, "size": 0, "relation": 0, "ground": 1 / 3}
+    assert {name: found[name] for name in wrong} == pytest.approx(wrong)
+
+
+def test_pictures_that_were_never_drawn_here_are_named_with_the_command_that_draws_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match="draw them by `python -m dalleflamingo.reproduce finding-2"):
+        variants.finding_2_again(results.SHIPPED.parent, tmp_path)

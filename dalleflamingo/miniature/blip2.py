@@ -37,7 +37,7 @@ def make_processor(tokenizer: GPT2Tokenizer) -> Blip2Processor:
 def make_blip2(
     tokenizer: GPT2Tokenizer, width: int = 128, image_layers: int = 4, query_layers: int = 4, text_layers: int = 3
 ) -> Blip2ForConditionalGeneration:
-    """About 2.5 M parameters with random weights; `tokenizer` has `<image>`."""
+    """About 2.4 M parameters with random weights; `tokenizer` has `<image>`."""
     size = {"hidden_size": width, "num_attention_heads": 4}
     text = OPTConfig(
         **size,

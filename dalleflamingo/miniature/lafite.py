@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 
 from dalleflamingo.lafite import Lafite
 from dalleflamingo.miniature.clip import pixels
-from dalleflamingo.miniature.sd import BANK, latent_bank, web_caption, web_scene
+from dalleflamingo.miniature.sd import BANK, latent_bank, latent_scale, web_caption, web_scene
 from dalleflamingo.miniature.world import draw
 
 DISTURBANCE = 0.3  # length of the noise on a picture's feature of length 1
@@ -75,7 +75,7 @@ class LafiteRecipe:
 
     def __init__(self, vae: AutoencoderKL, clip: open_clip.CLIP, tokenizer: CLIPTokenizer, bank: Path, features: Path):
         self.latents = latent_bank(vae, bank)
-        self.scale = float(1 / self.latents[:2000].float().std())
+        self.scale = latent_scale(self.latents)
         self.clip, self.tokenizer = clip.eval().requires_grad_(False), tokenizer
         self.features = picture_features(clip, features)
         size = self.features.shape[1]
@@ -90,7 +90,7 @@ class LafiteRecipe:
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """`latents` (B, 4, 16, 16), scaled; `features` (B, D) and `input_ids` (B, 77) of them; `by_text` (B,)."""
         index = rng.integers(len(self.latents), size=self.batch_size)
-        captions = [web_caption(web_scene(i), rng) for i in index]
+        captions = [web_caption(web_scene(i), rng, unconditional_share=0.0) for i in index]
         return {
             "latents": self.latents[index].float() * self.scale,
             "features": self.features[index].float(),

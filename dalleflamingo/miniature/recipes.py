@@ -39,8 +39,13 @@ def trained(recipe, name: str):
     """`recipe` with the weights of its run here or, where it was not trained here, with the shipped ones."""
     if (RUNS / name / "state.safetensors").exists():
         load_trained(recipe, RUNS / name)
+    elif (shipped := ROOT / SHIPPED.get(name, name)).is_dir():
+        recipe.restore(shipped)
     else:
-        recipe.restore(ROOT / SHIPPED.get(name, name))
+        raise FileNotFoundError(
+            f"{name} is neither trained, in {RUNS / name}, nor shipped, in {shipped}: train it first, "
+            f"`python -m dalleflamingo.miniature.train {name}`"
+        )
     return recipe
 
 

@@ -115,6 +115,11 @@ def at_end(states: Tensor, input_ids: Tensor, end_id: int) -> Tensor:
     return states[torch.arange(len(end)), end]
 
 
+def latent_scale(latents: Tensor) -> float:
+    """What brings (N, 4, 16, 16) latents to standard deviation 1."""
+    return float(1 / latents[:2000].float().std())
+
+
 class SdRecipe:
     """Eq. 3 with v for ε: the velocity, predicted from the noised latent, the timestep and the text.
 
@@ -134,7 +139,8 @@ class SdRecipe:
         self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, bank: Path, tell: nn.Linear
     ):
         self.latents = latent_bank(vae, bank)
-        vae.register_to_config(scaling_factor=float(1 / self.latents[:2000].float().std()))
+        self.things = np.array([len(web_scene(i).things) for i in range(len(self.latents))])
+        vae.register_to_config(scaling_factor=latent_scale(self.latents))
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.scheduler = make_scheduler()
         self.unet = make_unet(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
@@ -154,7 +160,8 @@ class SdRecipe:
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """`latents` (B, 4, 16, 16), scaled; `input_ids` (B, 77)."""
         lesson = self.lesson(step)
-        index = self.lesson_index(rng, lesson) if lesson else self.index(rng, step)
+        alike = np.flatnonzero(self.things == lesson)
+        index = rng.choice(alike, self.batch_size) if lesson else self.index(rng, step)
         captions = [web_caption(web_scene(i), rng, 1.0 if lesson else PLAIN_SHARE) for i in index]
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return {"latents": self.latents[index].float() * self.vae.config.scaling_factor, "input_ids": tokens.input_ids}
@@ -164,11 +171,6 @@ class SdRecipe:
         one_thing = 0.8 * max(0.0, 1 - 2 * step / self.steps)
         chosen = rng.random(self.batch_size) < one_thing
         return 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + chosen
-
-    def lesson_index(self, rng: np.random.Generator, things: int) -> np.ndarray:
-        """(B,) places in the bank whose pictures hold so many things."""
-        tried = rng.permutation(len(self.latents))[: 10 * self.batch_size]
-        return np.array([i for i in tried if len(web_scene(i).things) == things][: self.batch_size])
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         device = self.unet.device

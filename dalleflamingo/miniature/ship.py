@@ -1,8 +1,9 @@
 """Write the trained models into `data/miniature`: `python -m dalleflamingo.miniature.ship`.
 
 The MANIFEST names every file with its sha256 and size, and for every model its seed, recipe, minutes, hardware and
-curve; `gates.py` adds how good the models are. A run that began from the weights of others (`--init-from`) says which
-in a file `earlier.json` of its folder: a list of {"what", "steps", "minutes"}, first to last.
+curve, and how many parameters were trained; `gates.py` adds how good the models are. A run that began from the weights
+of others (`--init-from`) says which in a file `earlier.json` of its folder: a list of {"what", "steps", "minutes"},
+first to last.
 """
 
 import argparse

@@ -92,12 +92,8 @@ def train_opt_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> 
     Ids, as in OPT: `<s> <pad> </s> <unk>`, the 256 bytes, one id per merge. A sentence begins with `</s>`; a caption of
     BLIP-2 ends with a line break, which is a byte like others. Nothing is ever unknown.
 
-    Args:
-        texts: the captions to learn from.
-        vocab_size: number of ids, special tokens included; fewer if the texts hold fewer different words.
-        folder: where to write; made if missing.
-    Returns:
-        the folder.
+    Arguments and result as of `train_wordpiece`.
+
     Raises:
         ValueError: if `vocab_size` has no room for the 256 bytes and the four special tokens.
     """
