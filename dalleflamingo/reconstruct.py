@@ -51,7 +51,8 @@ def image_text_image(
     data set reuses what is there. A picture changed under the same image id goes unnoticed.
 
     Args:
-        similarities: of pictures; each becomes a column under its name.
+        similarities: of pictures; each becomes a column under its name. With others than before, or retrained ones,
+            a run that is kept is scored by them as it is, and nothing is drawn again.
         run_folder: laid out as in `runs`; its candidates.parquet is the returned table.
         candidates: K. steps: of denoising. guidance_scale: of classifier-free guidance.
         shared_noise: the pictures of one image start from the same noise, so that what differs between them comes from

@@ -3,6 +3,7 @@
     run.json            the settings; another run does not mix its rows into this folder
     parts/00000.parquet rows of a few images, written when all their pictures are
     pictures/*.png
+    scores/clip …/00000.parquet  of those rows by one similarity; another adds its own, and nothing is made again
     candidates.parquet  the table, at the end
     skipped.json        inputs that could not be read, at the end
 
@@ -12,15 +13,19 @@ A file appears under its name only when it is complete: it is written beside it 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL.Image import Image
 
+_ROW = ["image_id", "candidate"]  # what names a row
+_SCORES = pa.schema({"image_id": pa.int64(), "candidate": pa.int64(), "score": pa.float64()})
 _PER_TENSOR = 64  # values of each weight tensor that go into a model's digest; training changes every tensor
 
 
@@ -50,29 +55,44 @@ class RunFolder:
         _whole(self.folder / relative, lambda path: picture.save(path, format="PNG"))
         return relative
 
+    def open_picture(self, relative: str) -> Image:
+        """A picture that `save_picture` saved."""
+        with PIL.Image.open(self.folder / relative) as picture:
+            return picture.convert("RGB")
+
     def add(self, rows: list[dict]) -> None:
         """Keep rows as a new part; their pictures must have been saved."""
-        number = max((int(path.stem) for path in self._parts()), default=-1) + 1
-        table = pa.Table.from_pylist(rows, self.schema)
-        _whole(self.folder / f"parts/{number:05d}.parquet", lambda path: pq.write_table(table, path))
+        _add_part(self.folder / "parts", pa.Table.from_pylist(rows, self.schema))
 
     def rows(self) -> pd.DataFrame:
         """All kept rows whose pictures are there. A damaged part is removed, with a line that says so."""
-        tables = [self.schema.empty_table(), *(table for path in self._parts() if (table := _read(path)) is not None)]
-        rows = pa.concat_tables(tables).to_pandas()
+        rows = _read_parts(self.folder / "parts", self.schema)
         pictures = {f"pictures/{path.name}" for path in (self.folder / "pictures").glob("*.png")}
         whole = rows[rows.picture.isin(pictures).groupby(rows.image_id).transform("all").astype(bool)]
-        return whole.drop_duplicates(["image_id", "candidate"], keep="last", ignore_index=True)
+        return whole.reset_index(drop=True)
+
+    def add_scores(self, key: str, rows: Sequence[Mapping], values: Sequence[float]) -> None:
+        """Keep what the similarity `key` gives to rows, as a new part."""
+        ids = [{name: row[name] for name in _ROW} for row in rows]
+        scored = [row | {"score": value} for row, value in zip(ids, values, strict=True)]
+        folder = self._scores(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        _add_part(folder, pa.Table.from_pylist(scored, _SCORES))
+
+    def scores(self, key: str) -> pd.DataFrame:
+        """What the similarity `key` gave so far: columns image_id, candidate, score."""
+        return _read_parts(self._scores(key), _SCORES)
 
     def finish(self, table: pd.DataFrame, skipped: list[dict]) -> Path:
-        """Write the table and the list of skipped inputs; returns the table's path."""
+        """Write the table, rows with a column for each similarity, and the skipped inputs; returns the table's path."""
         _whole(self.folder / "skipped.json", lambda path: path.write_text(json.dumps(skipped, indent=1) + "\n"))
-        arrow = pa.Table.from_pandas(table, self.schema, preserve_index=False)
+        similarities = [pa.field(name, pa.float64()) for name in table if name not in self.schema.names]
+        arrow = pa.Table.from_pandas(table, pa.schema([*self.schema, *similarities]), preserve_index=False)
         _whole(self.folder / "candidates.parquet", lambda path: pq.write_table(arrow, path))
         return self.folder / "candidates.parquet"
 
-    def _parts(self) -> list[Path]:
-        return sorted(path for path in (self.folder / "parts").glob("*.parquet") if path.stem.isdigit())
+    def _scores(self, key: str) -> Path:
+        return self.folder / "scores" / quote(key, safe=" ")
 
     def _agree(self, settings: Mapping[str, object]) -> None:
         path = self.folder / "run.json"
@@ -86,7 +106,7 @@ class RunFolder:
                     f"{self.folder} holds a run with other settings:\n{lines}\nGive another run_folder, or delete this "
                     "one to start again. (The code after a model's class is a digest of its weights.)"
                 )
-        elif self._parts():
+        elif _parts(self.folder / "parts"):
             raise RunFolderError(f"{self.folder} holds parts but no run.json to say of which run: give another folder")
         else:
             _whole(path, lambda part: part.write_text(json.dumps({"settings": now}, indent=1) + "\n"))
@@ -108,6 +128,8 @@ def describe(model: object) -> str:
                 digest.update(f"{type(part).__name__}{json.dumps(config, sort_keys=True, default=str)}".encode())
             elif isinstance(part, (str, int, float, bool)):
                 digest.update(f"{name}={part!r}".encode())
+            elif code := getattr(part, "__code__", None):  # a function of one's own, which may be written anew
+                digest.update(code.co_code + repr((code.co_names, code.co_consts)).encode())
     return f"{type(model).__name__} {digest.hexdigest()}"
 
 
@@ -118,6 +140,21 @@ def _load_settings(path: Path) -> dict:
         raise RunFolderError(
             f"{path} is not the settings of a run ({type(error).__name__}: {error}): give another run_folder"
         ) from error
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.parquet") if path.stem.isdigit())
+
+
+def _add_part(folder: Path, table: pa.Table) -> None:
+    number = max((int(path.stem) for path in _parts(folder)), default=-1) + 1
+    _whole(folder / f"{number:05d}.parquet", lambda path: pq.write_table(table, path))
+
+
+def _read_parts(folder: Path, schema: pa.Schema) -> pd.DataFrame:
+    """The rows of all whole parts; of a row that was made twice, the later."""
+    tables = [schema.empty_table(), *(table for path in _parts(folder) if (table := _read(path)) is not None)]
+    return pa.concat_tables(tables).to_pandas().drop_duplicates(_ROW, keep="last", ignore_index=True)
 
 
 def _read(path: Path) -> pa.Table | None:

@@ -50,7 +50,7 @@ class RedrawTrip(Trip):
     captioner: Written
 
     what = "caption → pictures"
-    columns, open = ImageTrip.columns, ImageTrip.open
+    columns, open, came_back = ImageTrip.columns, ImageTrip.open, ImageTrip.came_back
 
     def make(self, examples: list[Example], sources: list[Image], run: RunFolder, bar: tqdm) -> list[dict]:
         captions, noise = [], []
@@ -61,8 +61,7 @@ class RedrawTrip(Trip):
             # the same noise for every caption of an image, as where each is drawn once
             noise += [derive_seed(self.seed, "again", example.image_id, m) for _ in of_image for m in range(pictures)]
         drawn = self.draw(captions, noise, bar)
-        columns = self.compare(sources, drawn)
-        return self.rows(examples, drawn, run, columns | {"noise_seed": noise, "caption": captions})
+        return self.rows(examples, drawn, run, {"noise_seed": noise, "caption": captions})
 
 
 def redraw(

@@ -5,7 +5,7 @@ over a data set, a few examples at a time, keeps what is finished and goes on wh
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -45,12 +45,11 @@ class Trip:
     batch_size: int
 
     def settings(self) -> dict[str, object]:
-        """All that a candidate depends on, but for the data set; batch_size changes nothing."""
+        """All that a candidate depends on, but for the data set; batch_size and similarities change nothing in it."""
         return dict(
             trip=self.what,
             captioner=describe(self.captioner),
             generator=describe(self.generator),
-            similarities={similarity.name: describe(similarity) for similarity in self.similarities},
             candidates=self.candidates,
             steps=self.steps,
             guidance_scale=self.guidance_scale,
@@ -63,6 +62,10 @@ class Trip:
 
     def make(self, examples: list[Example], sources: list, run: RunFolder, bar: tqdm) -> list[dict]:
         """The B · K rows of B examples, their pictures saved."""
+        raise NotImplementedError
+
+    def came_back(self, row: Mapping, run: RunFolder) -> Image | str:
+        """What is held against the source, of a row that was made."""
         raise NotImplementedError
 
     def seeds(self, examples: Sequence[Example]) -> list[list[int]]:
@@ -79,23 +82,20 @@ class Trip:
 
         return self.generator.render(captions, seeds, self.steps, self.guidance_scale, self.batch_size, note)
 
-    def compare(self, sources: list, candidates: list) -> dict[str, list[float]]:
-        """Similarity -> B · K numbers; of B sources and their candidates in a row.
+    def compare(self, similarity: Similarity, sources: list, candidates: list) -> list[float]:
+        """B · K numbers; of B sources and their candidates in a row.
 
         Raises:
-            ValueError: a similarity gives another shape than (B, K).
+            ValueError: the similarity gives another shape than (B, K).
         """
         rows = [candidates[i : i + self.candidates] for i in range(0, len(candidates), self.candidates)]
-        columns = {}
-        for similarity in self.similarities:
-            found = similarity.compare(sources, rows)
-            if found.shape != (len(sources), self.candidates):
-                raise ValueError(
-                    f"similarity {similarity.name!r} gave {tuple(found.shape)} numbers for {len(sources)} sources with "
-                    f"{self.candidates} candidates each: expected a row a source and a number a candidate"
-                )
-            columns[similarity.name] = found.flatten().tolist()
-        return columns
+        found = similarity.compare(sources, rows)
+        if found.shape != (len(sources), self.candidates):
+            raise ValueError(
+                f"similarity {similarity.name!r} gave {tuple(found.shape)} numbers for {len(sources)} sources with "
+                f"{self.candidates} candidates each: expected a row a source and a number a candidate"
+            )
+        return found.flatten().tolist()
 
     def rows(self, examples: list[Example], pictures: list[Image], run: RunFolder, columns: dict) -> list[dict]:
         """The rows of B examples, their pictures saved; each column holds B · K values."""
@@ -143,9 +143,10 @@ class ImageTrip(Trip):
         captions = list(chain.from_iterable(self.captioner.sample(sources, seeds, self.strategy)))
         noise = [row[0] if self.shared_noise else seed for row in seeds for seed in row]
         pictures = self.draw(captions, noise, bar)
-        bar.set_postfix_str("similarities")
-        columns = self.compare(sources, pictures)
-        return self.rows(examples, pictures, run, columns | {"noise_seed": noise, "caption": captions})
+        return self.rows(examples, pictures, run, {"noise_seed": noise, "caption": captions})
+
+    def came_back(self, row: Mapping, run: RunFolder) -> Image:
+        return run.open_picture(row["picture"])
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,10 @@ class TextTrip(Trip):
         bar.set_postfix_str("descriptions")
         batches = (pictures[i : i + self.batch_size] for i in range(0, len(pictures), self.batch_size))
         recovered = list(chain.from_iterable(map(self.captioner.describe, batches)))
-        bar.set_postfix_str("similarities")
-        columns = self.compare(sources, recovered)
-        return self.rows(examples, pictures, run, columns | {"caption": captions, "recovered": recovered})
+        return self.rows(examples, pictures, run, {"caption": captions, "recovered": recovered})
+
+    def came_back(self, row: Mapping, run: RunFolder) -> str:
+        return row["recovered"]
 
 
 def travel(trip: Trip, dataset: Dataset, run_folder: str | Path, chunk: int) -> pd.DataFrame:
@@ -190,28 +192,55 @@ def travel(trip: Trip, dataset: Dataset, run_folder: str | Path, chunk: int) -> 
     """
     began = time.monotonic()
     names = [similarity.name for similarity in trip.similarities]
-    columns = trip.columns | dict.fromkeys(names, pa.float64())
-    if trip.candidates < 1 or len(columns) < len(trip.columns) + len(names):
+    if trip.candidates < 1 or len(trip.columns | dict.fromkeys(names)) < len(trip.columns) + len(names):
         raise ValueError(
             f"candidates = {trip.candidates}, similarities named {names}: give at least 1 candidate, and similarities "
             f"with different names that are not columns already ({', '.join(trip.columns)})"
         )
-    run = RunFolder(run_folder, {"dataset": dataset.name} | trip.settings(), pa.schema(columns))
-    there = set(run.rows().image_id).intersection(example.image_id for example in dataset)
+    run = RunFolder(run_folder, {"dataset": dataset.name} | trip.settings(), pa.schema(trip.columns))
+    kept = run.rows().groupby("image_id")
+    scored = {s.name: kept.groups.keys() & set(run.scores(_key(s)).image_id) for s in trip.similarities}
+    there = {e.image_id for e in dataset}.intersection(kept.groups, *scored.values())
     skipped: list[dict] = []
     with tqdm(total=len(dataset), initial=len(there), desc=trip.what, unit="image") as bar:
         try:
             for start in range(0, len(dataset), chunk):
                 pending = [example for example in dataset[start : start + chunk] if example.image_id not in there]
                 sources = _open(trip, dataset, pending, skipped, bar)
-                if sources:
-                    opened = [example for example in pending if example.image_id in sources]
-                    run.add(trip.make(opened, list(sources.values()), run, bar))
+                if not sources:
+                    continue
+                rows = {i: kept.get_group(i).to_dict("records") for i in sources if i in kept.groups}
+                rows |= _make(trip, [e for e in pending if e.image_id in sources.keys() - rows], sources, run, bar)
+                bar.set_postfix_str("similarities")
+                for similarity in trip.similarities:
+                    left = {i: rows[i] for i in sources if i not in scored[similarity.name]}
+                    _score(trip, similarity, sources, left, run)
                 bar.update(len(sources))
         except BaseException:
             bar.write(f"Interrupted: {bar.n} of {len(dataset)} images are kept; the same call goes on in {run.folder}")
             raise
-    return _finish(run, dataset, skipped, len(there), time.monotonic() - began)
+    return _finish(trip, run, dataset, skipped, len(there), time.monotonic() - began)
+
+
+def _key(similarity: Similarity) -> str:
+    return f"{similarity.name} {describe(similarity)}"
+
+
+def _make(trip: Trip, examples: list[Example], sources: dict, run: RunFolder, bar: tqdm) -> dict[int, list[dict]]:
+    """Image id -> its rows, made and kept."""
+    if not examples:
+        return {}
+    rows = trip.make(examples, [sources[example.image_id] for example in examples], run, bar)
+    run.add(rows)
+    return {e.image_id: rows[i * trip.candidates :][: trip.candidates] for i, e in enumerate(examples)}
+
+
+def _score(trip: Trip, similarity: Similarity, sources: dict, rows: dict[int, list[dict]], run: RunFolder) -> None:
+    """Score the rows of some of the sources, by image id, and keep the scores."""
+    if rows:
+        flat = list(chain.from_iterable(rows.values()))
+        candidates = [trip.came_back(row, run) for row in flat]
+        run.add_scores(_key(similarity), flat, trip.compare(similarity, [sources[i] for i in rows], candidates))
 
 
 def _open(trip: Trip, dataset: Dataset, examples: list[Example], skipped: list[dict], bar: tqdm) -> dict[int, object]:
@@ -226,7 +255,9 @@ def _open(trip: Trip, dataset: Dataset, examples: list[Example], skipped: list[d
     return sources
 
 
-def _finish(run: RunFolder, dataset: Dataset, skipped: list[dict], there: int, seconds: float) -> pd.DataFrame:
+def _finish(
+    trip: Trip, run: RunFolder, dataset: Dataset, skipped: list[dict], there: int, seconds: float
+) -> pd.DataFrame:
     place = {example.image_id: i for i, example in enumerate(dataset)}
     rows = run.rows()
     table = rows[rows.image_id.isin(place)].sort_values(["image_id", "candidate"], ignore_index=True)
@@ -234,6 +265,9 @@ def _finish(run: RunFolder, dataset: Dataset, skipped: list[dict], there: int, s
     if table.empty:
         reason = skipped[0]["reason"] if skipped else f"the data set {dataset.name} is empty"
         raise DatasetError(f"not one of {len(dataset)} images could be read; the first: {reason}")
+    for similarity in trip.similarities:
+        scores = run.scores(_key(similarity)).rename(columns={"score": similarity.name})
+        table = table.merge(scores, how="left", on=["image_id", "candidate"])
     path = run.finish(table, skipped)
     print(
         f"{len(table)} candidates of {len(dataset) - len(skipped)} images ({there} were there already, {len(skipped)} "

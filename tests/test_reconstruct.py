@@ -267,11 +267,44 @@ def test_other_models_and_data_are_refused(clean):
     models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour(), fakes.Corner()]
     for other, named in [
         ((dataset, fakes.Captioner(temper="odd"), *models[1:]), "captioner"),
-        ((dataset, *models[:2], models[2][:1]), "similarities"),
         ((datasets.Dataset("other things", dataset.examples), *models), "dataset"),
     ]:
         with pytest.raises(runs.RunFolderError, match=f"settings:\n  {named}: .* now\nGive"):
             reconstruct.image_text_image(*other, folder, **fakes.SETTINGS)
+
+
+def test_another_similarity_scores_what_is_kept_and_draws_nothing(clean, tmp_path):
+    pictures, shown = clean[0].parent / "pictures", []
+    table = fakes.run(tmp_path / "run", pictures)
+    generator, brightness = fakes.Generator(), PairSimilarity("brightness", lambda a, b: shown.append(b) or 0.5)
+    dataset, colour = fakes.dataset(pictures), fakes.MeanColour()
+
+    def again(*similarities):
+        return reconstruct.image_text_image(
+            dataset, fakes.Captioner(), generator, similarities, tmp_path / "run", **fakes.SETTINGS
+        )
+
+    more = again(colour, brightness)
+    equal(more.drop(columns="brightness"), table.drop(columns="corner"))
+    assert more.brightness.eq(0.5).all() and generator.calls == [] == colour.embedded
+    kept = [Image.open(tmp_path / "run" / name) for name in table.picture]
+    assert [picture.tobytes() for picture in shown] == [picture.convert("RGB").tobytes() for picture in kept]
+    again(brightness)
+    assert len(shown) == 30  # once each
+    assert again(PairSimilarity("brightness", lambda a, b: 0.25)).brightness.eq(0.25).all()  # another of that name
+
+
+def test_kept_similarities_that_are_damaged_are_computed_again_and_no_others(clean, tmp_path):
+    table = fakes.run(tmp_path / "run", clean[0].parent / "pictures")
+    [folder] = (tmp_path / "run/scores").glob("colour *")
+    (folder / "00001.parquet").write_bytes(b"")
+    colour = fakes.MeanColour()
+    again = reconstruct.image_text_image(
+        fakes.dataset(clean[0].parent / "pictures"), fakes.Captioner(), fakes.Generator(), [colour, fakes.Corner()],
+        tmp_path / "run", **fakes.SETTINGS,
+    )  # fmt: skip
+    equal(again, table)
+    assert sum(colour.embedded) == 3 * 3 + 3
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "JSONDecodeError"), ("[]", "TypeError"), (None, "no run.json")])
