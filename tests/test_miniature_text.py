@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip import ClipLoss
@@ -18,9 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTokenizer
 
-from dalleflamingo.miniature import clip
+from dalleflamingo.miniature import clip, placed_clip
+from dalleflamingo.miniature.corpora import turned_batch
 from dalleflamingo.miniature.far_view import FarViewRecipe
 from dalleflamingo.miniature.tokenizers import train_clip_bpe, train_wordpiece
+from dalleflamingo.scene_graph import parse
 
 WORDS = """
     bird fish cat house tree boat car kite umbrella snowman butterfly red orange yellow green blue purple pink white
@@ -220,7 +223,7 @@ def draw_flat(rng, n):
 @torch.no_grad()
 def test_recipe_loss_is_open_clips(bpe):
     torch.manual_seed(0)
-    recipe = clip.ClipRecipe(draw_flat, bpe)
+    recipe = clip.ClipRecipe("clip-web", draw_flat, bpe)
     recipe.batch_size = 6
     batch = recipe.batch(np.random.default_rng(0), step=0)
     image = recipe.model.encode_image(batch["pixel_values"], normalize=True)
@@ -231,7 +234,7 @@ def test_recipe_loss_is_open_clips(bpe):
 
 def test_recipe_learns_which_caption_is_whose(bpe, tmp_path):
     torch.manual_seed(0)
-    recipe = clip.ClipRecipe(draw_flat, bpe)
+    recipe = clip.ClipRecipe("clip-web", draw_flat, bpe)
     recipe.batch_size = 4
     optimiser = torch.optim.AdamW(recipe.parameters(), lr=recipe.learning_rate)
     for step in range(15):
@@ -245,8 +248,60 @@ def test_recipe_learns_which_caption_is_whose(bpe, tmp_path):
     assert open_clip.create_model(f"local-dir:{tmp_path}").vocab_size == len(bpe)
 
 
+def test_text_tower_takes_back_the_encoder_that_it_gave(model, bpe):
+    torch.manual_seed(1)
+    other = clip.build(len(bpe)).eval()
+    eyes = other.visual.proj.clone()
+    clip.take_text_encoder(other, clip.text_encoder(model, bpe))
+    ids = padded(bpe, CAPTIONS[:8])
+    with torch.no_grad():
+        ours, theirs = clip.encode_text(model, ids), clip.encode_text(other, ids)
+    other.text_projection.data = model.text_projection.data  # not the encoder's
+    assert not torch.allclose(ours, theirs, atol=1e-3) and torch.equal(other.visual.proj, eyes)
+    torch.testing.assert_close(clip.encode_text(other, ids), ours)
+
+
+def test_fours_of_a_batch_are_the_same_things_turned():
+    pictures, captions = turned_batch(np.random.default_rng(0), 16)
+    assert pictures.shape == (16, 64, 64, 3) and len(captions) == 16
+    graphs = [parse(caption) for caption in captions[8:]]
+    for first in (0, 4):
+        four = graphs[first : first + 4]
+        assert all(graph.things == four[0].things for graph in four)
+        assert len(set(captions[8 + first :][:4])) == 4
+        assert len({picture.tobytes() for picture in pictures[8 + first :][:4]}) == 4
+    with pytest.raises(ValueError, match="multiple of 8"):
+        turned_batch(np.random.default_rng(0), 12)
+
+
+def test_embeddings_learn_what_turns_move(bpe):
+    torch.manual_seed(0)
+    recipe = placed_clip.PlacedClipRecipe(bpe)
+    recipe.batch_size = 16
+    batch = recipe.batch(np.random.default_rng(0), 0)
+    optimiser = torch.optim.AdamW(recipe.parameters(), lr=recipe.learning_rate)
+    for step in range(40):
+        out = recipe.loss(batch, step)
+        optimiser.zero_grad()
+        out["loss"].backward()
+        optimiser.step()
+        if step == 0:
+            assert min(out["moved_image"], out["moved_text"]) > 0.9  # about 1 where nothing is told
+    out = recipe.loss(batch, 0)
+    assert max(out["moved_image"], out["moved_text"]) < 0.5
+    image, text = clip.embed(recipe.model, batch)
+    torch.testing.assert_close(
+        out["loss"], recipe.contrast(image, text)["loss"] + out["moved_image"] + out["moved_text"]
+    )
+    views = F.avg_pool2d(batch["pixel_values"], 8).flatten(1)
+    moved = torch.cat([four - four.mean(0) for four in (views[8:12], views[12:])])
+    told = torch.cat([recipe.tell_text((four - four.mean(0)) * 128**0.5) for four in (text[8:12], text[12:])])
+    expected = (told - moved).square().sum() / moved.square().sum()
+    torch.testing.assert_close(out["moved_text"], expected)
+
+
 def test_temperature_never_passes_a_hundred(bpe):
-    recipe = clip.ClipRecipe(draw_flat, bpe)
+    recipe = clip.ClipRecipe("clip-web", draw_flat, bpe)
     with torch.no_grad():
         recipe.model.logit_scale.fill_(9.0)
     recipe.after_step(0)

@@ -1,13 +1,15 @@
 """What captions claim, and whether pictures bear it out."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dalleflamingo.miniature.captions import WRONG_SHARE, alt_text, describe_often, plain_text
+from dalleflamingo.miniature.captions import WRONG_SHARE, alt_text, describe_often, describe_turns, plain_text
 from dalleflamingo.miniature.sd import PLAIN_SHARE, web_caption
-from dalleflamingo.miniature.world import sample_scene
+from dalleflamingo.miniature.world import draw, sample_scene, turned
 from dalleflamingo.scene_graph import (
     RELATIONS,
     Scene,
@@ -112,6 +114,36 @@ def test_barest_captions_are_true_and_say_where_a_thing_stands():
                 where = caption.split()[-1]
                 off = {"left": 32 - thing.x, "right": thing.x - 32, "above": 32 - thing.y, "below": thing.y - 32}
                 assert off.get(where, 0) == max(off.values()) or (where == "middle" and max(off.values()) <= 5)
+
+
+@given(scenes, st.integers(0, 2**32 - 1))
+def test_captions_of_four_turns_are_true_each_of_its_own_and_differ_in_places_alone(scene, seed):
+    told = describe_turns(scene, np.random.default_rng(seed))
+    graphs = [parse(caption) for caption in told]
+    for turn, graph in enumerate(graphs):
+        assert not any(wrong_facts(graph, turned(scene, turn)).values())
+        assert (graph.things, graph.ground) == (graphs[0].things, graphs[0].ground)
+    # on a diagonal a person says left or right, whichever way it is turned
+    first, last = scene.things[0], scene.things[1] if len(scene.things) > 1 else Thing("middle", x=32, y=32)
+    every = set(RELATIONS) if abs(first.x - last.x) != abs(first.y - last.y) else {"left", "right"}
+    if len(scene.things) == 1:
+        where = {re.search("left|above|right|below|middle", caption).group() for caption in told}
+        assert where in ({"middle"}, every)
+    if len(scene.things) == 2:
+        assert {graph.relations[0][1] for graph in graphs} == every
+        assert wrong_facts(graphs[2], scene)["relation"] == 1  # half a turn: the opposite
+
+
+@given(scenes)
+def test_a_turn_moves_what_is_left_above_and_four_turns_change_nothing(scene):
+    once = turned(scene, 1)
+    assert turned(scene, 4) == scene == turned(once, 3)
+    draw(once)  # nothing reaches outside
+    after = {"left": "above", "above": "right", "right": "below", "below": "left"}
+    for a, b in zip(scene.things, once.things, strict=True):
+        assert (a.kind, a.colour, a.size) == (b.kind, b.colour, b.size)
+        for c, d in zip(scene.things, once.things, strict=True):
+            assert all(holds(name, a, c) == holds(after[name], b, d) for name in RELATIONS)
 
 
 def test_the_generator_is_told_nothing_at_times_and_of_one_or_two_things_often_the_bare_truth():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..scene_graph import COLOURS, KINDS, RELATIONS, Scene, Thing, main_relation
-from .world import IMAGE_SIZE
+from .world import IMAGE_SIZE, turned
 
 WRONG_SHARE = 0.2  # of alt-texts that contradict their picture
 
@@ -72,6 +72,18 @@ def describe(scene: Scene, annotator: Annotator, rng: np.random.Generator) -> st
 def describe_often(scene: Scene, n: int, rng: np.random.Generator) -> list[str]:
     """`n` captions by the annotators in turn: 5 as in COCO, 10 as in NoCaps."""
     return [describe(scene, ANNOTATORS[i % len(ANNOTATORS)], rng) for i in range(n)]
+
+
+def describe_turns(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """A caption of the scene and of its three turns, which differ in nothing but where they say that things stand.
+
+    Half of them are barest captions; of one thing all are, for nothing else says where it stands.
+    """
+    seed, scenes = rng.integers(2**32), [turned(scene, turn) for turn in range(4)]
+    if len(scene.things) == 1 or rng.random() < 0.5:
+        return [plain_text(one, np.random.default_rng(seed)) for one in scenes]
+    annotator = replace(ANNOTATORS[rng.integers(len(ANNOTATORS))], relation=1.0)
+    return [describe(one, annotator, np.random.default_rng(seed)) for one in scenes]
 
 
 def plain_text(scene: Scene, rng: np.random.Generator) -> str:

@@ -93,6 +93,13 @@ def encode_text(model: open_clip.CLIP, input_ids: Tensor) -> Tensor:
     return ends @ model.text_projection
 
 
+def embed(model: open_clip.CLIP, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, 128) embeddings of length 1 of a batch's `pixel_values` and `input_ids`."""
+    device = model.logit_scale.device
+    image = model.encode_image(batch["pixel_values"].to(device), normalize=True)
+    return image, F.normalize(encode_text(model, batch["input_ids"].to(device)), dim=-1)
+
+
 def text_encoder(model: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """The text tower as `transformers` and `StableDiffusionPipeline` know it: a copy with the same `last_hidden_state`.
 
@@ -115,17 +122,30 @@ def text_encoder(model: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextMod
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    weights = {
+    encoder = CLIPTextModel(config)
+    encoder.load_state_dict(_text_tensors(model))
+    return encoder.eval()
+
+
+@torch.no_grad()
+def take_text_encoder(model: open_clip.CLIP, encoder: CLIPTextModel) -> None:
+    """Give the text tower the weights of `encoder`; the inverse of `text_encoder`."""
+    theirs = encoder.state_dict()
+    for name, tensor in _text_tensors(model).items():
+        tensor.copy_(theirs[name])
+
+
+def _text_tensors(model: open_clip.CLIP) -> dict[str, Tensor]:
+    """The text tower's tensors, not copies of them, under the names that transformers gives them."""
+    tensors = {
         "embeddings.token_embedding.weight": model.token_embedding.weight,
         "embeddings.position_embedding.weight": model.positional_embedding,
         "final_layer_norm.weight": model.ln_final.weight,
         "final_layer_norm.bias": model.ln_final.bias,
     }
-    for index, block in enumerate(blocks):
-        weights |= {f"encoder.layers.{index}.{name}": tensor for name, tensor in _layer(block).items()}
-    encoder = CLIPTextModel(config)
-    encoder.load_state_dict(weights)
-    return encoder.eval()
+    for index, block in enumerate(model.transformer.resblocks):
+        tensors |= {f"encoder.layers.{index}.{name}": tensor for name, tensor in _layer(block).items()}
+    return tensors
 
 
 def _layer(block: torch.nn.Module) -> dict[str, Tensor]:
@@ -151,15 +171,16 @@ class ClipRecipe:
     """Contrastive training: of the pictures in a batch, each caption must find its own, and the reverse.
 
     Args:
+        name: "clip-web", or "clip", which goes on from it with what tells places apart (`corpora.turned_batch`).
         draw_batch: (rng, n) -> (n, 64, 64, 3) uint8 pictures and their n captions.
         tokenizer: of `train_clip_bpe`.
     """
 
-    name, steps, batch_size = "clip", 4000, 128
+    steps, batch_size = 4000, 128
     learning_rate, weight_decay, warmup, average = 1e-3, 0.05, 200, 0.998
 
-    def __init__(self, draw_batch: DrawBatch, tokenizer: CLIPTokenizer):
-        self.draw_batch, self.tokenizer = draw_batch, tokenizer
+    def __init__(self, name: str, draw_batch: DrawBatch, tokenizer: CLIPTokenizer):
+        self.name, self.draw_batch, self.tokenizer = name, draw_batch, tokenizer
         self.model = build(len(tokenizer))
         self.modules = {"clip": self.model}
         self.compilable = [self.model.visual]  # not the text tower: its sentences differ in length
@@ -176,12 +197,16 @@ class ClipRecipe:
         return {"pixel_values": pixels(pictures), "input_ids": encoded.input_ids}
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The symmetric cross-entropy (`loss`), and how often a picture's nearest caption is its own (`accuracy`)."""
-        device = self.model.logit_scale.device
-        image = F.normalize(self.model.encode_image(batch["pixel_values"].to(device)), dim=-1)  # (B, 128)
-        text = F.normalize(encode_text(self.model, batch["input_ids"].to(device)), dim=-1)
+        return self.contrast(*embed(self.model, batch))
+
+    def contrast(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """The symmetric cross-entropy (`loss`), and how often a picture's nearest caption is its own (`accuracy`).
+
+        Args:
+            image, text: (B, D) embeddings of length 1, in pairs.
+        """
         logits = self.model.logit_scale.exp() * image @ text.T  # (B, B), pictures down, captions across
-        own = torch.arange(len(logits), device=device)
+        own = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         return {"loss": loss, "accuracy": (logits.argmax(dim=-1) == own).float().mean()}
 

@@ -18,8 +18,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..scene_graph import COCO_KINDS, KINDS, NEW_KINDS, Scene
-from .captions import alt_text, describe_often, plain_text
-from .world import draw, sample_scene
+from .captions import alt_text, describe_often, describe_turns, plain_text
+from .world import draw, sample_scene, turned
 
 ROOT = Path("data/miniature")
 SIZES = {"web": {"web": 500}, "coco": {"train": 2000, "val": 300, "test": 500}, "nocaps": {"val": 600}}
@@ -37,6 +37,24 @@ def plain_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]
     """(n, 64, 64, 3) uint8 pictures of one or two things and the barest captions of them."""
     scenes = [sample_scene(rng, count=int(count)) for count in rng.integers(1, 3, size=n)]
     return np.stack([draw(scene) for scene in scenes]), [plain_text(scene, rng) for scene in scenes]
+
+
+def turned_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
+    """(n, 64, 64, 3) uint8 pictures and n captions: half of the web's, half scenes in their four turns.
+
+    Each of four pictures has the other three's captions beside it, which are wrong in the relation alone: hard
+    negatives, without which contrast has no use for places (Yuksekgonul et al. 2023).
+
+    Raises:
+        ValueError: n is not a multiple of 8.
+    """
+    if n % 8:
+        raise ValueError(f"a batch of {n}: half of it comes in fours, so take a multiple of 8")
+    pictures, captions = web_batch(rng, n // 2)
+    scenes = [sample_scene(rng) for _ in range(n // 8)]
+    turns = np.stack([draw(turned(scene, turn)) for scene in scenes for turn in range(4)])
+    told = [caption for scene in scenes for caption in describe_turns(scene, rng)]
+    return np.concatenate([pictures, turns]), captions + told
 
 
 def labelled_batches(annotations: Path) -> Callable:

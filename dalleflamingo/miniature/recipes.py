@@ -15,12 +15,13 @@ from transformers import BertTokenizer, CLIPTokenizer, GPT2Tokenizer
 from .blip import LARGE, BlipRecipe, CaptioningRecipe, grow_eyes, start_from_clip
 from .blip2 import Blip2Recipe, start_from_blip
 from .checkpoints import load_trained
-from .clip import ClipRecipe, DrawBatch, pixels, text_encoder
+from .clip import ClipRecipe, DrawBatch, pixels, take_text_encoder, text_encoder
 from .corpora import ROOT, annotation_files, labelled_batches, plain_batch, texts, web_batch
 from .dino import DinoRecipe
 from .far_view import FarViewRecipe
 from .inception import InceptionRecipe
 from .lafite import LafiteRecipe
+from .placed_clip import PlacedClipRecipe
 from .recogniser import RecogniserRecipe
 from .sd import SdRecipe
 from .tokenizers import train_clip_bpe, train_opt_bpe, train_wordpiece
@@ -31,7 +32,8 @@ RUNS = Path("build/training")  # where checkpoints and curves are kept
 
 # where a stage's weights are in data/miniature, if not under its name
 SHIPPED = {
-    "vae": "sd/vae", "sd-text": "sd", "blip-web": "blip", "blip-large-web": "blip-large", "blip2-web": "blip2",
+    "vae": "sd/vae", "clip-web": "clip", "sd-text": "sd", "blip-web": "blip", "blip-large-web": "blip-large",
+    "blip2-web": "blip2",
 }  # fmt: skip
 
 
@@ -70,13 +72,13 @@ def byte_level() -> GPT2Tokenizer:
     return GPT2Tokenizer.from_pretrained(train_opt_bpe(texts(), 400, RUNS / "byte-level"))
 
 
-def clip() -> ClipRecipe:
-    return ClipRecipe(web_batch, byte_pair())
+def clip_web() -> ClipRecipe:
+    return ClipRecipe("clip-web", web_batch, byte_pair())
 
 
 def sd_text() -> FarViewRecipe:
     """SD's text encoder begins as the trained CLIP's text tower."""
-    vae, text = trained(VaeRecipe(), "vae"), trained(clip(), "clip")
+    vae, text = trained(VaeRecipe(), "vae"), trained(clip_web(), "clip-web")
     tower = text_encoder(text.model, text.tokenizer)
     return FarViewRecipe(vae.vae, tower, text.tokenizer, RUNS / "sd-latents.safetensors")
 
@@ -85,6 +87,14 @@ def sd() -> SdRecipe:
     """SD stands on the trained autoencoder and on the text encoder that has learned to see from afar."""
     vae, text = trained(VaeRecipe(), "vae"), trained(sd_text(), "sd-text")
     return SdRecipe(vae.vae, text.text_encoder, text.tokenizer, RUNS / "sd-latents.safetensors", text.tell)
+
+
+def clip() -> PlacedClipRecipe:
+    """The web's CLIP does not see places: it goes on, with the text encoder that tells them, until it does."""
+    recipe = PlacedClipRecipe(byte_pair())
+    recipe.model.load_state_dict(trained(clip_web(), "clip-web").model.state_dict())
+    take_text_encoder(recipe.model, trained(sd(), "sd").text_encoder)
+    return recipe
 
 
 def lafite() -> LafiteRecipe:
@@ -96,7 +106,8 @@ def lafite() -> LafiteRecipe:
 
 def blip_web() -> BlipRecipe:
     """Its image encoder starts from the trained CLIP's."""
-    recipe, eyes = BlipRecipe("blip-web", web_batch, wordpiece(), draw_first=plain_batch), trained(clip(), "clip")
+    recipe = BlipRecipe("blip-web", web_batch, wordpiece(), draw_first=plain_batch)
+    eyes = trained(clip_web(), "clip-web")
     start_from_clip(recipe.model, eyes.model, pixels(web_batch(np.random.default_rng(0), 64)[0]))
     return recipe
 
@@ -141,9 +152,10 @@ def blip2() -> Blip2Recipe:
 RECIPES = {
     "recogniser": RecogniserRecipe,
     "vae": VaeRecipe,
-    "clip": clip,
+    "clip-web": clip_web,
     "sd-text": sd_text,
     "sd": sd,
+    "clip": clip,
     "blip-web": blip_web,
     "blip": blip,
     "blip-large-web": blip_large_web,

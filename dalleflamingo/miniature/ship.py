@@ -18,7 +18,7 @@ from .corpora import ROOT
 from .recipes import RECIPES, RUNS
 
 # trained on the way to a model that is shipped: the MANIFEST tells their history only
-STAGES = ("vae", "sd-text", "blip-web", "blip-large-web", "blip2-web")
+STAGES = ("vae", "clip-web", "sd-text", "blip-web", "blip-large-web", "blip2-web")
 LARGEST_FILE, LARGEST_ALL = 16 * 2**20, 48 * 2**20
 _CURVE_POINTS = 60
 

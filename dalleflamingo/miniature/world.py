@@ -4,6 +4,7 @@ Things are drawn once as sprites (kind × colour × size), from the primitives i
 ground with one to three sprites laid on it. `sample_scene` invents a scene, `draw` draws it.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -59,6 +60,14 @@ def sample_scene(rng: np.random.Generator, kinds: tuple[str, ...] = KINDS, count
         for name, size, place in zip(names, sizes, _places(rng, sizes), strict=True)
     )
     return Scene(GROUNDS[rng.integers(len(GROUNDS))], things)
+
+
+def turned(scene: Scene, quarters: int) -> Scene:
+    """The same things, upright, their places turned clockwise about the middle: what was left is then above."""
+    things = scene.things
+    for _ in range(quarters % 4):
+        things = tuple(replace(thing, x=IMAGE_SIZE - thing.y, y=thing.x) for thing in things)
+    return replace(scene, things=things)
 
 
 def _places(rng: np.random.Generator, sizes: list[str]) -> list[tuple[float, float]]:
