@@ -34,7 +34,6 @@ LOWER = ("wmd", "clip_distance", "dino_distance", "fid")  # metrics that are bet
 OF_SETS = ("fid", "is")  # metrics of a set of pictures, which resamples bias: their intervals are recentred
 # what claims 1 and 3 correlate: a metric of single captions or pictures; in the miniature F1 stands for SPICE
 OF_CAPTIONS, OF_PICTURES = ("cider", "bleu4", "f1", "wmd"), ("clip_distance", "dino_distance")
-MEANS = ("cider", "f1", "wmd")  # metrics that are means over images of a column of the table
 DRAWS = 20  # at least so many random picks
 RESAMPLES = 2000
 ALL = "all"
@@ -99,10 +98,7 @@ class Judged:
 
     def order(self, by: str) -> np.ndarray:
         """(n, K) candidate numbers, best first by a column of the table."""
-        values = self.table[by].to_numpy(float)[self.rows]
-        if np.isnan(values).any():
-            raise ValueError(f"column {by!r} holds {int(np.isnan(values).sum())} NaN: such candidates have no rank")
-        return np.argsort(-values, axis=1, kind="stable")
+        return _order(self.table[by].to_numpy(float)[self.rows], by)
 
 
 def judge_captions(
@@ -174,6 +170,12 @@ def rows_of(table: pd.DataFrame) -> tuple[np.ndarray, list[int]]:
     return np.argsort(number, kind="stable").reshape(len(ids), counts[0]), list(ids)
 
 
+def _order(values: np.ndarray, by: str) -> np.ndarray:
+    if np.isnan(values).any():
+        raise ValueError(f"column {by!r} holds {int(np.isnan(values).sum())} NaN: such candidates have no rank")
+    return np.argsort(-values, axis=1, kind="stable")
+
+
 def _nearest_reference(
     vectors: WordVectors, references: Mapping[int, list[str]], image_ids: Sequence[int], captions: Sequence[str]
 ) -> np.ndarray:
@@ -192,7 +194,7 @@ def measure(judged: Judged, seed: int = 0, resamples: int = RESAMPLES) -> pd.Dat
     return pd.concat(tables, ignore_index=True)
 
 
-def first_of_any(judged: Judged, by: str, metric: str, k: int) -> np.ndarray:
+def first_of_any(table: pd.DataFrame, by: str, metric: str, k: int) -> np.ndarray:
     """(n,) an image's score by a column of the table, of the candidate ranked first among any k of its K: the mean
     over all choices of k.
 
@@ -201,31 +203,37 @@ def first_of_any(judged: Judged, by: str, metric: str, k: int) -> np.ndarray:
     Raises:
         ValueError: k is not between 1 and K.
     """
-    count = judged.rows.shape[1]
+    rows, _ = rows_of(table)
+    count = rows.shape[1]
     if not 1 <= k <= count:
         raise ValueError(f"the first of any {k} of {count} candidates: take between 1 and {count}")
     chance = [comb(count - rank, k - 1) / comb(count, k) for rank in range(1, count + 1)]
-    scores = judged.table[metric].to_numpy(float)[np.take_along_axis(judged.rows, judged.order(by), axis=1)]
-    return scores @ chance
+    likeness, scores = (table[column].to_numpy(float)[rows] for column in (by, metric))
+    return np.take_along_axis(scores, _order(likeness, by), axis=1) @ chance
 
 
-def growth(judged: Judged, numbers: Sequence[int], seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
+def growth(
+    table: pd.DataFrame, numbers: Sequence[int], metrics: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
+) -> pd.DataFrame:
     """Fig. 9: "clip of 5", the score of the candidate ranked first among any 5 of the K, for each of `numbers`; and its
-    gain over a random one, which has the same expectation whatever their number. Of metrics that are means over images.
+    gain over a random one, which has the same expectation whatever their number.
 
+    Args:
+        table: of judged candidates. metrics: columns of it whose mean over images is the score.
     Returns:
         as `score_picks`.
     """
-    rows = []
-    for metric in (name for name in MEANS if name in judged.table):
-        random = judged.table[metric].to_numpy(float)[judged.rows].mean(axis=1)
+    rows, _ = rows_of(table)
+    found = []
+    for metric in metrics:
+        random = table[metric].to_numpy(float)[rows].mean(axis=1)
         chosen = {f"random of {k}": random for k in numbers}
-        pairs = product(similarities(judged.table), numbers)
-        chosen |= {f"{by} of {k}": first_of_any(judged, by, metric, k) for by, k in pairs}
+        pairs = product(similarities(table), numbers)
+        chosen |= {f"{by} of {k}": first_of_any(table, by, metric, k) for by, k in pairs}
         for pick, values in chosen.items():
             score, gain = (mean_interval(column, resamples, seed) for column in (values, values - random))
-            rows.append(_row(ALL, metric, pick, score, gain))
-    return pd.DataFrame(rows)
+            found.append(_row(ALL, metric, pick, score, gain))
+    return pd.DataFrame(found)
 
 
 def contrast(

@@ -1,6 +1,6 @@
-"""What becomes of Finding I when sampling changes: nucleus p (Table 6) and the number of candidates (Fig. 9).
+"""What becomes of the findings when sampling changes: nucleus p (Table 6) and the number of candidates (Fig. 9).
 
-    python -m dalleflamingo.studies      after `make reproduce` has measured Finding I
+    python -m dalleflamingo.studies      after `make reproduce` has measured both findings
 
 And how many captions two vocabularies cut alike (App. G), of the miniature and, where a folder that DALLEFLAMINGO_COCO
 names holds coco_karpathy_test_gt.json, of COCO with BLIP's and CLIP's own vocabularies.
@@ -27,6 +27,9 @@ from dalleflamingo.intervals import Interval, derive_seed, mean_interval, paired
 from dalleflamingo.metrics import Cider
 from dalleflamingo.picks import (
     ALL,
+    LOWER,
+    OF_CAPTIONS,
+    OF_PICTURES,
     RESAMPLES,
     Judged,
     contrast,
@@ -98,15 +101,15 @@ def claim_5(by_p: pd.DataFrame) -> list[Claim]:
     return [Claim(5, "CIDEr falls as p grows: −Spearman's ρ over ten values of p", ALL, effect, 3)]
 
 
-def claim_7(judged: Judged, grown: pd.DataFrame, resamples: int = RESAMPLES) -> list[Claim]:
+def claim_7(table: pd.DataFrame, grown: pd.DataFrame, resamples: int = RESAMPLES) -> list[Claim]:
     """The gain grows with the number of candidates: that of all K, and beside it the gain of 10 minus that of 2.
 
     Args:
-        grown: of `picks.growth`, the largest of its numbers being K.
+        table: of judged candidates. grown: of `picks.growth`, the largest of its numbers being K.
     """
-    k, claims = judged.rows.shape[1], []
-    for by in similarities(judged.table):
-        grows = mean_interval(first_of_any(judged, by, "cider", 10) - first_of_any(judged, by, "cider", 2), resamples)
+    k, claims = table["candidate"].nunique(), []
+    for by in similarities(table):
+        grows = mean_interval(first_of_any(table, by, "cider", 10) - first_of_any(table, by, "cider", 2), resamples)
         text = f"the caption ranked first of {k} beats a random one: CIDEr × 100, overall"
         apart = {"gain of any 10 candidates − gain of any 2": grows}
         claims.append(Claim(7, text, by, gains(grown, "cider", f"{by} of {k}")[ALL], 1, apart))
@@ -153,6 +156,12 @@ def _cut_alike() -> list[Claim]:
     return found
 
 
+def _grown(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """`picks.growth` by the metrics that are means over images; BLEU is of a whole corpus."""
+    numbers = [k for k in NUMBERS if k <= table["candidate"].nunique()]
+    return growth(table, numbers, [metric for metric in metrics if metric in table and metric != "bleu4"])
+
+
 def _captions(dataset: Dataset) -> list[str]:
     return [caption for example in dataset for caption in example.references]
 
@@ -161,24 +170,27 @@ def write(
     docs: Path,
     by_p: pd.DataFrame,
     grown: pd.DataFrame,
+    pictures: pd.DataFrame,
     pairs: pd.DataFrame,
     claims: Sequence[Claim],
     table: pd.DataFrame,
 ) -> None:
-    """results/nucleus.csv, growth.csv, similarities.csv, studies.md, their claims; figures nucleus and growth_cider.
+    """results/nucleus.csv, growth.csv, similarities.csv, studies.md, their claims; their three figures.
 
     Args:
-        by_p, grown, pairs: of `cider_by_p`, `picks.growth` and `compared`.
+        by_p, pairs: of `cider_by_p` and `compared`. grown, pictures: of `picks.growth`, for Finding I and Finding II.
         table: Finding I's, as `results.load` returns it.
     """
     folder, figures = docs / "results", docs / "figures"
     by_p.round(5).to_csv(folder / "nucleus.csv", index=False)
-    grown.round(5).to_csv(folder / "growth.csv", index=False)
+    pd.concat([grown, pictures]).round(5).to_csv(folder / "growth.csv", index=False)
     pairs.round(5).to_csv(folder / "similarities.csv", index=False)
     show.write_png(nucleus_figure(by_p), figures / "nucleus.png")
     show.write_png(growth_figure(grown, "cider"), figures / "growth_cider.png")
+    show.write_png(growth_figure(pictures, "clip_distance"), figures / "growth_clip_distance.png")
     results.scoreboard(folder / "claims.json", claims, results.Settings.of(table))
-    (folder / "studies.md").write_text(page(by_p, grown, pairs, claims, table.attrs), encoding="utf-8")
+    text = page(by_p, grown, pictures, pairs, claims, table.attrs)
+    (folder / "studies.md").write_text(text, encoding="utf-8")
 
 
 def nucleus_figure(by_p: pd.DataFrame) -> Figure:
@@ -195,23 +207,24 @@ def growth_figure(grown: pd.DataFrame, metric: str) -> Figure:
     for row in rows.itertuples():
         by, _, k = row.pick.split()
         curves.setdefault(by, {})[int(k)] = Interval(row.value, row.low, row.high, row.n, row.seed)
-    note = f"If claim 7 holds, ranked lines rise with k above the random one. Bars: 95 % intervals, n = {rows.n.max()}."
-    return show.lines(curves, results.METRICS[metric].label, "candidates k of each picture", note)
+    way, of = ("falls", "pictures k of each caption") if metric in LOWER else ("rises", "captions k of each picture")
+    note = f"If the gain grows with k, a ranked line {way} away from the random one. Bars: 95 %, n = {rows.n.max()}."
+    return show.lines(curves, results.METRICS[metric].label, of, note)
 
 
 def page(
-    by_p: pd.DataFrame, grown: pd.DataFrame, pairs: pd.DataFrame, claims: Sequence[Claim], settings: dict
+    by_p: pd.DataFrame,
+    grown: pd.DataFrame,
+    pictures: pd.DataFrame,
+    pairs: pd.DataFrame,
+    claims: Sequence[Claim],
+    settings: dict,
 ) -> str:
-    """The page in Markdown."""
+    """The page in Markdown; arguments as of `write`."""
     sampled = [
         [f"{row.p}", f"{row.value:.1f} [{row.low:.1f}, {row.high:.1f}]", str(paper)]
         for row, paper in zip(by_p.itertuples(), PAPER_TABLE_6, strict=True)
     ]
-    wide = grown[grown["metric"] == "cider"].assign(k=lambda f: f["pick"].str.split().str[-1].astype(int))
-    ks = sorted(set(wide["k"]))
-    names = [name for name in ("random", *similarities(wide)) if f"{name} of 1" in set(wide["pick"])]
-    cell = {row.pick: f"{row.value:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in wide.itertuples()}
-    grew = [[str(k), *(cell[f"{name} of {k}"] for name in names)] for k in ks]
     beside = [
         f"* {what}, ranked by {show.LABELS[claim.ranked_by]}: {found}"
         for claim in claims
@@ -234,15 +247,26 @@ def page(
         results.table(["p", "CIDEr × 100", "the paper"], sampled),
         "![CIDEr at each p](../figures/nucleus.png)",
         "## Number of candidates (Fig. 9)",
-        f"CIDEr × 100 of the candidate ranked first among any k of the K = {max(ks)}, mean over all choices of k. Of a "
-        "random one it is the same whatever k.",
-        results.table(["k", *(show.LABELS.get(name, name) for name in names)], grew),
+        "The score of the candidate ranked first among any k, mean over all choices of k from those that were drawn; a "
+        "random one's is the same whatever k. Captions, CIDEr × 100:",
+        _growth_table(grown, "cider"),
         "![CIDEr against the number of candidates](../figures/growth_cider.png)",
+        f"Pictures, {results.METRICS['clip_distance'].label}, lower is better, n = {pictures['n'].max()}:",
+        _growth_table(pictures, "clip_distance"),
+        "![CLIP distance against the number of pictures](../figures/growth_clip_distance.png)",
         "## Which similarity ranks best",
         f"The score of the caption that one ranks first of {RANKED}, minus that of the caption that the other does.",
         results.table(["", "", "difference"], differences),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _growth_table(grown: pd.DataFrame, metric: str) -> str:
+    rows = grown[grown["metric"] == metric]
+    cell = {row.pick: f"{row.value:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in rows.itertuples()}
+    names, ks = (list(dict.fromkeys(part)) for part in zip(*(pick.split(" of ") for pick in cell), strict=True))
+    body = [[k, *(cell[f"{name} of {k}"] for name in names)] for k in ks]
+    return results.table(["k", *(show.LABELS.get(name, name) for name in names)], body)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -258,9 +282,10 @@ def main(arguments: list[str] | None = None) -> int:
     dataset = dataset.only(set(table["image_id"]))
     swept = nucleus_sweep(dataset, load_captioner(profile, profile.captioner), options.folder)
     by_p = cider_by_p(swept, dataset, NUCLEUS)
-    grown = growth(judged, [k for k in NUMBERS if k <= judged.rows.shape[1]])
-    claims = claim_5(by_p) + claim_7(judged, grown) + _cut_alike()
-    write(options.docs, by_p, grown, compared(judged.first(RANKED)), claims, table)
+    grown = _grown(judged.table, OF_CAPTIONS)
+    pictures = _grown(results.load("finding-2", options.docs / "results")[0], OF_PICTURES)
+    claims = claim_5(by_p) + claim_7(judged.table, grown) + _cut_alike()
+    write(options.docs, by_p, grown, pictures, compared(judged.first(RANKED)), claims, table)
     for claim in claims:
         print(f"Claim {claim.number}, {claim.ranked_by}: {claim.verdict}; {claim.text}: {claim.effect}")
     return 0

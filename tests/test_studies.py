@@ -26,7 +26,7 @@ def judged():
 
 
 def test_ranked_first_of_any_k_is_the_mean_over_all_choices_of_k(judged):
-    grown = picks.growth(judged, (1, 2, 4), resamples=20).set_index(["metric", "pick"])
+    grown = picks.growth(judged.table, (1, 2, 4), ("f1", "cider"), resamples=20).set_index(["metric", "pick"])
     for metric in ("f1", "cider"):
         scores = judged.table[metric].to_numpy()[judged.rows]  # (n, 4)
         for by in ("clip", "dino"):
@@ -45,7 +45,7 @@ def test_ranked_first_of_any_k_is_the_mean_over_all_choices_of_k(judged):
         measured = picks.gains(picks.measure(judged, resamples=2), metric, "clip")["all"]
         assert grown.gain[metric, "clip of 4"] == pytest.approx(measured.value)
     with pytest.raises(ValueError, match="any 5 of 4"):
-        picks.growth(judged, (5,))
+        picks.growth(judged.table, (5,), ["f1"])
 
 
 def test_a_contrast_of_four_picks_is_the_difference_of_two_gains(judged):
@@ -68,8 +68,9 @@ def test_the_first_candidates_are_judged_as_if_there_were_no_others(judged):
 
 
 def test_claim_7_holds_for_a_ranking_by_the_truth_and_grows(judged):
-    wide = picks.Judged(**vars(judged) | {"rows": np.tile(judged.rows, 3)})  # twelve candidates
-    claims = {c.ranked_by: c for c in studies.claim_7(wide, picks.growth(wide, (1, 12), resamples=200), resamples=200)}
+    wide = pd.concat([judged.table.assign(candidate=judged.table["candidate"] + 4 * i) for i in range(3)])
+    grown = picks.growth(wide, (1, 12), ["cider"], resamples=200)
+    claims = {claim.ranked_by: claim for claim in studies.claim_7(wide, grown, resamples=200)}
     assert claims["clip"].verdict == "holds" and claims["clip"].effect.n == 24
     [grows] = claims["clip"].apart.values()
     expected = [picks.first_of_any(wide, "clip", "cider", k).mean() for k in (10, 2)]
@@ -122,17 +123,22 @@ def test_a_sweep_keeps_what_is_sampled(tmp_path, monkeypatch):
 
 def test_the_page_names_its_settings_and_its_verdicts(judged, tmp_path):
     by_p = studies.cider_by_p(captions_by_p(1), world(), studies.NUCLEUS, resamples=20)
-    grown = picks.growth(judged, (1, 2, 4), resamples=20)
+    grown = picks.growth(judged.table, (1, 2, 4), ["cider"], resamples=20)
+    of_pictures = judged.table.assign(clip_distance=judged.table["f1"]).rename(columns={"clip": "text_clip"})
+    pictures = picks.growth(of_pictures, (1, 3), ["clip_distance"], resamples=20)
     settings = {name: "x" for name in results.Settings.__dataclass_fields__} | {"dataset": "miniature/one", "seed": 0}
     for folder in ("results", "figures"):
         (tmp_path / folder).mkdir()
     table = pd.DataFrame()
     table.attrs = settings
     pairs = studies.compared(judged, resamples=20)
-    studies.write(tmp_path, by_p, grown, pairs, studies.claim_5(by_p), table)
+    studies.write(tmp_path, by_p, grown, pictures, pairs, studies.claim_5(by_p), table)
     page = (tmp_path / "results/studies.md").read_text(encoding="utf-8")
     assert "Claim 5: **holds**" in page and "| 0.9 |" in page and "| 4 |" in page and "| CLIP − DINO |" in page
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"nucleus.png", "growth_cider.png"}
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {"nucleus.png", "growth_cider.png", "growth_clip_distance.png"}
+    cells = [f"{row.value:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in pictures.itertuples() if "of 3" in row.pick]
+    assert f"| 3 | {' | '.join(cells)} |" in page
     assert len(pd.read_csv(tmp_path / "results/nucleus.csv")) == 10
 
 
