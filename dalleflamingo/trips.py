@@ -199,7 +199,7 @@ def travel(trip: Trip, dataset: Dataset, run_folder: str | Path, chunk: int) -> 
         )
     run = RunFolder(run_folder, {"dataset": dataset.name} | trip.settings(), pa.schema(trip.columns))
     kept = run.rows().groupby("image_id")
-    scored = {s.name: kept.groups.keys() & set(run.scores(_key(s)).image_id) for s in trip.similarities}
+    scored = {s.name: set(run.scores(_key(s)).image_id) for s in trip.similarities}
     there = {e.image_id for e in dataset}.intersection(kept.groups, *scored.values())
     skipped: list[dict] = []
     with tqdm(total=len(dataset), initial=len(there), desc=trip.what, unit="image") as bar:

@@ -68,7 +68,9 @@ def test_the_first_candidates_are_judged_as_if_there_were_no_others(judged):
 
 
 def test_claim_7_holds_for_a_ranking_by_the_truth_and_grows(judged):
-    wide = pd.concat([judged.table.assign(candidate=judged.table["candidate"] + 4 * i) for i in range(3)])
+    table = judged.table
+    copies = [table.assign(candidate=table["candidate"] + 4 * i, clip=table["clip"] - i) for i in range(3)]
+    wide = pd.concat(copies)  # twelve candidates, no two as much like their source
     grown = picks.growth(wide, (1, 12), ["cider"], resamples=200)
     claims = {claim.ranked_by: claim for claim in studies.claim_7(wide, grown, resamples=200)}
     assert claims["clip"].verdict == "holds" and claims["clip"].effect.n == 24
