@@ -52,8 +52,8 @@ figures: data
 	$(BIN)/python -m dalleflamingo.figures docs/figures
 
 reproduce: data
-	$(BIN)/python -m dalleflamingo.reproduce finding-1 --images 500 --candidates 10
-	$(BIN)/python -m dalleflamingo.reproduce finding-2 --images 300 --candidates 10
+	$(BIN)/python -m dalleflamingo.reproduce finding-1 --images 500 --candidates 25
+	$(BIN)/python -m dalleflamingo.reproduce finding-2 --images 500 --candidates 10
 	$(BIN)/python -m dalleflamingo.studies
 	$(BIN)/python -m dalleflamingo.variants
 	$(BIN)/python -m dalleflamingo.stability --images 100

@@ -25,7 +25,9 @@ class Profile:
         image_size: side of a generated picture, in pixels.
         dtype: "float32" or "float16", the weights' type on a GPU; see `torch_dtype`.
         captioner, generator, clip, dino, inception, dataset: names in `registry.ENTRIES`.
-        other_captioner: likewise; the captioner that Table 8 has instead.
+        coco: likewise; the data set that Table 1 has beside it, its split "test".
+        other_captioner, other_generator: likewise; what Table 8 has instead. The authors' LAFITE is on no hub, so the
+            real profiles have no other generator.
         batch_size: pictures drawn at once; bounded by memory, without influence on any picture.
     """
 
@@ -42,7 +44,9 @@ class Profile:
     dino: str
     inception: str
     dataset: str
+    coco: str
     other_captioner: str
+    other_generator: str | None
     batch_size: int
 
     @property
@@ -66,7 +70,9 @@ _MINIATURE = dict(
     dino="miniature/dino",
     inception="miniature/inception",
     dataset="miniature/nocaps",
+    coco="miniature/coco",
     other_captioner="miniature/blip2",
+    other_generator="miniature/lafite",
 )
 _REAL = dict(
     guidance_scale=7.5,
@@ -78,7 +84,9 @@ _REAL = dict(
     dino="dino-vitb8",
     inception="inception-v3",
     dataset="nocaps",
+    coco="coco",
     other_captioner="blip2-opt-2.7b",
+    other_generator=None,
 )
 
 PROFILES: dict[str, Profile] = {

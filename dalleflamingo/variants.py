@@ -1,9 +1,10 @@
-"""Do the findings need this sampling, this captioner? Tables 7 and 8, claims 6 and 8.
+"""Do the findings need this sampling, these models, these pictures? Tables 7 and 8, claims 6 and 8.
 
     python -m dalleflamingo.variants --images 200     after `make reproduce` has measured both findings
 
-Finding I is measured again with other captions: by top-k sampling and with a temperature (Table 7), and by BLIP-2
-(Table 8). And the pictures of Finding II, as they are, are ranked again by what BLIP-2 says of them (Table 8).
+Finding I is measured again with one thing changed: captions by top-k sampling or with a temperature (Table 7), captions
+by BLIP-2 or pictures by a GAN (Table 8), captions from other random numbers, pictures of COCO. And the pictures of
+Finding II, as they are, are ranked again by what BLIP-2 says of them (Table 8).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from dalleflamingo.datasets import Dataset, Pictures
 from dalleflamingo.decoding import Strategy, Temperature, TopK
 from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.image_metrics import RESAMPLES as RESAMPLES_OF_PICTURES
+from dalleflamingo.lafite import LafiteGenerator
 from dalleflamingo.picks import ALL, Judged, gains, judge_captions, measure, scores, similarities
 from dalleflamingo.picture_picks import Judges, judge_pictures
 from dalleflamingo.reconstruct import image_text_image, load_captioner, load_models, load_text_similarities
@@ -36,13 +38,18 @@ DESCRIBED = 16  # pictures at once
 class Variant:
     """Finding I with one thing changed.
 
+    claim: that it decides, if any. images: at most so many.
     paper: CIDEr × 100 of a random caption and of the one ranked first, NoCaps; None where the paper has no such row.
     """
 
-    claim: int
+    claim: int | None
     what: str
     strategy: Strategy = PAPER
     other_captioner: bool = False
+    other_generator: bool = False
+    on_coco: bool = False
+    seed: int = 0
+    images: int | None = None
     paper: tuple[float, float] | None = None
 
 
@@ -50,6 +57,10 @@ VARIANTS = {
     "top-k": Variant(6, "top-k sampling, k = 10", TopK(10), paper=(79.6, 84.0)),
     "temperature": Variant(6, "temperature 0.7", Temperature(0.7), paper=(84.3, 89.3)),
     "blip2": Variant(8, "captions by BLIP-2", other_captioner=True),
+    "lafite": Variant(8, "pictures by LAFITE", other_generator=True, paper=(74.1, 77.4)),
+    "seed-2": Variant(None, "seed 2", seed=2, images=150),
+    "seed-3": Variant(None, "seed 3", seed=3, images=150),
+    "coco": Variant(None, "pictures of COCO", on_coco=True, paper=(90.1, 92.0)),
 }
 READERS = ("BLIP", "BLIP-2")
 FAULTS = "variant-faults.csv"
@@ -60,16 +71,23 @@ PAPER_TABLE_8 = {"clip_distance": (40.54, 33.47, 39.41), "fid": (32.37, 29.59, 3
 def finding_1_again(variant: Variant, images: int, run_folder: Path) -> Judged:
     """The candidates of Finding I under a variant, with the similarities of CLIP and DINO, judged; resumed as ever."""
     profile = profiles.current()
-    dataset = registry.dataset(profile.dataset).subset(images)
+    dataset = _dataset(variant, profile)
+    dataset = dataset.subset(min(images, variant.images or len(dataset)))
     captioner, generator, encoders = load_models(profile)
     if variant.other_captioner:
         captioner = load_captioner(profile, profile.other_captioner)
+    if variant.other_generator:
+        generator = LafiteGenerator.from_pretrained(registry.locate(profile.other_generator), profile.device)
     table = image_text_image(
         dataset, captioner, generator, encoders, run_folder,
         candidates=RANKED, steps=profile.steps, guidance_scale=profile.guidance_scale,
-        batch_size=profile.batch_size, strategy=variant.strategy,
+        batch_size=profile.batch_size, strategy=variant.strategy, seed=variant.seed,
     )  # fmt: skip
     return judge_captions(table, dataset)
+
+
+def _dataset(variant: Variant, profile: profiles.Profile) -> Dataset:
+    return registry.dataset(profile.coco, "test") if variant.on_coco else registry.dataset(profile.dataset)
 
 
 def faults(judged: Judged, dataset: Dataset) -> dict[str, float]:
@@ -136,7 +154,7 @@ def claims_6_and_8(again: Mapping[str, pd.DataFrame], first: pd.DataFrame) -> li
     found = []
     for name, effects in again.items():
         variant = VARIANTS[name]
-        for by in similarities(effects):
+        for by in similarities(effects) if variant.claim else []:
             gain = gains(effects, "cider", by)[ALL]
             text = f"{variant.what}: the caption ranked first beats a random one, CIDEr × 100, overall"
             smaller = difference(gains(first, "cider", by)[ALL], gain)
@@ -157,7 +175,7 @@ def _file(name: str) -> str:
 
 
 def table_7(again: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Finding I under each variant, Tables 7 and 8 in one: texts, a row a variant and similarity."""
+    """Finding I under each variant, with Tables 7 and 8: texts, a row a variant and similarity."""
     rows = []
     for name, effects in again.items():
         random, variant = scores(effects, "cider", "random")[ALL], VARIANTS[name]
@@ -165,10 +183,9 @@ def table_7(again: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         for by in similarities(effects):
             ranked, gain = scores(effects, "cider", f"{by} 1")[ALL], gains(effects, "cider", by)[ALL]
             cells = results.cell(random, 1), results.cell(ranked, 1), results.cell(gain, 1, signed=True)
-            rows.append([variant.what, show.LABELS[by], *cells, paper])
-    return pd.DataFrame(
-        rows, columns=["changed", "ranked by", "random", "ranked first", "minus random", "the paper, NoCaps"]
-    )
+            rows.append([variant.what, str(gain.n), show.LABELS[by], *cells, paper])
+    columns = ["changed", "n", "ranked by", "random", "ranked first", "minus random", "the paper"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def table_8(described: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -204,13 +221,12 @@ def page(
         for claim in claims
         for what, value in claim.apart.items()
     ]
-    n = {name: int(effects["n"].max()) for name, effects in [*again.items(), *described.items()]}
     parts = [
-        "# Other samplings, another captioner",
-        "**Measured in the miniature**; the paper's figures are of NoCaps and stand beside ours for their direction.",
+        "# Other samplings, other models, other pictures",
+        "**Measured in the miniature**; the paper's figures (NoCaps, COCO) stand beside ours for their direction.",
         f"Made by `{command}` at commit `{results.current_commit()}`. Brackets are 95 % intervals, paired over images.",
         "\n".join(map(results.verdict_line, claims)),
-        f"## Finding I (Tables 7 and 8), n = {n[next(iter(again))]}, K = {RANKED}",
+        f"## Finding I (with Tables 7 and 8), K = {RANKED}",
         _markdown(table_7(again)),
         "How much smaller the gain is than Finding I's, by intervals of two independent figures:",
         "\n".join(beside),
@@ -219,7 +235,7 @@ def page(
         "that a caption does not name; then, of the captions that are not right, the share that errs in each sort of "
         "fact.",
         _markdown(wrong.round(2).astype(str).reset_index(names="captions")),
-        f"## Finding II with another reader (Table 8), n = {n['BLIP-2']}",
+        f"## Finding II with another reader (Table 8), n = {described['BLIP-2']['n'].max()}",
         "The same pictures, ranked by the likeness of the caption to what BLIP, and to what BLIP-2, says of them.",
         _markdown(table_8(described)),
     ]
@@ -252,7 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(images: int, docs: Path, runs: Path, only: str | None) -> list[Claim]:
     """Measure and write; with `only`, make the candidates of that variant and nothing else."""
-    names = [only] if only else list(VARIANTS)
+    has_gan = profiles.current().other_generator is not None
+    names = [only] if only else [name for name, one in VARIANTS.items() if has_gan or not one.other_generator]
     judged = {name: finding_1_again(VARIANTS[name], images, runs / name) for name in names}
     if only:
         return []
@@ -260,9 +277,11 @@ def run(images: int, docs: Path, runs: Path, only: str | None) -> list[Claim]:
     described = finding_2_again(docs, runs / "finding-2")
     folder, command = docs / "results", f"python -m dalleflamingo.variants --images {images}"
     table, first = results.load("finding-1", folder)
-    dataset = registry.dataset(profiles.current().dataset)
-    everyone = {"Finding I": judge_captions(table, dataset)} | {VARIANTS[name].what: judged[name] for name in names}
-    wrong = pd.DataFrame({what: faults(one, dataset) for what, one in everyone.items()}).T
+    profile = profiles.current()
+    usual = registry.dataset(profile.dataset)
+    wrong = {"Finding I": faults(judge_captions(table, usual), usual)}
+    wrong |= {VARIANTS[name].what: faults(judged[name], _dataset(VARIANTS[name], profile)) for name in names}
+    wrong = pd.DataFrame(wrong).T
     claims = claims_6_and_8(again, first)
     results.scoreboard(folder / "claims.json", claims, results.Settings.of(table))
     for name, effects in [*again.items(), *described.items()]:

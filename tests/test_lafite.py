@@ -1,5 +1,7 @@
 """The GAN generator: its layer against a plain transcription, pictures as functions of caption and seed, its losses."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
@@ -104,19 +106,38 @@ def recipe(tmp_path_factory):
     return recipe
 
 
+class Twice(torch.nn.Module):
+    """Draws 2 everywhere."""
+
+    device, config = torch.device("cpu"), SimpleNamespace(noise_size=4)
+
+    def forward(self, noise, features):
+        return torch.full((len(noise), 4, 16, 16), 2.0)
+
+
 @pytest.mark.parametrize("step", [1, 4])
 def test_each_network_learns_by_its_own_losses_only(recipe, step):
     losses = recipe.loss(recipe.batch(np.random.default_rng(0), step), step)
     networks = list(recipe.generator.parameters()), list(recipe.discriminator.parameters())
     assert (losses["calm"] > 0) == (step % lafite.PENALTY_EVERY == 0)
-    for names, own, other in ((("fool", "show"), 0, 1), (("tell", "know"), 1, 0)):
+    for names, own, other in ((("fool", "show", "near"), 0, 1), (("tell", "know"), 1, 0)):
         together = sum(losses[name] for name in names)
         found = torch.autograd.grad(together, networks[own], retain_graph=True, allow_unused=True)
         assert sum(g is not None and g.abs().sum() > 0 for g in found) > len(networks[own]) // 2
         assert not any(g is not None for g in torch.autograd.grad(
             together, networks[other], retain_graph=True, allow_unused=True))  # fmt: skip
-    names = ("fool", "show", "tell", "know", "calm")
+    names = ("fool", "show", "near", "tell", "know", "calm")
     torch.testing.assert_close(losses["loss"], sum(losses[name] for name in names))
+
+
+def test_only_what_is_drawn_from_a_pictures_own_feature_has_to_be_near_it(recipe, monkeypatch):
+    batch = recipe.batch(np.random.default_rng(0), 1)
+    monkeypatch.setattr(recipe, "generator", Twice())
+    drawn = torch.full_like(batch["latents"], 2.0)
+    for by_text in (torch.tensor([True] * 6), torch.tensor([True, False, True, True, True, False])):
+        near = recipe.loss(batch | {"by_text": by_text}, 1)["near"]
+        own = (drawn - batch["latents"])[~by_text].square().mean(dim=(1, 2, 3)).sum() / 6
+        torch.testing.assert_close(near, lafite.NEAR_WEIGHT * own)
 
 
 def test_the_steepness_of_a_plane_is_its_slope():

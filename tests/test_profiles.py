@@ -38,7 +38,10 @@ def test_every_name_in_a_profile_is_registered_as_what_it_is_used_for(profile):
         "clip": "image similarity",
         "dino": "image similarity",
         "dataset": "data set",
+        "coco": "data set",
     }
+    if profile.other_generator:
+        kinds["other_generator"] = "generator"
     for attribute, kind in kinds.items():
         assert registry.ENTRIES[getattr(profile, attribute)].kind == kind
 

@@ -20,7 +20,7 @@ from dalleflamingo.recogniser import Recogniser
 from dalleflamingo.scene_graph import f1
 from dalleflamingo.vocabulary import VocabularyMap
 
-MODELS = ("blip", "blip2", "sd", "clip", "dino", "recogniser", "inception")
+MODELS = ("blip", "blip-large", "blip2", "sd", "lafite", "clip", "dino", "recogniser", "inception")
 
 
 def manifest():
@@ -56,7 +56,7 @@ def test_pictures_from_a_caption_and_from_its_one_hot_bridge_are_identical():
     assert [picture.tobytes() for picture in drawn] == [picture.tobytes() for picture in crossed]
 
 
-@pytest.mark.parametrize("name", ["blip", "blip2"])
+@pytest.mark.parametrize("name", ["blip", "blip-large", "blip2"])
 def test_stock_transformers_opens_a_captioner_and_describes(name):
     folder = registry.locate(f"miniature/{name}")
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)

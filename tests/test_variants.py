@@ -25,11 +25,15 @@ def measured() -> pd.DataFrame:
     return picks.measure(dataclasses.replace(judged, table=table), resamples=200)
 
 
-@pytest.mark.parametrize(("name", "strategy", "captioner"), [
-    ("top-k", TopK(10), "usual"), ("temperature", Temperature(0.7), "usual"), ("blip2", PAPER, "other"),
+@pytest.mark.parametrize(("name", "changed"), [
+    ("top-k", {"strategy": TopK(10)}), ("temperature", {"strategy": Temperature(0.7)}),
+    ("blip2", {"captioner": "other"}), ("lafite", {"generator": "miniature/lafite"}),
+    ("seed-2", {"seed": 2, "n": 15}), ("coco", {"dataset": ("miniature/coco", "test")}),
 ])  # fmt: skip
-def test_a_variant_changes_one_thing(monkeypatch, tmp_path, name, strategy, captioner):
-    asked = []
+def test_a_variant_changes_one_thing(monkeypatch, tmp_path, name, changed):
+    asked, opened = [], []
+    variant = variants.VARIANTS[name]
+    assert variant.images is None or variant.images == 150
 
     def trip(dataset, *models, **settings):
         asked.append((models, settings))
@@ -37,15 +41,23 @@ def test_a_variant_changes_one_thing(monkeypatch, tmp_path, name, strategy, capt
 
     monkeypatch.setattr(variants, "load_models", lambda profile: ("usual", "generator", ["clip", "dino"]))
     monkeypatch.setattr(variants, "load_captioner", lambda profile, name: "other")
-    monkeypatch.setattr(variants.registry, "dataset", lambda name: world())
+    monkeypatch.setattr(variants.LafiteGenerator, "from_pretrained", lambda name, device: name)
+    monkeypatch.setattr(variants.registry, "locate", lambda name: name)
+    monkeypatch.setattr(variants.registry, "dataset", lambda *name: opened.append(name) or world())
     monkeypatch.setattr(variants, "image_text_image", trip)
-    judged = variants.finding_1_again(variants.VARIANTS[name], 20, tmp_path)
+    if variant.images:
+        variant = dataclasses.replace(variant, images=15)
+    judged = variants.finding_1_again(variant, 20, tmp_path)
     [(models, settings)] = asked
     profile = profiles.current()
-    assert models == (captioner, "generator", ["clip", "dino"], tmp_path) and len(judged.rows) == 20
-    assert settings == {
+    usual = {"strategy": PAPER, "captioner": "usual", "generator": "generator", "seed": 0, "n": 20}
+    usual |= {"dataset": ("miniature/nocaps",)}
+    wanted = usual | changed
+    assert models == (wanted.pop("captioner"), wanted.pop("generator"), ["clip", "dino"], tmp_path)
+    assert opened == [wanted.pop("dataset")] and len(judged.rows) == wanted.pop("n")
+    assert settings == wanted | {
         "candidates": 10, "steps": profile.steps, "guidance_scale": profile.guidance_scale,
-        "batch_size": profile.batch_size, "strategy": strategy,
+        "batch_size": profile.batch_size,
     }  # fmt: skip
 
 
@@ -66,7 +78,7 @@ def test_pictures_that_another_captioner_describes_stay_where_they_are(tmp_path)
 
 def test_each_variant_decides_by_its_gain_and_tells_how_much_smaller_it_is(measured):
     first = measured.assign(gain=measured["gain"] + 7)
-    claims = variants.claims_6_and_8({"top-k": measured, "blip2": measured}, first)
+    claims = variants.claims_6_and_8({"top-k": measured, "seed-2": measured, "blip2": measured}, first)
     assert [(claim.number, claim.ranked_by, claim.verdict) for claim in claims] == [
         (6, "clip", "holds"), (6, "dino", "does not hold"), (8, "clip", "holds"), (8, "dino", "does not hold"),
     ]  # fmt: skip

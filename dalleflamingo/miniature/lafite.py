@@ -4,6 +4,9 @@ Half of the features it is conditioned on are CLIP's of the picture, disturbed (
 §3.1), half are CLIP's of a caption. The discriminator sees a picture's latents and has two answers: is it real and does
 it belong to the feature (Miyato & Koyama 2018), and which of the batch's features does it show (LAFITE's contrastive
 loss, Eq. 7, on real and drawn pictures).
+
+LAFITE's losses alone taught our small generator grounds and blots of colour in 2,400 steps, no shape. So what is drawn
+from a picture's own feature has to be near that picture, too, as in Isola et al. 2017.
 """
 
 from collections.abc import Iterable
@@ -26,6 +29,7 @@ from dalleflamingo.miniature.world import draw
 
 DISTURBANCE = 0.3  # length of the noise on a picture's feature of length 1
 TEMPERATURE = 0.1  # of the contrastive loss
+NEAR_WEIGHT = 10.0  # of the squared distance between a picture and what is drawn from its feature
 PENALTY_EVERY, PENALTY = 4, 10.0  # R1 (Mescheder et al. 2018), at every fourth step
 
 
@@ -62,7 +66,7 @@ def picture_features(clip: open_clip.CLIP, file: Path, count: int = BANK) -> Ten
 
 
 class LafiteRecipe:
-    """Non-saturating logistic loss with R1, and the contrastive loss; both networks step together.
+    """Non-saturating logistic loss with R1, the contrastive loss, the distance; both networks step together.
 
     Args:
         vae: Stable Diffusion's. clip: frozen; its tokenizer reads captions.
@@ -110,6 +114,7 @@ class LafiteRecipe:
         shown, score = self.discriminator(drawn, features)
         fool = F.softplus(-score).mean()
         show = contrast(shown, features)
+        near = NEAR_WEIGHT * ((drawn - real).square().mean((1, 2, 3)) * ~by_text).mean()
         self.discriminator.requires_grad_(True)
 
         penalised = step % PENALTY_EVERY == 0
@@ -119,7 +124,7 @@ class LafiteRecipe:
         tell = F.softplus(-score_real).mean() + F.softplus(score_drawn).mean()
         know = contrast(shown_real, features)
         calm = steepness(score_real, real) * PENALTY * PENALTY_EVERY / 2 if penalised else torch.zeros(())
-        losses = {"fool": fool, "show": show, "tell": tell, "know": know, "calm": calm}
+        losses = {"fool": fool, "show": show, "near": near, "tell": tell, "know": know, "calm": calm}
         return {"loss": sum(losses.values())} | losses
 
     def after_step(self, step: int) -> None:
