@@ -2,7 +2,8 @@
 
 LAFITE (Zhou et al. 2022) learns to draw from CLIP's embedding of a picture, disturbed a little, and is then given that
 of a text, because CLIP has brought the two close together. (The paper calls it VAE-based; it is a StyleGAN.) Ours is
-of that kind, small, and draws the latents of Stable Diffusion's autoencoder instead of pixels.
+of that kind, small, and draws the latents of Stable Diffusion's autoencoder instead of pixels; and its first 4 × 4 map
+is made of the style, where StyleGAN has a constant, so that things need not stand where they always stand.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ class Lafite(ModelMixin, ConfigMixin):
         feature_size: int = 128,
         noise_size: int = 64,
         style_size: int = 128,
-        widths: Sequence[int] = (192, 128, 64),
+        widths: Sequence[int] = (128, 128, 64),
         latent_channels: int = 4,
         clip: str = "miniature/clip",
         autoencoder: str = "miniature/sd",
@@ -70,7 +71,7 @@ class Lafite(ModelMixin, ConfigMixin):
             nn.Linear(2 * style_size, 2 * style_size), nn.LeakyReLU(0.2),
             nn.Linear(2 * style_size, style_size), nn.LeakyReLU(0.2),
         )  # fmt: skip
-        self.start = nn.Parameter(torch.randn(1, widths[0], 4, 4))
+        self.start = nn.Linear(style_size, widths[0] * 4 * 4)
         self.first, self.second, self.to_latents = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         before = widths[0]
         for width in widths:
@@ -83,7 +84,7 @@ class Lafite(ModelMixin, ConfigMixin):
         """(B, noise_size), (B, feature_size) -> (B, 4, 16, 16), scaled as Stable Diffusion's latents are."""
         features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5  # of the size of the noise
         style = self.mapping(torch.cat([noise, features], dim=-1))
-        x, latents = self.start.expand(len(noise), -1, -1, -1), None
+        x, latents = self.start(style).view(len(noise), -1, 4, 4), None
         for level, (first, second, to_latents) in enumerate(zip(self.first, self.second, self.to_latents, strict=True)):
             if level:
                 x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
