@@ -66,6 +66,8 @@ class Lafite(ModelMixin, ConfigMixin):
         autoencoder: str = "miniature/sd",
     ):
         super().__init__()
+        # what all pictures, or all captions, have in common: most of a feature's length, and the gap between the two
+        self.register_buffer("common", torch.zeros(2, feature_size))  # of pictures, of captions
         self.mapping = nn.Sequential(
             nn.Linear(feature_size + noise_size, 2 * style_size), nn.LeakyReLU(0.2),
             nn.Linear(2 * style_size, 2 * style_size), nn.LeakyReLU(0.2),
@@ -80,8 +82,13 @@ class Lafite(ModelMixin, ConfigMixin):
             self.to_latents.append(nn.Conv2d(width, latent_channels, 1))
             before = width
 
+    def own(self, features: Tensor, of_text: Tensor | bool) -> Tensor:
+        """What (B, feature_size) features have for themselves, of length 1; (B,) `of_text` says of what they are."""
+        common = self.common[torch.as_tensor(of_text, device=features.device).long()]
+        return F.normalize(features - common, dim=-1)
+
     def forward(self, noise: Tensor, features: Tensor) -> Tensor:
-        """(B, noise_size), (B, feature_size) -> (B, 4, 16, 16), scaled as Stable Diffusion's latents are."""
+        """(B, noise_size), (B, feature_size) of `own` -> (B, 4, 16, 16), scaled as Stable Diffusion's latents are."""
         features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5  # of the size of the noise
         style = self.mapping(torch.cat([noise, features], dim=-1))
         x, latents = self.start(style).view(len(noise), -1, 4, 4), None
@@ -133,6 +140,7 @@ class LafiteGenerator:
 
         def draw(batch: list[tuple[str, int]]) -> list[Image]:
             features = self.clip_text.embed([caption for caption, _ in batch]).to(self.model.device, self.model.dtype)
+            features = self.model.own(F.normalize(features, dim=-1), of_text=True)
             size = self.model.config.noise_size
             noise = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for _, seed in batch]
             latents = self.model(torch.stack(noise).to(features), features)

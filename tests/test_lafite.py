@@ -111,8 +111,28 @@ class Twice(torch.nn.Module):
 
     device, config = torch.device("cpu"), SimpleNamespace(noise_size=4)
 
+    def own(self, features, of_text):
+        return features
+
     def forward(self, noise, features):
         return torch.full((len(noise), 4, 16, 16), 2.0)
+
+
+def test_what_pictures_and_what_captions_have_in_common_is_taken_away():
+    model = Lafite(feature_size=3, widths=(8, 8))
+    model.common.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+    features = torch.tensor([[1.0, 0, 2], [1, 1, 0]])
+    found = model.own(features, torch.tensor([False, True]))
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0, 1], [1, 0, 0]]))
+    torch.testing.assert_close(model.own(features[1:], True), found[1:])
+
+
+def test_the_recipe_measures_what_is_common(recipe):
+    pictures, captions = recipe.generator.common
+    torch.testing.assert_close(pictures, recipe.features.float().mean(0))
+    texts = recipe._texts(300)
+    torch.testing.assert_close(texts.norm(dim=1), torch.ones(300))
+    assert torch.cosine_similarity(texts.mean(0), captions, dim=0) > 0.99
 
 
 @pytest.mark.parametrize("step", [1, 4])

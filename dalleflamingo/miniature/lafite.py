@@ -23,7 +23,7 @@ from tqdm.auto import trange
 from transformers import CLIPTokenizer
 
 from dalleflamingo.lafite import Lafite
-from dalleflamingo.miniature.clip import pixels
+from dalleflamingo.miniature.clip import encode_text, pixels
 from dalleflamingo.miniature.sd import BANK, latent_bank, latent_scale, web_caption, web_scene
 from dalleflamingo.miniature.world import draw
 
@@ -84,6 +84,7 @@ class LafiteRecipe:
         self.features = picture_features(clip, features)
         size = self.features.shape[1]
         self.generator, self.discriminator = Lafite(feature_size=size), Discriminator(size)
+        self.generator.common.copy_(torch.stack([self.features.float().mean(0), self._texts().mean(0)]))
         self.modules = {"generator": self.generator, "discriminator": self.discriminator}
         self.compilable: list[nn.Module] = []
 
@@ -92,22 +93,35 @@ class LafiteRecipe:
         yield from self.discriminator.parameters()
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """`latents` (B, 4, 16, 16), scaled; `features` (B, D) and `input_ids` (B, 77) of them; `by_text` (B,)."""
+        """`latents` (B, 4, 16, 16), scaled; `features` (B, D) and `input_ids` (B, T) of them; `by_text` (B,)."""
         index = rng.integers(len(self.latents), size=self.batch_size)
         captions = [web_caption(web_scene(i), rng, unconditional_share=0.0) for i in index]
         return {
             "latents": self.latents[index].float() * self.scale,
             "features": self.features[index].float(),
-            "input_ids": self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids,
+            "input_ids": self.tokenizer(captions, padding="longest", truncation=True, return_tensors="pt").input_ids,
             "by_text": torch.from_numpy(rng.random(self.batch_size) < 0.5),
         }
+
+    @torch.no_grad()
+    def _texts(self, count: int = 2000) -> Tensor:
+        """(count, D) features of captions, length 1."""
+        rng = np.random.default_rng(0)
+        captions = [web_caption(web_scene(i), rng, unconditional_share=0.0) for i in range(count)]
+        return torch.cat([self._embed(captions[i : i + 100]) for i in range(0, count, 100)])
+
+    def _embed(self, captions: list[str]) -> Tensor:
+        ids = self.tokenizer(captions, padding="longest", truncation=True, return_tensors="pt").input_ids
+        return F.normalize(encode_text(self.clip, ids.to(self.clip.logit_scale.device)), dim=-1)
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         device = self.generator.device
         real, by_text = batch["latents"].to(device), batch["by_text"].to(device)
         with torch.no_grad():
-            texts = self.clip.to(device).encode_text(batch["input_ids"].to(device), normalize=True)
-        features = torch.where(by_text[:, None], texts, disturbed(batch["features"].to(device)))
+            texts = F.normalize(encode_text(self.clip.to(device), batch["input_ids"].to(device)), dim=-1)
+        features = torch.where(by_text[:, None], texts, batch["features"].to(device))
+        features = self.generator.own(features, by_text)
+        features = torch.where(by_text[:, None], features, disturbed(features))
         drawn = self.generator(torch.randn(len(real), self.generator.config.noise_size, device=device), features)
 
         self.discriminator.requires_grad_(False)  # this loss teaches the generator only
