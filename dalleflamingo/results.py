@@ -367,11 +367,17 @@ def _rounded(effect: Interval) -> dict[str, float]:
 
 
 def current_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit that measures; "-dirty" behind it where package, benchmarks or data are no longer as it has them."""
+    package = Path(__file__).parent
+    made_by = [str(package), *(str(package.parent / name) for name in ("benchmarks", "data"))]
     try:
-        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+        commit, changed = (
+            subprocess.run(["git", *command], cwd=package, capture_output=True, check=True, text=True).stdout.strip()
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", *made_by])
+        )
     except (OSError, subprocess.CalledProcessError):
         return "not in a git checkout"
+    return f"{commit}-dirty" if changed else commit
 
 
 def _whole(path: Path, write_to: Callable[[Path], object]) -> None:

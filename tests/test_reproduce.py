@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -369,3 +370,23 @@ def test_a_page_from_the_miniature_says_so_and_ones_from_elsewhere_do_not(judged
         text = results.page(finding)
         assert ("Measured in the miniature" in text) == said
         assert "| overall | 24 |" in text and "74.1 → 80.3 (+6.2)" in text
+
+
+def test_the_commit_of_a_result_is_dirty_where_code_or_data_changed_and_not_where_docs_did(tmp_path, monkeypatch):
+    def git(*command):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+        subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "package/results.py"))
+    for name in ("package", "data", "docs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("as committed")
+    assert results.current_commit() == "not in a git checkout"
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = results.current_commit()
+    (tmp_path / "docs/file").write_text("measured")
+    assert len(clean) == 12 and results.current_commit() == clean
+    (tmp_path / "data/file").write_text("retrained")
+    assert results.current_commit() == f"{clean}-dirty"
