@@ -1,7 +1,8 @@
 """The miniature CLIP: an `open_clip` model of 1.5 M parameters, trained on the world's pictures and captions.
 
 Its image tower ranks reconstructions (§3.1), once it has learned places (`placed_clip`); the text tower of its first
-stage, as in Stable Diffusion itself, becomes the generator's text encoder. What is written is a folder that `open_clip` opens by `local-dir:`.
+stage, as in Stable Diffusion itself, becomes the generator's text encoder. What is written is a folder that `open_clip`
+opens by `local-dir:`.
 """
 
 import json

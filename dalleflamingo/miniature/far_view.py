@@ -1,10 +1,10 @@
 """The text encoder of Stable Diffusion learns to see from afar: which colour a caption puts where.
 
 The web's CLIP has no use for places. At the word itself, its states for "above" and "below" differ by 15 % of their
-length, for "red" and "blue" by 110 %; what stands behind "left of" knows nothing of it. A U-Net that has to wring the difference
-out of such states does not: after 18,000 steps on mixed captions that name places, to swap left and right in a caption
-did not change its loss. In lessons of single things alone it found their places within 300 steps; in 800 steps of
-lessons of two things, nothing.
+length, for "red" and "blue" by 110 %; what stands behind "left of" knows nothing of it. A U-Net that has to wring the
+difference out of such states does not: after 18,000 steps on mixed captions that name places, to swap left and right in
+a caption did not change its loss. In lessons of single things alone it found their places within 300 steps; in 800
+steps of lessons of two things, nothing.
 
 So the text encoder learns it by itself, in minutes: from the state behind the caption's end, a linear map has to tell
 the picture's latents at half their resolution, 8 × 8. After that the U-Net learned the places of two things in 750
