@@ -15,6 +15,7 @@ from PIL import ImageOps
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
+from dalleflamingo.diffusion import Noised, add_noise
 from dalleflamingo.weights import check_weights
 
 
@@ -114,21 +115,20 @@ class Generator:
         Raises:
             ValueError: the generator predicts neither ε nor v.
         """
-        pipeline, asked = self.pipeline, self.pipeline.scheduler.config.prediction_type
-        if asked not in ("epsilon", "v_prediction"):
-            raise ValueError(f"the generator predicts {asked!r}: expected 'epsilon' or 'v_prediction'")
-        latents, draw = self._latents(images, states), torch.Generator().manual_seed(seed)
-        alphas = pipeline.scheduler.alphas_cumprod  # not `add_noise`, which some schedulers scale otherwise
-        timesteps = torch.randint(len(alphas), (len(latents),), generator=draw)
-        noise = torch.randn(latents.shape, generator=draw).to(latents)
-        kept = alphas[timesteps].view(-1, 1, 1, 1).to(latents)
-        noised = kept.sqrt() * latents + (1 - kept).sqrt() * noise
-        wanted = noise if asked == "epsilon" else kept.sqrt() * noise - (1 - kept).sqrt() * latents
-        predicted = pipeline.unet(noised, timesteps.to(latents.device), encoder_hidden_states=states).sample
-        return F.mse_loss(predicted.float(), wanted.float())
+        noised = add_noise(self.latents(images, states), self.pipeline.scheduler, torch.Generator().manual_seed(seed))
+        return F.mse_loss(self.predict(noised, states).float(), noised.target.float())
+
+    def predict(self, noised: Noised, states: Tensor) -> Tensor:
+        """What the U-Net answers to noised latents, given (B, T, D) text states; gradients pass."""
+        return self.pipeline.unet(noised.latents, noised.timesteps, encoder_hidden_states=states).sample
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 4, h, w) scaled latents to pictures (B, 3, H, W), about in [-1, 1]; gradients pass."""
+        vae = self.pipeline.vae
+        return vae.decode(latents / vae.config.scaling_factor).sample
 
     @torch.no_grad()
-    def _latents(self, images: Sequence[Image], like: Tensor) -> Tensor:
+    def latents(self, images: Sequence[Image], like: Tensor) -> Tensor:
         """(B, 4, h, w) scaled latents of the pictures' middle squares, with the device and type of `like`."""
         pipeline = self.pipeline
         side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor

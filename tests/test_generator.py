@@ -202,5 +202,5 @@ def test_noise_loss_is_the_same_for_every_scheduler_and_picture_size(folder):
 def test_noise_loss_refuses_a_generator_that_predicts_the_picture(folder):
     generator = Generator.from_pretrained(folder)
     generator.pipeline.scheduler.register_to_config(prediction_type="sample")
-    with pytest.raises(ValueError, match="predicts 'sample': expected 'epsilon' or 'v_prediction'"):
+    with pytest.raises(ValueError, match="predicts 'sample': expected one of epsilon, v_prediction"):
         generator.noise_loss(tiny.pictures(1), torch.zeros(1, 77, 16), seed=0)

@@ -1,0 +1,200 @@
+"""The four losses of cycle finetuning (§4.2, Eqs. 1–5): either model learns from the label, and through the other.
+
+    (1) label → captioner       −Σ_t log p_θ(w_t | w_<t, x)
+    (2) image → text → image    ‖ε − ε_φ(z_t, t, τ(P M E))‖²      P: what the captioner says along w
+    (3) label → generator       ‖ε − ε_φ(z_t, t, τ(w))‖²
+    (4) text → image → text     −Σ_t log p_θ(w_t | w_<t, x̂)       x̂: decoded from ẑ_0, see `diffusion.py`
+
+(1) and (2) begin with the same pass through the captioner, (3) and (4) with the same through the U-Net, so that what
+the cycle adds to learning from labels is a second half to each. Sums over t are means over the batch's pieces, norms are
+means over elements, as both stock models have them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalleflamingo.bridge import Bridge, relax
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.diffusion import Noised, add_noise
+from dalleflamingo.generator import Generator
+
+NAMES = ("caption", "image_reconstruction", "generation", "caption_reconstruction")  # (1) to (4)
+MOVED = ("both", "captioner", "generator")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Which of the four, how much of each, and whom they move.
+
+    Attributes:
+        caption, image_reconstruction, generation, caption_reconstruction: weights of (1) to (4); 0 leaves one out.
+        image_moves, caption_moves: whom (2) and (4) update: "both", "captioner" or "generator".
+        mode, temperature: of the bridge, as `bridge.relax`.
+        latest: (4) is taken of pictures whose timestep lies below this share of all; what is decoded from later ones
+            is mostly the error of ε.
+        decoded_size: side in pixels at which x̂ is decoded; None: the generator's own.
+    """
+
+    caption: float = 1.0
+    image_reconstruction: float = 1.0
+    generation: float = 1.0
+    caption_reconstruction: float = 1.0
+    image_moves: str = "both"
+    caption_moves: str = "both"
+    mode: str = "straight-through"
+    temperature: float = 1.0
+    latest: float = 1.0
+    decoded_size: int | None = None
+
+    def __post_init__(self):
+        for name in ("image_moves", "caption_moves"):
+            if getattr(self, name) not in MOVED:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(MOVED)}")
+        if not 0 < self.latest <= 1:
+            raise ValueError(f"latest = {self.latest}: it is a share of the timesteps, above 0 and at most 1")
+        if any(getattr(self, name) < 0 for name in NAMES):
+            raise ValueError(f"weights {[getattr(self, name) for name in NAMES]}: none may be below 0")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pictures with a human caption each.
+
+    pixel_values: (B, 3, H, W) as the captioner's processor makes them. latents: (B, 4, h, w), scaled.
+    states: (B, 77, D), τ of the captions.
+    """
+
+    pixel_values: Tensor
+    captions: Sequence[str]
+    latents: Tensor
+    states: Tensor
+
+
+class Cycle:
+    """A captioner and a generator that teach each other.
+
+    Args:
+        bridge: from the captioner's pieces to the generator's text encoder.
+        captioner_learns, generator_learns: the parameters that are trained; see `cycle.trainable`.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        generator: Generator,
+        bridge: Bridge,
+        captioner_learns: Sequence[nn.Parameter],
+        generator_learns: Sequence[nn.Parameter],
+        losses: Losses = Losses(),
+    ):
+        self.captioner, self.generator, self.bridge, self.weights = captioner, generator, bridge, losses
+        self.learns = {"captioner": list(captioner_learns), "generator": list(generator_learns)}
+
+    def from_image(self, batch: Batch, draw: torch.Generator) -> dict[str, Tensor]:
+        """(1) and (2), those that have a weight, each without it."""
+        weights, found = self.weights, {}
+        if not (weights.caption or weights.image_reconstruction):
+            return found
+        logits, ids = self.captioner.token_logits(batch.pixel_values, batch.captions)
+        if weights.caption:
+            found["caption"] = caption_loss(logits, ids, self.captioner.pad_id)
+        if weights.image_reconstruction:
+            found["image_reconstruction"] = self.image_reconstruction(logits, ids, batch, draw)
+        return found
+
+    def from_text(self, batch: Batch, draw: torch.Generator) -> dict[str, Tensor]:
+        """(3) and (4), those that have a weight, each without it."""
+        weights, found = self.weights, {}
+        if not (weights.generation or weights.caption_reconstruction):
+            return found
+        noised = add_noise(batch.latents, self.generator.pipeline.scheduler, draw)
+        predicted = self.generator.predict(noised, batch.states)
+        if weights.generation:
+            found["generation"] = noise_loss(predicted, noised)
+        if weights.caption_reconstruction:
+            found["caption_reconstruction"] = self.caption_reconstruction(predicted, noised, batch)
+        return found
+
+    def image_reconstruction(self, logits: Tensor, ids: Tensor, batch: Batch, draw: torch.Generator) -> Tensor:
+        """Eq. 2, from what the captioner says of the pictures; only whom it moves receives a gradient."""
+        weights = self.weights
+        logits = logits if weights.image_moves != "generator" else logits.detach()
+        noised = add_noise(batch.latents, self.generator.pipeline.scheduler, draw)
+        states = self.bridge(relax(logits, weights.mode, weights.temperature, draw), ids, batch.captions)
+        with still(self.learns["generator"] if weights.image_moves == "captioner" else []):
+            return noise_loss(self.generator.predict(noised, states), noised)
+
+    def caption_reconstruction(self, predicted: Tensor, noised: Noised, batch: Batch) -> Tensor:
+        """Eq. 4, from what the generator predicts; 0 where every timestep of the batch is too late."""
+        weights = self.weights
+        early = noised.timesteps < weights.latest * len(self.generator.pipeline.scheduler.alphas_cumprod)
+        if not early.any():
+            return predicted.sum() * 0  # with a gradient, so that every process has one
+        predicted = predicted if weights.caption_moves != "captioner" else predicted.detach()
+        latents = noised.of(early).estimate(predicted[early])
+        captions = [caption for caption, kept in zip(batch.captions, early.tolist(), strict=True) if kept]
+        with still(self.learns["captioner"] if weights.caption_moves == "generator" else []):
+            pictures = as_seen(self.captioner, self.generator.decode(self._reduced(latents)))
+            logits, ids = self.captioner.token_logits(pictures, captions)
+            return caption_loss(logits, ids, self.captioner.pad_id)
+
+    def _reduced(self, latents: Tensor) -> Tensor:
+        if self.weights.decoded_size is None:
+            return latents
+        side = self.weights.decoded_size // self.generator.pipeline.vae_scale_factor
+        return F.interpolate(latents, (side, side), mode="bilinear", antialias=True)
+
+
+def total(found: dict[str, Tensor], losses: Losses) -> Tensor:
+    """Eq. 5: the weighted sum of those that were computed."""
+    return sum(getattr(losses, name) * loss for name, loss in found.items())
+
+
+def caption_loss(logits: Tensor, ids: Tensor, pad_id: int) -> Tensor:
+    """Eqs. 1 and 4: −log p of the caption's pieces and of its end, mean over them; padding does not count.
+
+    Args:
+        logits: (B, T, V). ids: (B, T), of `Captioner.token_logits`, which leaves the prompt out.
+    """
+    return F.cross_entropy(_precise(logits).flatten(0, 1), ids.flatten(), ignore_index=pad_id)
+
+
+def noise_loss(predicted: Tensor, noised: Noised) -> Tensor:
+    """Eqs. 2 and 3: the mean squared error of ε (of v, where that is predicted)."""
+    return F.mse_loss(_precise(predicted), _precise(noised.target))
+
+
+def as_seen(captioner: Captioner, pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) about in [-1, 1] as the captioner's processor would make them; gradients pass.
+
+    Clamped, resized as PIL resizes, normalised. Where a picture leaves [-1, 1] its gradient is 0.
+    """
+    processor = captioner.processor.image_processor
+    pixels = (pictures.clamp(-1, 1) + 1) / 2
+    side = processor.size["height"], processor.size["width"]
+    if pixels.shape[-2:] != side:
+        pixels = F.interpolate(pixels, side, mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    return ((pixels - mean) / std).to(captioner.model.dtype)
+
+
+@contextmanager
+def still(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """What is computed meanwhile sends no gradient to these parameters."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _precise(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
