@@ -134,6 +134,10 @@ class Captioner(ABC):
         logits = self._logits(self.see(self._pixels(images)), inputs, mask)
         return logits[:, prompt.shape[1] - 1 :], ids
 
+    def count_pieces(self, captions: Sequence[str]) -> Tensor:
+        """(B,) how many pieces each caption has, its end included."""
+        return (self._tokenize(list(captions)) != self.pad_id).sum(1)
+
     @torch.no_grad()
     def log_likelihood(self, images: Sequence[Image], captions: Sequence[str], batch_size: int = 64) -> Tensor:
         """(B,) log p(caption | picture), its end included, on the CPU; arguments and errors as `token_logits`."""

@@ -63,16 +63,28 @@ class Losses:
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures with a human caption each.
+    """B pictures with a human caption each: a whole batch, or the part of one that a process has.
 
-    pixel_values: (B, 3, H, W) as the captioner's processor makes them. latents: (B, 4, h, w), scaled.
-    states: (B, 77, D), τ of the captions.
+    Attributes:
+        pixel_values: (B, 3, H, W) as the captioner's processor makes them.
+        latents: (B, 4, h, w), scaled.
+        states: (B, 77, D), τ of the captions.
+        first: where the part begins in the whole.
+        pieces: of every caption of the whole, its end included: the mean over parts of a part's loss is the loss of
+            the whole, however long each part's captions are.
     """
 
     pixel_values: Tensor
     captions: Sequence[str]
     latents: Tensor
     states: Tensor
+    pieces: Tensor
+    first: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the whole that this part is."""
+        return len(self.captions) / len(self.pieces)
 
 
 class Cycle:
@@ -102,7 +114,7 @@ class Cycle:
             return found
         logits, ids = self.captioner.token_logits(batch.pixel_values, batch.captions)
         if weights.caption:
-            found["caption"] = caption_loss(logits, ids, self.captioner.pad_id)
+            found["caption"] = caption_loss(logits, ids, self.captioner.pad_id, batch.pieces.sum() * batch.share)
         if weights.image_reconstruction:
             found["image_reconstruction"] = self.image_reconstruction(logits, ids, batch, draw)
         return found
@@ -112,7 +124,7 @@ class Cycle:
         weights, found = self.weights, {}
         if not (weights.generation or weights.caption_reconstruction):
             return found
-        noised = add_noise(batch.latents, self.generator.pipeline.scheduler, draw)
+        noised = self.noised(batch, draw)
         predicted = self.generator.predict(noised, batch.states)
         if weights.generation:
             found["generation"] = noise_loss(predicted, noised)
@@ -120,11 +132,16 @@ class Cycle:
             found["caption_reconstruction"] = self.caption_reconstruction(predicted, noised, batch)
         return found
 
+    def noised(self, batch: Batch, draw: torch.Generator) -> Noised:
+        """The batch's latents with noise."""
+        scheduler = self.generator.pipeline.scheduler
+        return add_noise(batch.latents, scheduler, draw, batch.first, len(batch.pieces))
+
     def image_reconstruction(self, logits: Tensor, ids: Tensor, batch: Batch, draw: torch.Generator) -> Tensor:
         """Eq. 2, from what the captioner says of the pictures; only whom it moves receives a gradient."""
         weights = self.weights
         logits = logits if weights.image_moves != "generator" else logits.detach()
-        noised = add_noise(batch.latents, self.generator.pipeline.scheduler, draw)
+        noised = self.noised(batch, draw)
         states = self.bridge(relax(logits, weights.mode, weights.temperature, draw), ids, batch.captions)
         with still(self.learns["generator"] if weights.image_moves == "captioner" else []):
             return noise_loss(self.generator.predict(noised, states), noised)
@@ -132,7 +149,8 @@ class Cycle:
     def caption_reconstruction(self, predicted: Tensor, noised: Noised, batch: Batch) -> Tensor:
         """Eq. 4, from what the generator predicts; 0 where every timestep of the batch is too late."""
         weights = self.weights
-        early = noised.timesteps < weights.latest * len(self.generator.pipeline.scheduler.alphas_cumprod)
+        limit = weights.latest * len(self.generator.pipeline.scheduler.alphas_cumprod)
+        early, pieces = noised.timesteps < limit, batch.pieces[noised.of_whole < limit].sum() * batch.share
         if not early.any():
             return predicted.sum() * 0  # with a gradient, so that every process has one
         predicted = predicted if weights.caption_moves != "captioner" else predicted.detach()
@@ -141,7 +159,7 @@ class Cycle:
         with still(self.learns["captioner"] if weights.caption_moves == "generator" else []):
             pictures = as_seen(self.captioner, self.generator.decode(self._reduced(latents)))
             logits, ids = self.captioner.token_logits(pictures, captions)
-            return caption_loss(logits, ids, self.captioner.pad_id)
+            return caption_loss(logits, ids, self.captioner.pad_id, pieces)
 
     def _reduced(self, latents: Tensor) -> Tensor:
         if self.weights.decoded_size is None:
@@ -155,13 +173,15 @@ def total(found: dict[str, Tensor], losses: Losses) -> Tensor:
     return sum(getattr(losses, name) * loss for name, loss in found.items())
 
 
-def caption_loss(logits: Tensor, ids: Tensor, pad_id: int) -> Tensor:
-    """Eqs. 1 and 4: −log p of the caption's pieces and of its end, mean over them; padding does not count.
+def caption_loss(logits: Tensor, ids: Tensor, pad_id: int, pieces: Tensor | float) -> Tensor:
+    """Eqs. 1 and 4: −log p of the captions' pieces and of their ends, over `pieces`; padding does not count.
 
     Args:
         logits: (B, T, V). ids: (B, T), of `Captioner.token_logits`, which leaves the prompt out.
+        pieces: how many there are; for a part of a batch, how many a part has in the mean.
     """
-    return F.cross_entropy(_precise(logits).flatten(0, 1), ids.flatten(), ignore_index=pad_id)
+    spent = F.cross_entropy(_precise(logits).flatten(0, 1), ids.flatten(), ignore_index=pad_id, reduction="sum")
+    return spent / pieces
 
 
 def noise_loss(predicted: Tensor, noised: Noised) -> Tensor:

@@ -19,7 +19,7 @@ PREDICTIONS = ("epsilon", "v_prediction")
 class Noised:
     """Latents z with noise: all (B, 4, h, w), but for timesteps (B,) and kept, ᾱ_t, (B, 1, 1, 1).
 
-    asked: what the U-Net predicts, one of `PREDICTIONS`.
+    asked: what the U-Net predicts, one of `PREDICTIONS`. of_whole: the timesteps of the batch that this is a part of.
     """
 
     clean: Tensor
@@ -27,6 +27,7 @@ class Noised:
     timesteps: Tensor
     kept: Tensor
     asked: str
+    of_whole: Tensor
 
     @property
     def latents(self) -> Tensor:
@@ -49,14 +50,17 @@ class Noised:
     def of(self, chosen: Tensor) -> "Noised":
         """Some of the batch, by a (B,) mask."""
         parts = (part[chosen] for part in (self.clean, self.noise, self.timesteps, self.kept))
-        return Noised(*parts, self.asked)
+        return Noised(*parts, self.asked, self.of_whole)
 
 
-def add_noise(latents: Tensor, scheduler: SchedulerMixin, draw: torch.Generator) -> Noised:
+def add_noise(
+    latents: Tensor, scheduler: SchedulerMixin, draw: torch.Generator, first: int = 0, whole: int | None = None
+) -> Noised:
     """Noise at timesteps drawn uniformly, both from `draw`, on the CPU, so that every device gets the same.
 
     Args:
-        latents: (B, 4, h, w), scaled.
+        latents: (B, 4, h, w), scaled; of a batch of `whole` those from `first` on. Every part of a batch has the noise
+            that it would have in the whole.
     Raises:
         ValueError: the scheduler's model predicts neither ε nor v.
     """
@@ -64,7 +68,9 @@ def add_noise(latents: Tensor, scheduler: SchedulerMixin, draw: torch.Generator)
     if asked not in PREDICTIONS:
         raise ValueError(f"the generator predicts {asked!r}: expected one of {', '.join(PREDICTIONS)}")
     alphas = scheduler.alphas_cumprod  # not the scheduler's own `add_noise`, which some scale otherwise
-    timesteps = torch.randint(len(alphas), (len(latents),), generator=draw)
-    noise = torch.randn(latents.shape, generator=draw).to(latents)
+    whole, own = whole or len(latents), slice(first, first + len(latents))
+    of_whole = torch.randint(len(alphas), (whole,), generator=draw)
+    timesteps = of_whole[own]
+    noise = torch.randn((whole, *latents.shape[1:]), generator=draw)[own].to(latents)
     kept = alphas.cpu()[timesteps].view(-1, 1, 1, 1).to(latents)
-    return Noised(latents, noise, timesteps.to(latents.device), kept, asked)
+    return Noised(latents, noise, timesteps.to(latents.device), kept, asked, of_whole)

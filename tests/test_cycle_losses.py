@@ -41,7 +41,8 @@ def make(folder: Path, captioner: str = "blip", prediction_type: str = "epsilon"
         ids = target(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt").input_ids
         states = generator.pipeline.text_encoder(ids).last_hidden_state
     pixels = captioner.processor(images=pictures, return_tensors="pt").pixel_values.double()
-    batch = Batch(pixels, CAPTIONS, generator.latents(pictures, states), states)
+    pieces = captioner.count_pieces(CAPTIONS)
+    batch = Batch(pixels, CAPTIONS, generator.latents(pictures, states), states, pieces)
     return Cycle(captioner, generator, bridge, *(own.values() for own in learns), Losses(**losses)), batch
 
 
@@ -111,6 +112,18 @@ def test_the_whole_is_the_weighted_sum_and_what_has_no_weight_is_not_computed(tm
     nothing = Losses(*[0.0] * 4)
     cycle.weights = nothing
     assert drawn(cycle, batch) == {}
+
+
+@pytest.mark.parametrize("latest", [1.0, 0.6])
+def test_the_mean_over_the_parts_of_a_batch_is_the_loss_of_the_whole(tmp_path, latest):
+    cycle, batch = make(tmp_path, latest=latest)
+    whole, parts = drawn(cycle, batch), []
+    for i in range(3):
+        own = slice(i, i + 1)
+        part = Batch(batch.pixel_values[own], CAPTIONS[own], batch.latents[own], batch.states[own], batch.pieces, i)
+        parts.append(drawn(cycle, part))
+    for name in NAMES:
+        torch.testing.assert_close(sum(part[name] for part in parts) / 3, whole[name], msg=name)
 
 
 MOVES = {"caption": {"captioner"}, "generation": {"generator"}}

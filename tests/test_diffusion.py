@@ -29,7 +29,7 @@ def test_what_is_noised_and_asked_is_what_diffusers_says(prediction_type):
 def test_a_right_answer_gives_the_clean_latents_back_at_every_timestep(timestep, asked):
     kept = scheduler().alphas_cumprod.double()[timestep].view(1, 1, 1, 1).expand(5, 1, 1, 1)
     noise = torch.randn_like(LATENTS)
-    noised = Noised(LATENTS, noise, torch.full((5,), timestep), kept, asked)
+    noised = Noised(LATENTS, noise, torch.full((5,), timestep), kept, asked, torch.full((5,), timestep))
     torch.testing.assert_close(noised.estimate(noised.target), LATENTS)
     moved = (noised.estimate(noised.target + 0.5) - LATENTS).abs()
     magnified = (1 - kept).sqrt() * (1 / kept.sqrt() if asked == "epsilon" else 1)
@@ -46,6 +46,12 @@ def test_draws_are_the_generators_own_and_of_every_timestep():
     assert torch.equal(first.latents, again.latents) and not torch.equal(first.noise, other.noise)
     many = add_noise(LATENTS[:1].expand(4000, -1, -1, -1), scheduler(), torch.Generator().manual_seed(0)).timesteps
     assert many.min() < 5 and many.max() > 994 and abs(many.double().mean() - 499.5) < 15
+
+
+def test_parts_of_a_batch_have_the_noise_of_the_whole():
+    whole = add_noise(LATENTS, scheduler(), torch.Generator().manual_seed(0))
+    part = add_noise(LATENTS[2:4], scheduler(), torch.Generator().manual_seed(0), first=2, whole=5)
+    torch.testing.assert_close(part.latents, whole.latents[2:4])
 
 
 def test_some_of_a_batch_are_those_as_they_were():
