@@ -6,8 +6,8 @@
     (4) text → image → text     −Σ_t log p_θ(w_t | w_<t, x̂)       x̂: decoded from ẑ_0, see `diffusion.py`
 
 (1) and (2) begin with the same pass through the captioner, (3) and (4) with the same through the U-Net, so that what
-the cycle adds to learning from labels is a second half to each. Sums over t are means over the batch's pieces, norms are
-means over elements, as both stock models have them.
+the cycle adds to learning from labels is a second half to each. Sums over t are means over the batch's pieces, norms
+are means over elements, as both stock models have them.
 """
 
 from collections.abc import Iterator, Sequence

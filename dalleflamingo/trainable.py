@@ -10,7 +10,6 @@ from dalleflamingo.captioner import Captioner
 from dalleflamingo.generator import Generator
 
 
-
 def of_captioner(captioner: Captioner) -> dict[str, nn.Parameter]:
     """Name -> parameter of what a captioner learns by. Errors as `of_generator`."""
     own = hasattr(captioner.model, "query_tokens")  # BLIP-2, whose Q-Former has cross-attention, too
@@ -40,5 +39,5 @@ def count(learning: dict[str, nn.Parameter]) -> int:
 def _named(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
     found = {name: parameter for name, parameter in model.named_parameters() if part in name}
     if not found:
-        raise ValueError(f"{type(model).__name__} has no parameter with {part!r} in its name: there is nothing to train")
+        raise ValueError(f"{type(model).__name__} has no parameter with {part!r} in its name: nothing to train")
     return found
