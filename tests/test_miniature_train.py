@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dalleflamingo.checkpoints import Checkpoint, load_trained
 from dalleflamingo.miniature import recipes
-from dalleflamingo.miniature.checkpoints import Checkpoint, load_trained
 from dalleflamingo.miniature.sd import FAR_WEIGHT, SdRecipe, at_end, far_view, make_scheduler, web_scene
 from dalleflamingo.miniature.train import schedule, train
 from dalleflamingo.scene_graph import parse

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from transformers import BertTokenizer, CLIPTokenizer, GPT2Tokenizer
 
+from ..checkpoints import load_trained
 from .blip import LARGE, BlipRecipe, CaptioningRecipe, grow_eyes, start_from_clip
 from .blip2 import Blip2Recipe, start_from_blip
-from .checkpoints import load_trained
 from .clip import ClipRecipe, DrawBatch, pixels, take_text_encoder, text_encoder
 from .corpora import ROOT, annotation_files, labelled_batches, plain_batch, texts, web_batch
 from .dino import DinoRecipe

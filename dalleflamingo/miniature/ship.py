@@ -13,7 +13,7 @@ import os
 import platform
 from pathlib import Path
 
-from .checkpoints import load_trained
+from ..checkpoints import load_trained
 from .corpora import ROOT
 from .recipes import RECIPES, RUNS
 

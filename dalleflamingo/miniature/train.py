@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import trange
 
-from .checkpoints import Checkpoint
+from ..checkpoints import Checkpoint
 from .recipes import RECIPES, RUNS
 
 

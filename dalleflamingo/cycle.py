@@ -1,0 +1,287 @@
+"""Cycle finetuning: a captioner and a generator taught through each other (§4.2, App. H).
+
+    accelerate launch -m dalleflamingo.cycle --run build/runs/cycle        one process or several, CPU or GPU
+
+A step's pairs, noise and timesteps follow from the seed and the step's number. So a run that was killed goes on where
+its last checkpoint stands and ends with the same weights, bit for bit on a CPU; and several processes, or accumulated
+parts of a batch, compute what one would.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import trange
+
+from dalleflamingo import registry, trainable
+from dalleflamingo.bridge import Bridge
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.checkpoints import Checkpoint
+from dalleflamingo.cycle_data import Pairs
+from dalleflamingo.cycle_losses import NAMES, Cycle, Losses, total
+from dalleflamingo.datasets import Dataset
+from dalleflamingo.generator import Generator
+from dalleflamingo.intervals import derive_seed
+from dalleflamingo.vocabulary import VocabularyMap
+
+SCHEDULES = ("alternating", "joint")
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class CycleConfig:
+    """All that a run depends on (the paper's, App. H: learning rate 1e-4, batches of 8, 5 epochs of COCO).
+
+    Attributes:
+        captioner, generator, dataset: names in the registry. split: of the data set.
+        pictures: how many of the data set's are labelled, chosen by seed 0; None: all.
+        losses: which of the four, and whom they move.
+        schedule: "alternating", (1) + (2) at even steps and (3) + (4) at odd ones, or "joint", all at every step.
+        steps: optimizer steps. batch_size: pairs of a step, of all processes and parts together.
+        accumulation: parts that a process computes one after another, to save memory.
+        warmup: steps in which the learning rate grows to its value, at which it stays.
+        checkpointing: compute activations again in the backward pass, to save memory.
+        precision: "no" (float32), "bf16" or "fp16" autocasting.
+        vocabulary_map: kind of the bridge's map, learned from the labelled captions.
+        checkpoint_every: steps.
+    """
+
+    captioner: str = "miniature/blip"
+    generator: str = "miniature/sd"
+    dataset: str = "miniature/coco"
+    split: str = "train"
+    pictures: int | None = None
+    losses: Losses = field(default_factory=Losses)
+    schedule: str = "alternating"
+    steps: int = 1000
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    warmup: int = 0
+    max_grad_norm: float = 1.0
+    checkpointing: bool = False
+    precision: str = "no"
+    vocabulary_map: str = "word-aligned"
+    seed: int = 0
+    checkpoint_every: int = 100
+
+    def __post_init__(self):
+        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+
+
+class Learner:
+    """What `Checkpoint` keeps of a run: the parameters that learn, by model."""
+
+    average = 0.0
+
+    def __init__(self, learning: dict[str, dict[str, nn.Parameter]]):
+        self.modules = {who: nn.ParameterList(own.values()) for who, own in learning.items()}
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for module in self.modules.values():
+            yield from module.parameters()
+
+
+def prepare(config: CycleConfig, device: torch.device) -> tuple[Cycle, Pairs, Learner]:
+    """Models, bridge, data and what is trained, as a configuration says."""
+    captioner = Captioner.from_pretrained(
+        registry.locate(config.captioner), str(device), revision=registry.ENTRIES[config.captioner].revision
+    )
+    generator = Generator.from_pretrained(
+        registry.locate(config.generator), str(device), revision=registry.ENTRIES[config.generator].revision
+    )
+    dataset = registry.dataset(config.dataset, config.split)
+    dataset = dataset.subset(config.pictures) if config.pictures else dataset
+    return assemble(config, captioner, generator, dataset)
+
+
+def assemble(
+    config: CycleConfig, captioner: Captioner, generator: Generator, dataset: Dataset
+) -> tuple[Cycle, Pairs, Learner]:
+    """As `prepare`, from models and data that are there; everything but what learns is frozen."""
+    pipeline = generator.pipeline
+    learning = {"captioner": trainable.of_captioner(captioner), "generator": trainable.of_generator(generator)}
+    trainable.freeze_all_but(captioner.model, learning["captioner"])
+    trainable.freeze_all_but(pipeline.unet, learning["generator"])
+    for frozen in (pipeline.vae, pipeline.text_encoder):
+        frozen.requires_grad_(False)
+    if config.checkpointing:
+        pipeline.unet.train().enable_gradient_checkpointing()  # diffusers wants training mode for it; nothing drops out
+    captions = [caption for example in dataset for caption in example.references]
+    source, target = captioner.processor.tokenizer, pipeline.tokenizer
+    learned = VocabularyMap.learn(source, target, captions, config.vocabulary_map)
+    bridge = Bridge(learned.widened(captioner.model.config.text_config.vocab_size), pipeline.text_encoder)
+    own = (list(parameters.values()) for parameters in learning.values())
+    pairs = Pairs(dataset, captioner, generator, config.batch_size, config.seed)
+    return Cycle(captioner, generator, bridge, *own, config.losses), pairs, Learner(learning)
+
+
+def halves(config: CycleConfig, step: int) -> tuple[str, ...]:
+    """Which of "image", (1) + (2), and "text", (3) + (4), a step has."""
+    if config.schedule == "joint":
+        return ("image", "text")
+    return ("text",) if step % 2 else ("image",)
+
+
+def losses_of(config: CycleConfig, cycle: Cycle, pairs: Pairs, step: int, part: int, parts: int) -> dict[str, Tensor]:
+    """The losses of one part of a step's batch."""
+    batch, found = pairs.batch(step, part, parts), {}
+    for half in halves(config, step):
+        draw = torch.Generator().manual_seed(derive_seed(config.seed, "noise", step, half))
+        found |= (cycle.from_image if half == "image" else cycle.from_text)(batch, draw)
+    for name, loss in found.items():
+        if not torch.isfinite(loss):
+            ids = [example.image_id for example, _ in pairs.choose(step)]
+            raise FloatingPointError(f"{name} is {loss.item()} at step {step}, of pictures {ids}")
+    return found
+
+
+def train(
+    config: CycleConfig, cycle: Cycle, pairs: Pairs, learner: Learner, folder: Path, accelerator: Accelerator
+) -> None:
+    """Train for `config.steps` steps in all, counting those that `folder` holds already.
+
+    Raises:
+        FloatingPointError: a loss is not finite; the last checkpoint is kept.
+        ValueError: the folder holds a run with another configuration.
+    """
+    folder = Path(folder)
+    _agree(folder, config)
+    parameters = list(learner.parameters())
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+    checkpoint = Checkpoint(folder, learner, optimizer)
+    first, minutes = checkpoint.load()
+    optimizer = accelerator.prepare(optimizer)
+    rank, parts, began = accelerator.process_index, accelerator.num_processes * config.accumulation, time.monotonic()
+    with trange(first, config.steps, initial=first, total=config.steps, desc="cycle",
+                disable=not accelerator.is_main_process) as progress:  # fmt: skip
+        for step in progress:
+            torch.manual_seed(derive_seed(config.seed, "dropout", step, rank))
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+            means: dict[str, Tensor] = {}
+            for i in range(config.accumulation):
+                with accelerator.autocast():
+                    found = losses_of(config, cycle, pairs, step, rank * config.accumulation + i, parts)
+                accelerator.backward(total(found, config.losses) / config.accumulation)
+                for name, loss in found.items():
+                    means[name] = means.get(name, 0) + loss.detach() / config.accumulation
+            _gather(parameters, accelerator)
+            accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            report = {name: accelerator.reduce(value, "mean").item() for name, value in means.items()}
+            progress.set_postfix({name: f"{value:.3f}" for name, value in report.items()})
+            if accelerator.is_main_process:
+                _log(folder, step, report)
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                    checkpoint.save(step + 1, minutes + (time.monotonic() - began) / 60)
+
+
+def _gather(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Every process goes on with the mean of all processes' gradients; who was not moved has none."""
+    for parameter in parameters:
+        if accelerator.num_processes > 1 and parameter.grad is not None:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+
+
+def _agree(folder: Path, config: CycleConfig) -> None:
+    """Keep the configuration in the folder; a run that is there must have the same, but for its length."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, now = folder / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    there = json.loads(path.read_text()) if path.exists() else now
+    differing = [name for name in now if name != "steps" and there.get(name) != now[name]]
+    if differing:
+        lines = "\n".join(f"  {name}: {there.get(name)!r} there, {now[name]!r} now" for name in differing)
+        raise ValueError(f"{folder} holds a run with another configuration:\n{lines}\nGive another folder.")
+    path.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def _log(folder: Path, step: int, report: dict[str, float]) -> None:
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps({"step": step, **report}) + "\n")
+
+
+def read_log(folder: Path) -> list[dict]:
+    """A row a step, in order: its number and its losses. Steps that were made again after a kill are there once."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return list({row["step"]: row for row in rows}.values())
+
+
+def export(config: CycleConfig, cycle: Cycle, folder: Path) -> None:
+    """Folders that the stock libraries open: `captioner` and `generator`, with a model card each."""
+    cycle.captioner.model.save_pretrained(folder / "captioner")
+    cycle.captioner.processor.save_pretrained(folder / "captioner")
+    cycle.generator.pipeline.save_pretrained(folder / "generator")
+    for name, base in (("captioner", config.captioner), ("generator", config.generator)):
+        (folder / name / "README.md").write_text(card(config, base), encoding="utf-8")
+
+
+def card(config: CycleConfig, base: str) -> str:
+    """A model card: what it was, what it learned from, and how."""
+    entry = registry.ENTRIES[base]
+    weights = ", ".join(f"{name} {getattr(config.losses, name):g}" for name in NAMES)
+    settings = "\n".join(f"* {name}: {value}" for name, value in dataclasses.asdict(config).items() if name != "losses")
+    return f"""---
+license: {entry.licence.lower()}
+base_model: {entry.source}
+---
+# {base}, cycle finetuned
+
+After *Do DALL-E and Flamingo Understand Each Other?* (Li et al., ICCV 2023), by dalleflamingo. Weights of the losses:
+{weights}.
+
+{settings}
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Finetune the two shipped miniatures, or the models that are named, and export them."""
+    defaults = CycleConfig()
+    parser = argparse.ArgumentParser(prog="python -m dalleflamingo.cycle", description=main.__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run; a run that is there goes on")
+    parser.add_argument("--config", type=Path, help="JSON of CycleConfig's fields, those that are not the defaults")
+    parser.add_argument("--steps", type=int, help=f"default: {defaults.steps}")
+    options = parser.parse_args(arguments)
+    try:
+        config = read_config(options.config) if options.config else defaults
+        config = dataclasses.replace(config, steps=options.steps or config.steps)
+        accelerator = Accelerator(mixed_precision=config.precision)
+        cycle, pairs, learner = prepare(config, accelerator.device)
+        train(config, cycle, pairs, learner, options.run, accelerator)
+    except (ValueError, registry.RegistryError) as error:
+        parser.error(str(error))
+    if accelerator.is_main_process:
+        export(config, cycle, options.run)
+        print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
+    return 0
+
+
+def read_config(path: Path) -> CycleConfig:
+    """A configuration from JSON.
+
+    Raises:
+        ValueError: it is no JSON object, or has a field that a configuration has not.
+    """
+    try:
+        fields = dict(json.loads(path.read_text(encoding="utf-8")))
+        losses = Losses(**fields.pop("losses", {}))
+        return CycleConfig(**fields, losses=losses)
+    except (TypeError, json.JSONDecodeError) as error:
+        known = ", ".join(field.name for field in dataclasses.fields(CycleConfig))
+        raise ValueError(f"{path}: {error}; a configuration is a JSON object with some of {known}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

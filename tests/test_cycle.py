@@ -1,0 +1,181 @@
+"""The loop: what it changes, that a kill costs nothing, that parts and processes compute what the whole does."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from transformers import BlipForConditionalGeneration, BlipProcessor
+
+from dalleflamingo import cycle, registry
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.cycle import CycleConfig
+from dalleflamingo.cycle_data import Pairs
+from dalleflamingo.cycle_losses import NAMES, Losses
+from dalleflamingo.datasets import Dataset, Example
+from dalleflamingo.generator import Generator
+
+HERE = Path(__file__).parent
+TEXTS = ["a red bird on the boat", "two blue cats", "a tree and a house", "the green kite flies", "a small cat sits"]
+SMALL = CycleConfig(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
+
+
+def dataset(folder: Path, n: int = 6) -> Dataset:
+    folder.mkdir(exist_ok=True)
+    examples = []
+    for i, picture in enumerate(tiny.pictures(n)):
+        picture.save(folder / f"{i}.png")
+        examples.append(Example(i, folder / f"{i}.png", (TEXTS[i % 5], TEXTS[(i + 2) % 5])))
+    return Dataset("tiny", examples)
+
+
+def models(folder: Path) -> tuple[Captioner, Generator]:
+    for name, make in (("blip", tiny.blip), ("sd", tiny.stable_diffusion)):
+        if not (folder / name).exists():
+            (folder / name).mkdir(parents=True)
+            make(folder / name)
+    return Captioner.from_pretrained(str(folder / "blip")), Generator.from_pretrained(str(folder / "sd"))
+
+
+def run(config: CycleConfig, folder: Path, run_folder: Path) -> cycle.Cycle:
+    """Train tiny models of `folder`; returns what came out."""
+    made, pairs, learner = cycle.assemble(config, *models(folder), dataset(folder / "pictures"))
+    cycle.train(config, made, pairs, learner, run_folder, Accelerator(cpu=True))
+    return made
+
+
+def weights(made: cycle.Cycle) -> dict[str, torch.Tensor]:
+    pipeline = made.generator.pipeline
+    parts = {"blip": made.captioner.model, "unet": pipeline.unet, "vae": pipeline.vae, "text": pipeline.text_encoder}
+    return {f"{name}.{key}": value.clone() for name, part in parts.items() for key, value in part.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder of the models, the run of six steps that nothing disturbed, its run folder)."""
+    folder = tmp_path_factory.mktemp("cycle")
+    return folder, run(SMALL, folder, folder / "run"), folder / "run"
+
+
+def test_nothing_but_the_named_parameters_changes(whole):
+    folder, made, run_folder = whole
+    captioner, generator = models(folder)
+    before = weights(cycle.assemble(SMALL, captioner, generator, dataset(folder / "pictures"))[0])
+    changed = {name for name, value in weights(made).items() if not torch.equal(value, before[name])}
+    learns = {name for name in before if "crossattention.self.query." in name or "attn2.to_q." in name}
+    assert changed == learns and len(learns) == 2 * 2 + 4
+    rows = cycle.read_log(run_folder)
+    assert [row["step"] for row in rows] == list(range(6))
+    assert list(rows[0])[1:] == list(NAMES[:2]) and list(rows[1])[1:] == list(NAMES[2:])
+
+
+def test_a_run_that_is_killed_ends_with_the_same_bits(whole, tmp_path):
+    folder, made, _ = whole
+    script = "import sys, test_cycle; test_cycle.run_in_a_process(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, folder, tmp_path / "run"]
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    killed = 0
+    for wanted in (1, 3, 5):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = tmp_path / "run/log.jsonl"
+        while process.poll() is None and not (log.exists() and f'"step": {wanted}' in log.read_text()):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -9
+    assert killed >= 2
+    again = weights(run(SMALL, folder, tmp_path / "run"))
+    assert all(torch.equal(value, again[name]) for name, value in weights(made).items())
+    done = load_file(tmp_path / "run/state.safetensors")
+    other = load_file(whole[2] / "state.safetensors")
+    assert done.keys() == other.keys() and all(torch.equal(done[name], other[name]) for name in done)
+
+
+def run_in_a_process(folder: str, run_folder: str) -> None:
+    torch.set_num_threads(1)
+    run(SMALL, Path(folder), Path(run_folder))
+
+
+def test_accumulated_parts_learn_what_the_whole_batch_does(whole, tmp_path):
+    folder, made, run_folder = whole
+    parts = dataclasses.replace(SMALL, accumulation=2)
+    accumulated = weights(run(parts, folder, tmp_path / "run"))
+    for ours, theirs in zip(cycle.read_log(tmp_path / "run"), cycle.read_log(run_folder), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+    for name, value in weights(made).items():
+        torch.testing.assert_close(accumulated[name], value, atol=2e-3, rtol=1e-2)
+
+
+def test_every_epoch_has_every_picture_once_in_another_order_with_other_captions(tmp_path):
+    pairs = Pairs(dataset(tmp_path), None, None, batch_size=3, seed=1)
+    epochs = [[pair for step in (2 * e, 2 * e + 1) for pair in pairs.choose(step)] for e in range(3)]
+    ids = [[example.image_id for example, _ in epoch] for epoch in epochs]
+    assert all(sorted(epoch) == list(range(6)) for epoch in ids) and ids[0] != ids[1]
+    told = {(example.image_id, caption) for epoch in epochs for example, caption in epoch}
+    assert 6 < len(told) <= 12
+    assert [pair[1] for pair in pairs.choose(4)] == [caption for _, caption in epochs[2][:3]]
+
+
+def test_joint_steps_have_all_four_losses():
+    joint = dataclasses.replace(SMALL, schedule="joint")
+    assert cycle.halves(joint, 0) == cycle.halves(joint, 1) == ("image", "text")
+    assert [cycle.halves(SMALL, step) for step in (0, 1)] == [("image",), ("text",)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    folder = tmp_path / "models"
+    made, pairs, learner = cycle.assemble(SMALL, *models(folder), dataset(folder / "pictures"))
+    predict, asked = made.generator.predict, []
+
+    def breaks(noised, states):
+        asked.append(noised)
+        return predict(noised, states) * (float("nan") if len(asked) == 4 else 1)
+
+    made.generator.predict = breaks
+    with pytest.raises(FloatingPointError, match=r"generation is nan at step 3, of pictures \["):
+        cycle.train(SMALL, made, pairs, learner, tmp_path / "run", Accelerator(cpu=True))
+    assert cycle.read_log(tmp_path / "run")[-1]["step"] == 2
+    state = load_file(tmp_path / "run/state.safetensors")
+    assert all(value.isfinite().all() for value in state.values())
+    made, pairs, learner = cycle.assemble(SMALL, *models(folder), dataset(folder / "pictures"))
+    cycle.train(SMALL, made, pairs, learner, tmp_path / "run", Accelerator(cpu=True))  # goes on behind step 1
+    assert len(cycle.read_log(tmp_path / "run")) == 6
+
+
+def test_another_configuration_is_refused_by_name(whole):
+    folder, _, run_folder = whole
+    other = dataclasses.replace(SMALL, losses=Losses(caption=0.5), steps=9)
+    with pytest.raises(ValueError, match=r"(?s)another configuration:\n  losses: .*'caption': 1.0.* there, .*0.5"):
+        run(other, folder, run_folder)
+
+
+def test_what_is_exported_opens_in_the_stock_libraries(whole, tmp_path, monkeypatch):
+    _, made, _ = whole
+    cycle.export(SMALL, made, tmp_path)
+    blip = BlipForConditionalGeneration.from_pretrained(tmp_path / "captioner")
+    BlipProcessor.from_pretrained(tmp_path / "captioner")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "generator", safety_checker=None)
+    for ours, theirs in ((made.captioner.model, blip), (made.generator.pipeline.unet, pipeline.unet)):
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+    text = (tmp_path / "generator/README.md").read_text()
+    assert f"license: {registry.ENTRIES['miniature/sd'].licence.lower()}" in text and "caption_reconstruction 1" in text
+
+
+def test_a_configuration_is_read_from_json_and_wrong_fields_are_named(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"steps": 7, "losses": {"latest": 0.5}}))
+    assert cycle.read_config(file) == CycleConfig(steps=7, losses=Losses(latest=0.5))
+    file.write_text(json.dumps({"step": 7}))
+    with pytest.raises(ValueError, match=r"config.json: .*'step'; a configuration is .* captioner, generator"):
+        cycle.read_config(file)
+    with pytest.raises(ValueError, match="schedule = 'odd': choose one of alternating, joint"):
+        CycleConfig(schedule="odd")
