@@ -157,7 +157,8 @@ def train(
         ValueError: the folder holds a run with another configuration.
     """
     folder = Path(folder)
-    _agree(folder, config)
+    with accelerator.main_process_first():
+        _agree(folder, config)
     parameters = list(learner.parameters())
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     checkpoint = Checkpoint(folder, learner, optimizer)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -98,6 +99,29 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(whole, tmp_path):
     done = load_file(tmp_path / "run/state.safetensors")
     other = load_file(whole[2] / "state.safetensors")
     assert done.keys() == other.keys() and all(torch.equal(done[name], other[name]) for name in done)
+
+
+def test_two_processes_learn_what_one_does(whole, tmp_path):
+    folder, _, run_folder = whole
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    script = "import sys, test_cycle; test_cycle.run_in_a_process(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, folder, tmp_path / "run"]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    shared |= {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    both = [
+        subprocess.Popen(command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
+        for rank in "01"
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    ours, alone = cycle.read_log(tmp_path / "run"), cycle.read_log(run_folder)
+    assert len(ours) == len(alone) == len((tmp_path / "run/log.jsonl").read_text().splitlines())
+    for row, expected in zip(ours, alone, strict=True):
+        assert row == pytest.approx(expected, rel=2e-3)
 
 
 def run_in_a_process(folder: str, run_folder: str) -> None:
