@@ -56,7 +56,7 @@ reproduce: data
 	$(BIN)/python -m dalleflamingo.reproduce finding-2 --images 500 --candidates 10
 	$(BIN)/python -m dalleflamingo.studies
 	$(BIN)/python -m dalleflamingo.variants
-	$(BIN)/python -m dalleflamingo.stability --images 100
+	$(BIN)/python -m dalleflamingo.stability --images 200
 
 gates: data
 	$(BIN)/python -m dalleflamingo.miniature.gates
