@@ -273,7 +273,7 @@ def run(images: int, docs: Path, runs: Path, only: str | None) -> list[Claim]:
     table, first = results.load("finding-1", folder)
     profile = profiles.current()
     usual = registry.dataset(profile.dataset)
-    wrong = {"Finding I": faults(judge_captions(table, usual), usual)}
+    wrong = {"Finding I": faults(judge_captions(table[table["candidate"] < RANKED], usual), usual)}
     wrong |= {VARIANTS[name].what: faults(judged[name], _dataset(VARIANTS[name], profile)) for name in names}
     wrong = pd.DataFrame(wrong).T
     claims = claims_6_and_8(again, first)
