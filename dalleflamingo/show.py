@@ -203,8 +203,15 @@ def rank_curve(
     return _finish(figure, axes, f"{LABELS.get(score, score)}  (better ↑)", note)
 
 
-def lines(curves: Mapping[str, Mapping[float, Interval]], score: str, xlabel: str, note: str) -> Figure:
-    """A score against a setting: name -> {setting: interval}; a name that is no similarity's is drawn in grey."""
+def lines(
+    curves: Mapping[str, Mapping[float, Interval]], score: str, xlabel: str, note: str, lower: bool = False
+) -> Figure:
+    """A score against a setting.
+
+    Args:
+        curves: name -> {setting: interval}; a name that is no similarity's is drawn in grey.
+        lower: the score is better when lower; the axis is turned over.
+    """
     figure, axes = _chart()
     settings = {setting for points in curves.values() for setting in points}
     apart = 0.012 * (max(settings) - min(settings))  # beside each other, so that no bar hides another
@@ -216,6 +223,7 @@ def lines(curves: Mapping[str, Mapping[float, Interval]], score: str, xlabel: st
         label = f"ranked by {LABELS[name]}" if name in LABELS else name
         _intervals(axes, places, intervals, name, label)
     axes.set_xlabel(xlabel)
+    axes.yaxis.set_inverted(lower)
     return _finish(figure, axes, f"{score}  (better ↑)", note)
 
 
@@ -346,7 +354,12 @@ def _finish(figure: Figure, axes: Axes, measure: str, note: str) -> Figure:
     axes.set_ylabel(measure, fontsize=POINTS)
     axes.xaxis.label.set_size(POINTS)
     close = dict(columnspacing=1.2, handletextpad=0.3, borderaxespad=0.2)
-    axes.legend(frameon=False, fontsize=POINTS, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, **close)
+    in_a_row = 4
+    if len(axes.get_legend_handles_labels()[1]) > in_a_row:  # two rows, and room for them
+        in_a_row = 3
+        left, bottom, width, height = axes.get_position().bounds
+        axes.set_position((left, bottom, width, height - 0.06))
+    axes.legend(frameon=False, fontsize=POINTS, loc="lower left", bbox_to_anchor=(0, 1), ncols=in_a_row, **close)
     sentence = tiles.wrap(note, _WIDTH - 2 * MARGIN)
     top = _HEIGHT - tiles.text_height(sentence)
     tiles.write(figure, MARGIN, top, sentence, color=PALETTE["quiet"], style="italic")

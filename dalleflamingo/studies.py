@@ -207,9 +207,9 @@ def growth_figure(grown: pd.DataFrame, metric: str) -> Figure:
     for row in rows.itertuples():
         by, _, k = row.pick.split()
         curves.setdefault(by, {})[int(k)] = Interval(row.value, row.low, row.high, row.n, row.seed)
-    way, of = ("falls", "pictures k of each caption") if metric in LOWER else ("rises", "captions k of each picture")
-    note = f"If the gain grows with k, a ranked line {way} away from the random one. Bars: 95 %, n = {rows.n.max()}."
-    return show.lines(curves, results.METRICS[metric].label, of, note)
+    of = "pictures k of each caption" if metric in OF_PICTURES else "captions k of each picture"
+    note = f"If the gain grows with k, a ranked line rises away from the random one. Bars: 95 %, n = {rows.n.max()}."
+    return show.lines(curves, results.METRICS[metric].label, of, note, lower=metric in LOWER)
 
 
 def page(

@@ -256,3 +256,19 @@ def test_words_cut_differently_are_as_long_as_frequent_and_coloured_by_the_finer
     assert [label.get_text() for label in axes.get_legend().get_texts()] == [
         "WordPiece cuts it finer", "CLIP cuts it finer", "as fine, elsewhere",
     ]  # fmt: skip
+
+
+def test_legends_of_many_lines_lie_inside_their_figure():
+    names = "text_clip", "text_sbert", "text_cider", "text_wmd"
+    curve = [Interval(value, value - 1, value + 1, 20, 0) for value in (20.0, 22.0, 25.0)]
+    grown = dict.fromkeys(names, dict(zip((1, 2, 5), curve, strict=True)))
+    for figure in (
+        show.rank_curve(dict.fromkeys(names, curve), "clip_distance", 21.0, lower=True, of="finding-2"),
+        show.lines({"random": grown["text_wmd"]} | grown, "distance", "k", "a note", lower=True),
+        show.lines({"random": grown["text_wmd"]}, "distance", "k", "a note"),
+    ):
+        figure.canvas.draw()
+        [axes] = [axes for axes in figure.axes if axes.get_legend()]
+        box = axes.get_legend().get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert axes.yaxis.get_inverted() == (len(axes.get_legend().texts) == 5)
