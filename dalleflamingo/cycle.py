@@ -3,8 +3,8 @@
     accelerate launch -m dalleflamingo.cycle --run build/runs/cycle        one process or several, CPU or GPU
 
 A step's pairs, noise and timesteps follow from the seed and the step's number. So a run that was killed goes on where
-its last checkpoint stands and ends with the same weights, bit for bit on a CPU; and several processes, or accumulated
-parts of a batch, compute what one would.
+its last checkpoint stands and ends with the same weights, bit for bit on a CPU with as many threads; and several
+processes, or accumulated parts of a batch, compute what one would.
 """
 
 import argparse

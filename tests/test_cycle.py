@@ -83,8 +83,8 @@ def test_nothing_but_the_named_parameters_changes(whole):
 def test_a_run_that_is_killed_ends_with_the_same_bits(whole, tmp_path):
     folder, made, _ = whole
     script = "import sys, test_cycle; test_cycle.run_in_a_process(*sys.argv[1:])"
-    command = [sys.executable, "-c", script, folder, tmp_path / "run"]
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, folder, tmp_path / "run", str(torch.get_num_threads())]
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     killed = 0
     for wanted in (1, 3, 5):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -107,9 +107,9 @@ def test_two_processes_learn_what_one_does(whole, tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     script = "import sys, test_cycle; test_cycle.run_in_a_process(*sys.argv[1:])"
-    command = [sys.executable, "-c", script, folder, tmp_path / "run"]
+    command = [sys.executable, "-c", script, folder, tmp_path / "run", str(torch.get_num_threads())]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    shared |= {"ACCELERATE_USE_CPU": "true"}
     shared |= {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     both = [
         subprocess.Popen(command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
@@ -124,8 +124,8 @@ def test_two_processes_learn_what_one_does(whole, tmp_path):
         assert row == pytest.approx(expected, rel=2e-3)
 
 
-def run_in_a_process(folder: str, run_folder: str) -> None:
-    torch.set_num_threads(1)
+def run_in_a_process(folder: str, run_folder: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))  # the same bits want the same threads
     run(SMALL, Path(folder), Path(run_folder))
 
 
