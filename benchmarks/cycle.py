@@ -20,6 +20,7 @@ from dalleflamingo import cycle, profiles, registry
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_losses import NAMES, total
+from dalleflamingo.generator import Generator
 from dalleflamingo.results import SHIPPED, current_commit, table
 
 STEPS = {
@@ -48,7 +49,7 @@ def main() -> None:
 def seconds(config: CycleConfig, rounds: int) -> dict[str, list[float]]:
     """Kind of step -> its seconds in each round; the batch is there already, its latents and pixel values computed."""
     captioner = Captioner.from_pretrained(registry.locate(config.captioner))
-    generator = cycle.Generator.from_pretrained(registry.locate(config.generator))
+    generator = Generator.from_pretrained(registry.locate(config.generator))
     dataset = registry.dataset(config.dataset, config.split).subset(2 * config.batch_size)
     made, pairs, learner = cycle.assemble(config, captioner, generator, dataset)
     optimizer = torch.optim.AdamW(learner.parameters(), 1e-6)

@@ -44,7 +44,7 @@ class CycleConfig:
         captioner, generator, dataset: names in the registry. split: of the data set.
         pictures: how many of the data set's are labelled, chosen by seed 0; None: all.
         losses: which of the four, and whom they move.
-        schedule: "alternating", (1) + (2) at even steps and (3) + (4) at odd ones, or "joint", all at every step.
+        schedule: "alternating", (1) + (2) at one step and (3) + (4) at the next, or "joint", all at every step.
         steps: optimizer steps. batch_size: pairs of a step, of all processes and parts together.
         accumulation: parts that a process computes one after another, to save memory.
         warmup: steps in which the learning rate grows to its value, at which it stays.
@@ -78,6 +78,14 @@ class CycleConfig:
         for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if not self.halves:
+            raise ValueError("all four losses have the weight 0, and nothing would be learned: give one a weight")
+
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """Of "image", (1) + (2), and "text", (3) + (4), those that have a loss with a weight."""
+        named = {"image": NAMES[:2], "text": NAMES[2:]}
+        return tuple(half for half, names in named.items() if any(getattr(self.losses, name) for name in names))
 
 
 class Learner:
@@ -128,10 +136,9 @@ def assemble(
 
 
 def halves(config: CycleConfig, step: int) -> tuple[str, ...]:
-    """Which of "image", (1) + (2), and "text", (3) + (4), a step has."""
-    if config.schedule == "joint":
-        return ("image", "text")
-    return ("text",) if step % 2 else ("image",)
+    """Which of the configuration's halves a step has: all, or one of them in turn."""
+    taught = config.halves
+    return taught if config.schedule == "joint" else (taught[step % len(taught)],)
 
 
 def losses_of(config: CycleConfig, cycle: Cycle, pairs: Pairs, step: int, part: int, parts: int) -> dict[str, Tensor]:
@@ -143,7 +150,10 @@ def losses_of(config: CycleConfig, cycle: Cycle, pairs: Pairs, step: int, part: 
     for name, loss in found.items():
         if not torch.isfinite(loss):
             ids = [example.image_id for example, _ in pairs.choose(step)]
-            raise FloatingPointError(f"{name} is {loss.item()} at step {step}, of pictures {ids}")
+            raise FloatingPointError(
+                f"{name} is {loss.item()} at step {step}, of pictures {ids}: the last checkpoint is good; go on "
+                "from it with a lower learning_rate, or with `latest` below 1 if it is caption_reconstruction"
+            )
     return found
 
 
@@ -261,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         accelerator = Accelerator(mixed_precision=config.precision)
         cycle, pairs, learner = prepare(config, accelerator.device)
         train(config, cycle, pairs, learner, options.run, accelerator)
-    except (ValueError, registry.RegistryError) as error:
+    except (ValueError, FloatingPointError, registry.RegistryError) as error:
         parser.error(str(error))
     if accelerator.is_main_process:
         export(config, cycle, options.run)
@@ -273,13 +283,13 @@ def read_config(path: Path) -> CycleConfig:
     """A configuration from JSON.
 
     Raises:
-        ValueError: it is no JSON object, or has a field that a configuration has not.
+        ValueError: it cannot be read, is no JSON object, or has a field that a configuration has not.
     """
     try:
         fields = dict(json.loads(path.read_text(encoding="utf-8")))
         losses = Losses(**fields.pop("losses", {}))
         return CycleConfig(**fields, losses=losses)
-    except (TypeError, json.JSONDecodeError) as error:
+    except (OSError, TypeError, json.JSONDecodeError) as error:
         known = ", ".join(field.name for field in dataclasses.fields(CycleConfig))
         raise ValueError(f"{path}: {error}; a configuration is a JSON object with some of {known}") from error
 

@@ -38,7 +38,9 @@ class Pairs:
     def __post_init__(self):
         mute = [example.image_id for example in self.dataset if not example.references]
         if mute:
-            raise ValueError(f"{len(mute)} pictures of {self.dataset.name} have no caption, such as {mute[:3]}")
+            raise ValueError(
+                f"{len(mute)} pictures of {self.dataset.name} have no caption, such as {mute[:3]}: leave them out"
+            )
         if len(self.dataset) < self.batch_size:
             raise ValueError(
                 f"{self.dataset.name} has {len(self.dataset)} pictures, a batch {self.batch_size}: take a smaller batch"
@@ -65,7 +67,9 @@ class Pairs:
             ValueError: the batch does not divide into so many parts.
         """
         if self.batch_size % parts:
-            raise ValueError(f"a batch of {self.batch_size} does not divide into {parts} parts")
+            raise ValueError(
+                f"a batch of {self.batch_size} does not divide into {parts} parts: take a batch_size that does"
+            )
         chosen, size = self.choose(step), self.batch_size // parts
         own = chosen[part * size :][:size]
         seen = [self._see(example) for example, _ in own]

@@ -127,7 +127,7 @@ class Cycle:
         noised = self.noised(batch, draw)
         predicted = self.generator.predict(noised, batch.states)
         if weights.generation:
-            found["generation"] = noise_loss(predicted, noised)
+            found["generation"] = noised.loss(predicted)
         if weights.caption_reconstruction:
             found["caption_reconstruction"] = self.caption_reconstruction(predicted, noised, batch)
         return found
@@ -144,7 +144,7 @@ class Cycle:
         noised = self.noised(batch, draw)
         states = self.bridge(relax(logits, weights.mode, weights.temperature, draw), ids, batch.captions)
         with still(self.learns["generator"] if weights.image_moves == "captioner" else []):
-            return noise_loss(self.generator.predict(noised, states), noised)
+            return noised.loss(self.generator.predict(noised, states))
 
     def caption_reconstruction(self, predicted: Tensor, noised: Noised, batch: Batch) -> Tensor:
         """Eq. 4, from what the generator predicts; 0 where every timestep of the batch is too late."""
@@ -180,13 +180,9 @@ def caption_loss(logits: Tensor, ids: Tensor, pad_id: int, pieces: Tensor | floa
         logits: (B, T, V). ids: (B, T), of `Captioner.token_logits`, which leaves the prompt out.
         pieces: how many there are; for a part of a batch, how many a part has in the mean.
     """
-    spent = F.cross_entropy(_precise(logits).flatten(0, 1), ids.flatten(), ignore_index=pad_id, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    spent = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=pad_id, reduction="sum")
     return spent / pieces
-
-
-def noise_loss(predicted: Tensor, noised: Noised) -> Tensor:
-    """Eqs. 2 and 3: the mean squared error of ε (of v, where that is predicted)."""
-    return F.mse_loss(_precise(predicted), _precise(noised.target))
 
 
 def as_seen(captioner: Captioner, pictures: Tensor) -> Tensor:
@@ -213,8 +209,3 @@ def still(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def _precise(values: Tensor) -> Tensor:
-    """In float32 at least."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
+from torch.nn import functional as F
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -46,6 +47,11 @@ class Noised:
         if self.asked == "epsilon":
             return (self.latents - (1 - self.kept).sqrt() * predicted) / self.kept.sqrt()
         return self.kept.sqrt() * self.latents - (1 - self.kept).sqrt() * predicted
+
+    def loss(self, predicted: Tensor) -> Tensor:
+        """Eqs. 2 and 3: the mean squared error of the answer, in float32 at least."""
+        precise = torch.promote_types(predicted.dtype, torch.float32)
+        return F.mse_loss(predicted.to(precise), self.target.to(precise))
 
     def of(self, chosen: Tensor) -> "Noised":
         """Some of the batch, by a (B,) mask."""

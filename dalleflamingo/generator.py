@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL import ImageOps
 from PIL.Image import Image, Resampling
@@ -116,7 +115,7 @@ class Generator:
             ValueError: the generator predicts neither ε nor v.
         """
         noised = add_noise(self.latents(images, states), self.pipeline.scheduler, torch.Generator().manual_seed(seed))
-        return F.mse_loss(self.predict(noised, states).float(), noised.target.float())
+        return noised.loss(self.predict(noised, states))
 
     def predict(self, noised: Noised, states: Tensor) -> Tensor:
         """What the U-Net answers to noised latents, given (B, T, D) text states; gradients pass."""

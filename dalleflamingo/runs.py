@@ -18,7 +18,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pandas as pd
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -54,11 +53,6 @@ class RunFolder:
         relative = f"pictures/{name}.png"
         _whole(self.folder / relative, lambda path: picture.save(path, format="PNG"))
         return relative
-
-    def open_picture(self, relative: str) -> Image:
-        """A picture that `save_picture` saved."""
-        with PIL.Image.open(self.folder / relative) as picture:
-            return picture.convert("RGB")
 
     def add(self, rows: list[dict]) -> None:
         """Keep rows as a new part; their pictures must have been saved."""

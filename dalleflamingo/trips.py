@@ -17,7 +17,7 @@ from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.datasets import Dataset, DatasetError, Example
+from dalleflamingo.datasets import Dataset, DatasetError, Example, open_picture
 from dalleflamingo.decoding import Strategy
 from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import derive_seed
@@ -146,7 +146,7 @@ class ImageTrip(Trip):
         return self.rows(examples, pictures, run, {"noise_seed": noise, "caption": captions})
 
     def came_back(self, row: Mapping, run: RunFolder) -> Image:
-        return run.open_picture(row["picture"])
+        return open_picture(run.folder / row["picture"])
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Variant:
     """Finding I with one thing changed.
 
     claim: that it decides, if any. images: at most so many.
-    paper: CIDEr × 100 of a random caption and of the one ranked first, NoCaps; None where the paper has no such row.
+    paper: CIDEr × 100 of a random caption and of the one ranked first (Tables 1, 7, 8); None where it has no such row.
     """
 
     claim: int | None

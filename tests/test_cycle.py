@@ -149,6 +149,15 @@ def test_every_epoch_has_every_picture_once_in_another_order_with_other_captions
     assert [pair[1] for pair in pairs.choose(4)] == [caption for _, caption in epochs[2][:3]]
 
 
+def test_a_half_that_has_no_loss_has_no_steps():
+    labels = dataclasses.replace(SMALL, losses=Losses(generation=0.0, caption_reconstruction=0.0))
+    assert [cycle.halves(labels, step) for step in range(3)] == [("image",)] * 3
+    joint = dataclasses.replace(labels, schedule="joint", losses=Losses(caption=0.0, image_reconstruction=0.0))
+    assert cycle.halves(joint, 0) == ("text",)
+    with pytest.raises(ValueError, match="all four losses have the weight 0.*give one a weight"):
+        CycleConfig(losses=Losses(*[0.0] * 4))
+
+
 def test_joint_steps_have_all_four_losses():
     joint = dataclasses.replace(SMALL, schedule="joint")
     assert cycle.halves(joint, 0) == cycle.halves(joint, 1) == ("image", "text")

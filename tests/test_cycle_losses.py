@@ -177,7 +177,7 @@ def test_what_the_captioner_is_shown_is_what_its_processor_makes(tmp_path):
     torch.testing.assert_close(as_seen(cycle.captioner, beyond), as_seen(cycle.captioner, beyond / 7))
 
 
-def test_pictures_decoded_small_cost_less_and_show_the_same(tmp_path):
+def test_pictures_can_be_decoded_small(tmp_path):
     cycle, batch = make(tmp_path)
     cycle.weights = dataclasses.replace(cycle.weights, decoded_size=8)
     decode, sizes = cycle.generator.decode, []

@@ -99,7 +99,7 @@ class LafiteRecipe:
         return {
             "latents": self.latents[index].float() * self.scale,
             "features": self.features[index].float(),
-            "input_ids": self.tokenizer(captions, padding="longest", truncation=True, return_tensors="pt").input_ids,
+            "input_ids": self._tokenize(captions),
             "by_text": torch.from_numpy(rng.random(self.batch_size) < 0.5),
         }
 
@@ -108,11 +108,11 @@ class LafiteRecipe:
         """(count, D) features of captions, length 1."""
         rng = np.random.default_rng(0)
         captions = [web_caption(web_scene(i), rng, unconditional_share=0.0) for i in range(count)]
-        return torch.cat([self._embed(captions[i : i + 100]) for i in range(0, count, 100)])
+        parts = (self._tokenize(captions[i : i + 100]) for i in range(0, count, 100))
+        return torch.cat([F.normalize(encode_text(self.clip, ids), dim=-1) for ids in parts])
 
-    def _embed(self, captions: list[str]) -> Tensor:
-        ids = self.tokenizer(captions, padding="longest", truncation=True, return_tensors="pt").input_ids
-        return F.normalize(encode_text(self.clip, ids.to(self.clip.logit_scale.device)), dim=-1)
+    def _tokenize(self, captions: list[str]) -> Tensor:
+        return self.tokenizer(captions, padding="longest", truncation=True, return_tensors="pt").input_ids
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         device = self.generator.device
