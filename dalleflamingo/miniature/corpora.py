@@ -42,8 +42,8 @@ def plain_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]
 def turned_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
     """(n, 64, 64, 3) uint8 pictures and n captions: half of the web's, half scenes in their four turns.
 
-    Each of four pictures has the other three's captions beside it, which are wrong in the relation alone: hard
-    negatives, without which contrast has no use for places (Yuksekgonul et al. 2023).
+    Each of four pictures has the other three's captions beside it, which are wrong in nothing but where things stand:
+    hard negatives (Yuksekgonul et al. 2023).
 
     Raises:
         ValueError: n is not a multiple of 8.
