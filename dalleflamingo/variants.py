@@ -225,16 +225,22 @@ def page(
         _markdown(table_7(again)),
         "How much smaller the gain is than Finding I's, by intervals of two independent figures:",
         "\n".join(beside),
-        "## What the captions err in",
-        "*right*: share of captions without a wrong kind, colour or relation; *left out*: share of a picture's things "
-        "that a caption does not name; then, of the captions that are not right, the share that errs in each sort of "
-        "fact.",
-        _markdown(wrong.round(2).astype(str).reset_index(names="captions")),
+        *(_errors(wrong) if len(wrong) else []),
         f"## Finding II with another reader (Table 8), n = {described['BLIP-2']['n'].max()}",
         "The same pictures, ranked by the likeness of the caption to what BLIP, and to what BLIP-2, says of them.",
         _markdown(table_8(described)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _errors(wrong: pd.DataFrame) -> list[str]:
+    return [
+        "## What the captions err in",
+        "*right*: share of captions without a wrong kind, colour or relation; *left out*: share of a picture's things "
+        "that a caption does not name; then, of the captions that are not right, the share that errs in each sort of "
+        "fact.",
+        _markdown(wrong.round(2).astype(str).reset_index(names="captions")),
+    ]
 
 
 def _markdown(frame: pd.DataFrame) -> str:
@@ -273,14 +279,16 @@ def run(images: int, docs: Path, runs: Path, only: str | None) -> list[Claim]:
     table, first = results.load("finding-1", folder)
     profile = profiles.current()
     usual = registry.dataset(profile.dataset)
-    wrong = {"Finding I": faults(judge_captions(table[table["candidate"] < RANKED], usual), usual)}
-    wrong |= {VARIANTS[name].what: faults(judged[name], _dataset(VARIANTS[name], profile)) for name in names}
-    wrong = pd.DataFrame(wrong).T
+    everyone = {"Finding I": (judge_captions(table[table["candidate"] < RANKED], usual), usual)}
+    everyone |= {VARIANTS[name].what: (judged[name], _dataset(VARIANTS[name], profile)) for name in names}
+    # real pictures have no scene to be held against
+    wrong = pd.DataFrame({what: faults(*pair) for what, pair in everyone.items() if "right" in pair[0].table}).T
     claims = claims_6_and_8(again, first)
     results.scoreboard(folder / "claims.json", claims, results.Settings.of(table))
     for name, effects in [*again.items(), *described.items()]:
         effects.round(5).to_csv(folder / _file(name), index=False)
-    wrong.round(5).to_csv(folder / FAULTS)
+    if len(wrong):
+        wrong.round(5).to_csv(folder / FAULTS)
     (folder / "variants.md").write_text(page(again, described, wrong, claims, command), encoding="utf-8")
     return claims
 

@@ -98,6 +98,9 @@ def test_the_page_has_a_row_for_each_variant_and_each_reader(measured):
     page = variants.page({"top-k": measured}, {"BLIP": of_pictures, "BLIP-2": of_pictures}, wrong, claims, "make it")
     assert "| captions | right | kind |" in page and "| top-k | 0.75 | 0.0 |" in page
     assert "Claim 6, ranked by CLIP: **holds**" in page and "79.6 → 84.0" in page
+    readers = {"BLIP": of_pictures, "BLIP-2": of_pictures}
+    real = variants.page({"top-k": measured}, readers, wrong[:0], claims, "make it")
+    assert "err in" in page and "err in" not in real  # no truth is known of real pictures
     assert "40.54 → 33.47, 39.41" in page and page.count("BLIP-2 minus random") == 1 and "by `make it`" in page
 
 
