@@ -3,7 +3,7 @@
 LAFITE (Zhou et al. 2022) learns to draw from CLIP's embedding of a picture, disturbed a little, and is then given that
 of a text, because CLIP has brought the two close together. (The paper calls it VAE-based; it is a StyleGAN.) Ours is
 of that kind, small, and draws the latents of Stable Diffusion's autoencoder instead of pixels; and its first 4 × 4 map
-is made of the style, where StyleGAN has a constant, so that things need not stand where they always stand.
+is made of noise and feature, where StyleGAN has a constant, so that things need not stand where they always stand.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,25 +23,27 @@ from dalleflamingo.text_similarity import ClipText
 from dalleflamingo.weights import check_weights
 
 
-class StyledConv(nn.Module):
-    """A 3 × 3 convolution whose inputs are scaled by a style and whose outputs are brought back to variance 1.
+class StyledBlock(nn.Module):
+    """Two 3 × 3 convolutions beside a shortcut; a style scales and shifts what goes into each, normalised before.
 
-    StyleGAN2's modulation and demodulation (Karras et al. 2020, §2.2), with one weight for the whole batch.
+    The adaptive group normalisation of diffusion models (Dhariwal & Nichol 2021). With the modulated weights of
+    StyleGAN2 in its place, three times as many steps left blots without a shape.
     """
 
-    def __init__(self, inputs: int, outputs: int, style_size: int):
+    def __init__(self, width: int, style_size: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-        self.style = nn.Linear(style_size, inputs)
-        nn.init.ones_(self.style.bias)
+        self.norm = nn.GroupNorm(8, width, affine=False)
+        self.styles = nn.ModuleList(nn.Linear(style_size, 2 * width) for _ in range(2))
+        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        nn.init.zeros_(self.convolutions[1].weight)  # the shortcut alone, at first
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """(B, inputs, H, W), (B, style_size) -> (B, outputs, H, W)."""
-        scale = self.style(style)  # (B, inputs)
-        norm = (self.weight.square().sum((2, 3)) @ scale.square().T + 1e-8).rsqrt().T  # (B, outputs)
-        x = F.conv2d(x * scale[:, :, None, None], self.weight, padding=1) * norm[:, :, None, None]
-        return F.leaky_relu(x + self.bias[:, None, None], 0.2) * 2**0.5
+        """(B, width, H, W), (B, style_size) -> (B, width, H, W)."""
+        inner = x
+        for to_style, convolution in zip(self.styles, self.convolutions, strict=True):
+            scale, shift = to_style(style)[:, :, None, None].chunk(2, dim=1)
+            inner = convolution(F.silu(self.norm(inner) * (1 + scale) + shift))
+        return x + inner
 
 
 class Lafite(ModelMixin, ConfigMixin):
@@ -49,7 +51,7 @@ class Lafite(ModelMixin, ConfigMixin):
 
     Args:
         feature_size: of CLIP's embeddings. noise_size, style_size: of what the mapping reads beside and writes.
-        widths: channels at 4, 8 and 16 latents a side.
+        width: channels at 4 and 8 places a side, from which 16 × 16 latents are unfolded (Shi et al. 2016).
         latent_channels: of the autoencoder.
         clip, autoencoder: what it was trained with, names in the registry; the second's folder `vae` is meant.
     """
@@ -60,7 +62,7 @@ class Lafite(ModelMixin, ConfigMixin):
         feature_size: int = 128,
         noise_size: int = 64,
         style_size: int = 128,
-        widths: Sequence[int] = (128, 128, 64),
+        width: int = 112,
         latent_channels: int = 4,
         clip: str = "miniature/clip",
         autoencoder: str = "miniature/sd",
@@ -68,19 +70,13 @@ class Lafite(ModelMixin, ConfigMixin):
         super().__init__()
         # what all pictures, or all captions, have in common: most of a feature's length, and the gap between the two
         self.register_buffer("common", torch.zeros(2, feature_size))  # of pictures, of captions
-        self.mapping = nn.Sequential(
-            nn.Linear(feature_size + noise_size, 2 * style_size), nn.LeakyReLU(0.2),
-            nn.Linear(2 * style_size, 2 * style_size), nn.LeakyReLU(0.2),
-            nn.Linear(2 * style_size, style_size), nn.LeakyReLU(0.2),
-        )  # fmt: skip
-        self.start = nn.Linear(style_size, widths[0] * 4 * 4)
-        self.first, self.second, self.to_latents = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        before = widths[0]
-        for width in widths:
-            self.first.append(StyledConv(before, width, style_size))
-            self.second.append(StyledConv(width, width, style_size))
-            self.to_latents.append(nn.Conv2d(width, latent_channels, 1))
-            before = width
+        read = feature_size + noise_size
+        self.mapping = nn.Sequential(nn.Linear(read, 256), nn.SiLU(), nn.Linear(256, style_size), nn.SiLU())
+        self.start = nn.Linear(read, width * 4 * 4)
+        self.low = StyledBlock(width, style_size)
+        self.high = nn.ModuleList(StyledBlock(width, style_size) for _ in range(2))
+        self.norm = nn.GroupNorm(8, width)
+        self.to_latents = nn.Conv2d(width, 4 * latent_channels, 3, padding=1)
 
     def own(self, features: Tensor, of_text: Tensor | bool) -> Tensor:
         """What (B, feature_size) features have for themselves, of length 1; (B,) `of_text` says of what they are."""
@@ -90,15 +86,13 @@ class Lafite(ModelMixin, ConfigMixin):
     def forward(self, noise: Tensor, features: Tensor) -> Tensor:
         """(B, noise_size), (B, feature_size) of `own` -> (B, 4, 16, 16), scaled as Stable Diffusion's latents are."""
         features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5  # of the size of the noise
-        style = self.mapping(torch.cat([noise, features], dim=-1))
-        x, latents = self.start(style).view(len(noise), -1, 4, 4), None
-        for level, (first, second, to_latents) in enumerate(zip(self.first, self.second, self.to_latents, strict=True)):
-            if level:
-                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-                latents = F.interpolate(latents, scale_factor=2, mode="bilinear", align_corners=False)
-            x = second(first(x, style), style)
-            latents = to_latents(x) + (0 if latents is None else latents)
-        return latents
+        read = torch.cat([noise, features], dim=-1)
+        style = self.mapping(read)
+        x = self.low(self.start(read).view(len(noise), -1, 4, 4), style)
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        for block in self.high:
+            x = block(x, style)
+        return F.pixel_shuffle(self.to_latents(F.silu(self.norm(x))), 2)
 
 
 class LafiteGenerator:

@@ -83,6 +83,7 @@ _ALL = (
     _shipped("miniature/web", "data set", "All kinds, noisy alt-text. `make data` draws the pictures."),
     _shipped("miniature/coco", "data set", "Some kinds, clean captions, three splits. `make data` draws the pictures."),
     _shipped("miniature/nocaps", "data set", "In, near and out of coco's domain. `make data` draws the pictures."),
+    _shipped("miniature/nocaps-dev", "data set", "Other scenes of its sort: settings are chosen on these."),
     _hub(
         "Salesforce/blip-image-captioning-base",
         name="blip-base",
@@ -200,6 +201,7 @@ _MINIATURE_SPLITS = {
     "miniature/web": {None: "captions_web.json"},
     "miniature/coco": {split: f"captions_{split}.json" for split in ("train", "val", "test")},
     "miniature/nocaps": {None: "nocaps_val.json"},
+    "miniature/nocaps-dev": {None: "nocaps_dev.json"},
 }
 
 
@@ -272,7 +274,7 @@ def verify(name: str) -> None:
 
 
 def dataset(name: str, split: str | None = None) -> datasets.Dataset:
-    """A data set by name: "miniature/{web,coco,nocaps}", "coco" or "nocaps".
+    """A data set by name: "miniature/{web,coco,nocaps,nocaps-dev}", "coco" or "nocaps".
 
     Args:
         split: "train", "val" or "test" for the two COCOs; none for the others, which have only one.

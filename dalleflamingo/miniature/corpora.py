@@ -3,6 +3,7 @@
 * **web**: all kinds, noisy alt-text, one caption a picture; endless (`web_batch`), a sample of it is written.
 * **coco**: `COCO_KINDS` only, five clean captions a picture; train, val, test.
 * **nocaps**: ten captions a picture; in-domain (coco's kinds), near-domain (both sorts), out-domain (new kinds only).
+* **nocaps-dev**: other scenes of the same sort, for choosing settings, which must not be chosen on nocaps.
 
 `python -m dalleflamingo.miniature.corpora` draws the pictures that the annotation files in `data/miniature` describe;
 with `--write` it invents the annotations anew (the same ones: everything follows from the seed).
@@ -22,9 +23,14 @@ from .captions import alt_text, describe_often, describe_turns, plain_text
 from .world import draw, sample_scene, turned
 
 ROOT = Path("data/miniature")
-SIZES = {"web": {"web": 500}, "coco": {"train": 2000, "val": 300, "test": 500}, "nocaps": {"val": 600}}
+SIZES = {
+    "web": {"web": 500},
+    "coco": {"train": 2000, "val": 300, "test": 500},
+    "nocaps": {"val": 600},
+    "nocaps-dev": {"dev": 300},
+}
 DOMAINS = ("in-domain", "near-domain", "out-domain")
-_SEEDS = {"web": 1, "train": 2, "val": 3, "test": 4, "nocaps": 5, "text": 6}
+_SEEDS = {"web": 1, "train": 2, "val": 3, "test": 4, "nocaps": 5, "text": 6, "nocaps-dev": 7}
 
 
 def web_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
@@ -106,6 +112,7 @@ def annotation_files(root: Path = ROOT) -> dict[str, Path]:
         "web": root / "web/annotations/captions_web.json",
         **coco,
         "nocaps": root / "nocaps/annotations/nocaps_val.json",
+        "nocaps-dev": root / "nocaps-dev/annotations/nocaps_dev.json",
     }
 
 
@@ -119,10 +126,11 @@ def write_annotations(root: Path = ROOT) -> None:
         rng = np.random.default_rng(_SEEDS[split])
         scenes = [coco_scene(rng) for _ in range(count)]
         _write(files[split], scenes, lambda scene, rng=rng: describe_often(scene, 5, rng), split)
-    rng = np.random.default_rng(_SEEDS["nocaps"])
-    domains = [DOMAINS[i % len(DOMAINS)] for i in range(SIZES["nocaps"]["val"])]
-    scenes = [nocaps_scene(rng, domain) for domain in domains]
-    _write(files["nocaps"], scenes, lambda scene: describe_often(scene, 10, rng), "nocaps", domains)
+    for name in ("nocaps", "nocaps-dev"):
+        rng, [count] = np.random.default_rng(_SEEDS[name]), SIZES[name].values()
+        domains = [DOMAINS[i % len(DOMAINS)] for i in range(count)]
+        scenes = [nocaps_scene(rng, domain) for domain in domains]
+        _write(files[name], scenes, lambda scene, rng=rng: describe_often(scene, 10, rng), name, domains)
 
 
 def _write(file: Path, scenes: list[Scene], captions: Callable, split: str, domains: list[str] | None = None) -> None:

@@ -5,8 +5,10 @@ Half of the features it is conditioned on are CLIP's of the picture, disturbed (
 it belong to the feature (Miyato & Koyama 2018), and which of the batch's features does it show (LAFITE's contrastive
 loss, Eq. 7, on real and drawn pictures).
 
-LAFITE's losses alone taught our small generator grounds and blots of colour in 2,400 steps, no shape. So what is drawn
-from a picture's own feature has to be near that picture, too, as in Isola et al. 2017.
+StyleGAN's loss, R1 and modulated weights, as LAFITE has them, taught a generator this small grounds and blots. What
+taught it shapes: a drawn picture is judged *against the real one* of the same feature, and the score is kept flat around
+both (Huang et al. 2024, "The GAN is dead; long live the GAN!"); and what is drawn from a picture's own feature has to be
+near that picture, too (Isola et al. 2017).
 """
 
 from collections.abc import Iterable
@@ -29,27 +31,43 @@ from dalleflamingo.miniature.world import draw
 
 DISTURBANCE = 0.3  # length of the noise on a picture's feature of length 1
 TEMPERATURE = 0.1  # of the contrastive loss
-NEAR_WEIGHT = 10.0  # of the squared distance between a picture and what is drawn from its feature
-PENALTY_EVERY, PENALTY = 4, 10.0  # R1 (Mescheder et al. 2018), at every fourth step
+SHOW_WEIGHT = 0.5  # and its weight
+NEAR_WEIGHT = 5.0  # of the squared distance between a picture and what is drawn from its feature
+CALM_EVERY, CALM_WEIGHT = 8, 0.25  # R1 and R2, the squared slopes of the score, at every eighth step eight times
 
 
 class Discriminator(nn.Module):
     """(B, 4, 16, 16) latents -> a feature (B, D) and a score (B,), which grows with what is real."""
 
-    def __init__(self, feature_size: int, widths: tuple[int, int, int] = (64, 128, 192)):
+    def __init__(self, feature_size: int, widths: tuple[int, int] = (128, 192)):
         super().__init__()
-        layers, before = [], 4
-        for width in widths:
-            layers += [nn.Conv2d(before, width, 3, padding=1), nn.LeakyReLU(0.2)]
-            layers += [nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2), nn.AvgPool2d(2)]
-            before = width
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * before, 256), nn.LeakyReLU(0.2))
+        self.fold = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(16, widths[0], 3, padding=1))
+        self.high, self.low = PlainBlock(widths[0], widths[0]), PlainBlock(*widths)
+        self.read = nn.Linear(widths[1] * 4 * 4, 256)
         self.shows, self.real = nn.Linear(256, feature_size), nn.Linear(256, 1)
         self.belongs = nn.Linear(feature_size, 256)
 
     def forward(self, latents: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        seen = self.body(latents)
+        x = self.low(F.avg_pool2d(self.high(self.fold(latents)), 2))
+        seen = _leaky(self.read(_leaky(x).flatten(1)))
         return self.shows(seen), self.real(seen).squeeze(1) + (seen * self.belongs(features)).sum(1) / 16
+
+
+class PlainBlock(nn.Module):
+    """Two convolutions beside a shortcut, without a norm, which would mix a batch's scores."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + 0.5 * self.second(_leaky(self.first(_leaky(x))))
+
+
+def _leaky(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.2)
 
 
 def picture_features(clip: open_clip.CLIP, file: Path, count: int = BANK) -> Tensor:
@@ -66,7 +84,7 @@ def picture_features(clip: open_clip.CLIP, file: Path, count: int = BANK) -> Ten
 
 
 class LafiteRecipe:
-    """Non-saturating logistic loss with R1, the contrastive loss, the distance; both networks step together.
+    """Relativistic logistic loss with both slopes, contrastive loss, distance; both networks step together.
 
     Args:
         vae: Stable Diffusion's. clip: frozen; its tokenizer reads captions.
@@ -74,8 +92,8 @@ class LafiteRecipe:
     """
 
     name = "lafite"
-    steps, batch_size, learning_rate = 12_000, 32, 5e-4
-    weight_decay, warmup, average, betas = 0.0, 100, 0.998, (0.0, 0.99)
+    steps, batch_size, learning_rate, slower = 12_000, 64, 5e-4, 0.4
+    weight_decay, warmup, average, betas, max_grad_norm = 0.0, 100, 0.998, (0.0, 0.99), 100.0
 
     def __init__(self, vae: AutoencoderKL, clip: open_clip.CLIP, tokenizer: CLIPTokenizer, bank: Path, features: Path):
         self.latents = latent_bank(vae, bank)
@@ -91,6 +109,13 @@ class LafiteRecipe:
     def parameters(self) -> Iterable[nn.Parameter]:
         yield from self.generator.parameters()
         yield from self.discriminator.parameters()
+
+    def paces(self) -> list[dict]:
+        """The discriminator learns more slowly, or it always wins."""
+        return [
+            {"params": list(self.generator.parameters()), "pace": 1.0},
+            {"params": list(self.discriminator.parameters()), "pace": self.slower},
+        ]
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """`latents` (B, 4, 16, 16), scaled; `features` (B, D) and `input_ids` (B, T) of them; `by_text` (B,)."""
@@ -124,20 +149,20 @@ class LafiteRecipe:
         features = torch.where(by_text[:, None], features, disturbed(features))
         drawn = self.generator(torch.randn(len(real), self.generator.config.noise_size, device=device), features)
 
-        self.discriminator.requires_grad_(False)  # this loss teaches the generator only
-        shown, score = self.discriminator(drawn, features)
-        fool = F.softplus(-score).mean()
-        show = contrast(shown, features)
-        near = NEAR_WEIGHT * ((drawn - real).square().mean((1, 2, 3)) * ~by_text).mean()
-        self.discriminator.requires_grad_(True)
+        calming = step % CALM_EVERY == 0
+        judged = [latents.detach().requires_grad_(calming) for latents in (real, drawn)]
+        (shown, score_real), (_, score_drawn) = (self.discriminator(latents, features) for latents in judged)
+        tell, know = F.softplus(score_drawn - score_real).mean(), SHOW_WEIGHT * contrast(shown, features)
+        calm = torch.zeros(())
+        if calming:
+            slopes = sum(map(steepness, (score_real, score_drawn), judged))
+            calm = CALM_EVERY * CALM_WEIGHT * slopes
 
-        penalised = step % PENALTY_EVERY == 0
-        real = real.requires_grad_(penalised)
-        shown_real, score_real = self.discriminator(real, features)
-        _, score_drawn = self.discriminator(drawn.detach(), features)
-        tell = F.softplus(-score_real).mean() + F.softplus(score_drawn).mean()
-        know = contrast(shown_real, features)
-        calm = steepness(score_real, real) * PENALTY * PENALTY_EVERY / 2 if penalised else torch.zeros(())
+        self.discriminator.requires_grad_(False)  # from here on the generator is taught
+        shown, score = self.discriminator(drawn, features)
+        self.discriminator.requires_grad_(True)
+        fool, show = F.softplus(score_real.detach() - score).mean(), SHOW_WEIGHT * contrast(shown, features)
+        near = NEAR_WEIGHT * ((drawn - real).square().mean((1, 2, 3)) * ~by_text).mean()
         losses = {"fool": fool, "show": show, "near": near, "tell": tell, "know": know, "calm": calm}
         return {"loss": sum(losses.values())} | losses
 

@@ -36,7 +36,7 @@ def train(recipe, run: Path, checkpoint_every: int = 100, seed: int = 0, device:
         module.to(device)
     parameters = list(recipe.parameters())
     optimizer = torch.optim.AdamW(
-        parameters,
+        recipe.paces() if hasattr(recipe, "paces") else parameters,
         lr=recipe.learning_rate,
         betas=getattr(recipe, "betas", (0.9, 0.98)),
         weight_decay=recipe.weight_decay,
@@ -50,7 +50,7 @@ def train(recipe, run: Path, checkpoint_every: int = 100, seed: int = 0, device:
         # a step's noise and data follow from its number, so that resuming needs no RNG state
         torch.manual_seed((seed * 1_000_003 + step) * workers + rank)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * schedule(step, recipe.steps, recipe.warmup)
+            group["lr"] = recipe.learning_rate * group.get("pace", 1.0) * schedule(step, recipe.steps, recipe.warmup)
         losses = recipe.loss(recipe.batch(np.random.default_rng([seed, step] + [rank] * (workers > 1)), step), step)
         if not torch.isfinite(losses["loss"]):
             raise FloatingPointError(
@@ -60,7 +60,7 @@ def train(recipe, run: Path, checkpoint_every: int = 100, seed: int = 0, device:
         losses["loss"].backward()
         if workers > 1:
             average_gradients(parameters, workers)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, getattr(recipe, "max_grad_norm", 1.0))
         optimizer.step()
         recipe.after_step(step)
         checkpoint.follow()
