@@ -69,12 +69,17 @@ class Bridge:
     Args:
         vocabulary_map: from the captioner's tokens to the text encoder's.
         text_encoder: τ, frozen: M·E is computed once, here.
+        ends_kept: as in the code that the authors released: [SEP] and the padding behind it cross, too, and the prompt
+            ends with them, unpadded.
     Raises:
-        ValueError: the text encoder's table has another number of pieces than the map's target.
+        ValueError: the text encoder's table has another number of pieces than the map's target; or ends are to be kept
+            by a map that carries words.
     """
 
-    def __init__(self, vocabulary_map: VocabularyMap, text_encoder: CLIPTextModel):
-        self.map, self.text_encoder = vocabulary_map, text_encoder
+    def __init__(self, vocabulary_map: VocabularyMap, text_encoder: CLIPTextModel, ends_kept: bool = False):
+        self.map, self.text_encoder, self.ends_kept = vocabulary_map, text_encoder, ends_kept
+        if ends_kept and vocabulary_map.kind == "word-aligned":
+            raise ValueError("[SEP] is in no word, which is all that the word-aligned map carries: take another map")
         table = text_encoder.get_input_embeddings().weight
         if len(table) != vocabulary_map.matrix.shape[1]:
             raise ValueError(
@@ -101,7 +106,10 @@ class Bridge:
         Returns:
             (B, 77, D) encoder hidden states, as the stock pipeline makes them of a text.
         """
-        paths = self.map.paths(self.spoken(ids), texts)
+        if self.ends_kept:
+            paths = [Path(tuple(row), (), (-1,) * len(row)) for row in ids.tolist()]
+        else:
+            paths = self.map.paths(self.spoken(ids), texts)
         return self.encode(self.soft_prompt(distributions, paths), paths)
 
     def spoken(self, ids: Tensor) -> list[list[int]]:
@@ -132,6 +140,8 @@ class Bridge:
         target = self.map.target
         size = target.model_max_length
         lengths = [len(path.target if self.map.kind == "word-aligned" else path.source) for path in paths]
+        if self.ends_kept:
+            size = min(size, max(lengths) + 2)
         rows = []
         for path, length in zip(paths, lengths, strict=True):
             inner = [*path.target, *[target.unk_token_id] * length][: min(length, size - 2)]

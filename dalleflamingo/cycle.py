@@ -12,12 +12,14 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from tqdm.auto import trange
 
@@ -27,6 +29,7 @@ from dalleflamingo.captioner import Captioner
 from dalleflamingo.checkpoints import Checkpoint
 from dalleflamingo.cycle_data import Pairs
 from dalleflamingo.cycle_losses import NAMES, Cycle, Losses, total
+from dalleflamingo.cycle_validation import Validation
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import derive_seed
@@ -34,6 +37,7 @@ from dalleflamingo.vocabulary import VocabularyMap
 
 SCHEDULES = ("alternating", "joint")
 PRECISIONS = ("no", "bf16", "fp16")
+VALIDATED = 200  # pictures
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ class CycleConfig:
         warmup: steps in which the learning rate grows to its value, at which it stays.
         checkpointing: compute activations again in the backward pass, to save memory.
         precision: "no" (float32), "bf16" or "fp16" autocasting.
-        vocabulary_map: kind of the bridge's map, learned from the labelled captions.
-        checkpoint_every: steps.
+        vocabulary_map: kind of the bridge's map, learned from the labelled captions. ends_kept: as `Bridge` has it.
+        average: decay of a moving average of what learns, which then is the result; 0: the last step's weights are.
+        checkpoint_every: steps; the last checkpoint is kept. validate_every: steps; 0: never.
     """
 
     captioner: str = "miniature/blip"
@@ -71,13 +76,18 @@ class CycleConfig:
     checkpointing: bool = False
     precision: str = "no"
     vocabulary_map: str = "word-aligned"
+    ends_kept: bool = False
+    average: float = 0.0
     seed: int = 0
     checkpoint_every: int = 100
+    validate_every: int = 0
 
     def __post_init__(self):
         for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average = {self.average}: a decay is at least 0, for none, and below 1")
         if not self.halves:
             raise ValueError("all four losses have the weight 0, and nothing would be learned: give one a weight")
 
@@ -89,11 +99,10 @@ class CycleConfig:
 
 
 class Learner:
-    """What `Checkpoint` keeps of a run: the parameters that learn, by model."""
+    """What `Checkpoint` keeps of a run: the parameters that learn, by model, and the decay of their average."""
 
-    average = 0.0
-
-    def __init__(self, learning: dict[str, dict[str, nn.Parameter]]):
+    def __init__(self, learning: dict[str, dict[str, nn.Parameter]], average: float = 0.0):
+        self.average = average
         self.modules = {who: nn.ParameterList(own.values()) for who, own in learning.items()}
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -114,6 +123,12 @@ def prepare(config: CycleConfig, device: torch.device) -> tuple[Cycle, Pairs, Le
     return assemble(config, captioner, generator, dataset)
 
 
+def validation_set(config: CycleConfig) -> Dataset:
+    """Pictures of the data set's split "val"."""
+    dataset = registry.dataset(config.dataset, "val")
+    return dataset.subset(min(VALIDATED, len(dataset)))
+
+
 def assemble(
     config: CycleConfig, captioner: Captioner, generator: Generator, dataset: Dataset
 ) -> tuple[Cycle, Pairs, Learner]:
@@ -129,10 +144,12 @@ def assemble(
     captions = [caption for example in dataset for caption in example.references]
     source, target = captioner.processor.tokenizer, pipeline.tokenizer
     learned = VocabularyMap.learn(source, target, captions, config.vocabulary_map)
-    bridge = Bridge(learned.widened(captioner.model.config.text_config.vocab_size), pipeline.text_encoder)
+    learned = learned.widened(captioner.model.config.text_config.vocab_size)
+    bridge = Bridge(learned, pipeline.text_encoder, config.ends_kept)
+    pipeline.vae.disable_slicing()  # picture by picture is slower, and saves nothing where all is kept for gradients
     own = (list(parameters.values()) for parameters in learning.values())
     pairs = Pairs(dataset, captioner, generator, config.batch_size, config.seed)
-    return Cycle(captioner, generator, bridge, *own, config.losses), pairs, Learner(learning)
+    return Cycle(captioner, generator, bridge, *own, config.losses), pairs, Learner(learning, config.average)
 
 
 def halves(config: CycleConfig, step: int) -> tuple[str, ...]:
@@ -158,10 +175,21 @@ def losses_of(config: CycleConfig, cycle: Cycle, pairs: Pairs, step: int, part: 
 
 
 def train(
-    config: CycleConfig, cycle: Cycle, pairs: Pairs, learner: Learner, folder: Path, accelerator: Accelerator
+    config: CycleConfig,
+    cycle: Cycle,
+    pairs: Pairs,
+    learner: Learner,
+    folder: Path,
+    accelerator: Accelerator,
+    validate: Callable[[int], dict[str, float]] | None = None,
 ) -> None:
     """Train for `config.steps` steps in all, counting those that `folder` holds already.
 
+    Args:
+        folder: of the run: config.json, state.safetensors, log.jsonl with every step's losses.
+        accelerator: with trackers, if they were started, to which the losses go, too.
+        validate: called by one process every `config.validate_every` steps, with their number; what it returns is
+            logged.
     Raises:
         FloatingPointError: a loss is not finite; the last checkpoint is kept.
         ValueError: the folder holds a run with another configuration.
@@ -192,12 +220,19 @@ def train(
             accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+            checkpoint.follow()
             report = {name: accelerator.reduce(value, "mean").item() for name, value in means.items()}
             progress.set_postfix({name: f"{value:.3f}" for name, value in report.items()})
+            done = step + 1
+            if validate and config.validate_every and done % config.validate_every == 0:
+                report |= validate(done) if accelerator.is_main_process else {}
+                accelerator.wait_for_everyone()
+            accelerator.log(report, step)
             if accelerator.is_main_process:
                 _log(folder, step, report)
-                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                    checkpoint.save(step + 1, minutes + (time.monotonic() - began) / 60)
+                if done % config.checkpoint_every == 0 or done == config.steps:
+                    checkpoint.save(done, minutes + (time.monotonic() - began) / 60)
+    checkpoint.use_average()
 
 
 def _gather(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
@@ -225,7 +260,10 @@ def _log(folder: Path, step: int, report: dict[str, float]) -> None:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """A row a step, in order: its number and its losses. Steps that were made again after a kill are there once."""
+    """A row a step, in order: its number, its losses, what validation found.
+
+    Steps that were made again after a kill are there once.
+    """
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return list({row["step"]: row for row in rows}.values())
 
@@ -264,19 +302,52 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="folder of the run; a run that is there goes on")
     parser.add_argument("--config", type=Path, help="JSON of CycleConfig's fields, those that are not the defaults")
     parser.add_argument("--steps", type=int, help=f"default: {defaults.steps}")
+    parser.add_argument("--tracker", default="tensorboard", help="of accelerate's, or none; default: tensorboard")
+    parser.add_argument("--push-to-hub", metavar="OWNER", help="upload both models, as OWNER/RUN-captioner, -generator")
     options = parser.parse_args(arguments)
     try:
         config = read_config(options.config) if options.config else defaults
         config = dataclasses.replace(config, steps=options.steps or config.steps)
-        accelerator = Accelerator(mixed_precision=config.precision)
+        accelerator = tracked(options.tracker, options.run, config)
         cycle, pairs, learner = prepare(config, accelerator.device)
-        train(config, cycle, pairs, learner, options.run, accelerator)
+        validate = Validation(cycle, validation_set(config), options.run) if config.validate_every else None
+        train(config, cycle, pairs, learner, options.run, accelerator, validate)
+        accelerator.end_training()
     except (ValueError, FloatingPointError, registry.RegistryError) as error:
         parser.error(str(error))
     if accelerator.is_main_process:
         export(config, cycle, options.run)
         print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
+        if options.push_to_hub:
+            print(*push(options.run, options.push_to_hub), sep="\n")
     return 0
+
+
+def tracked(tracker: str, folder: Path, config: CycleConfig) -> Accelerator:
+    """An accelerator whose tracker writes into the run's folder.
+
+    Raises:
+        ValueError: accelerate knows no such tracker, or it is not installed.
+    """
+    if tracker == "none":
+        return Accelerator(mixed_precision=config.precision)
+    if tracker not in (there := [str(kind) for kind in get_available_trackers()]):
+        raise ValueError(
+            f"no tracker {tracker!r} is installed, only {', '.join(there) or 'none'}: `pip install {tracker}`, or "
+            "--tracker none"
+        )
+    accelerator = Accelerator(mixed_precision=config.precision, log_with=tracker, project_dir=folder)
+    accelerator.init_trackers("cycle")
+    return accelerator
+
+
+def push(folder: Path, owner: str) -> list[str]:
+    """Upload the two exported folders to the Hugging Face hub; returns their addresses."""
+    hub = HfApi()
+    for part in ("captioner", "generator"):
+        name = hub.create_repo(f"{owner}/{folder.resolve().name}-{part}", exist_ok=True).repo_id
+        hub.upload_folder(repo_id=name, folder_path=folder / part)
+    return [f"https://huggingface.co/{owner}/{folder.resolve().name}-{part}" for part in ("captioner", "generator")]
 
 
 def read_config(path: Path) -> CycleConfig:

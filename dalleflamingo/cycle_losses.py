@@ -12,6 +12,7 @@ are means over elements, as both stock models have them.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,8 @@ class Losses:
         latest: (4) is taken of pictures whose timestep lies below this share of all; what is decoded from later ones
             is mostly the error of ε.
         decoded_size: side in pixels at which x̂ is decoded; None: the generator's own.
+        previous_sample, unnormalised: as in the code that the authors released: x̂ is decoded from what the scheduler's
+            `step` makes of the clean latents, z for z_t, and reaches the captioner without its normalisation.
     """
 
     caption: float = 1.0
@@ -50,6 +53,8 @@ class Losses:
     temperature: float = 1.0
     latest: float = 1.0
     decoded_size: int | None = None
+    previous_sample: bool = False
+    unnormalised: bool = False
 
     def __post_init__(self):
         for name in ("image_moves", "caption_moves"):
@@ -154,12 +159,22 @@ class Cycle:
         if not early.any():
             return predicted.sum() * 0  # with a gradient, so that every process has one
         predicted = predicted if weights.caption_moves != "captioner" else predicted.detach()
-        latents = noised.of(early).estimate(predicted[early])
+        latents = self._one_step(noised.of(early), predicted[early])
         captions = [caption for caption, kept in zip(batch.captions, early.tolist(), strict=True) if kept]
         with still(self.learns["captioner"] if weights.caption_moves == "generator" else []):
-            pictures = as_seen(self.captioner, self.generator.decode(self._reduced(latents)))
+            pictures = self.generator.decode(self._reduced(latents))
+            pictures = as_seen(self.captioner, pictures, normalised=not weights.unnormalised)
             logits, ids = self.captioner.token_logits(pictures, captions)
             return caption_loss(logits, ids, self.captioner.pad_id, pieces)
+
+    def _one_step(self, noised: Noised, predicted: Tensor) -> Tensor:
+        """The latents of x̂: ẑ_0, or what the released code takes for it."""
+        if not self.weights.previous_sample:
+            return noised.estimate(predicted)
+        scheduler = copy(self.generator.pipeline.scheduler)
+        scheduler.set_timesteps(len(scheduler.alphas_cumprod))
+        parts = zip(predicted, noised.timesteps, noised.clean, strict=True)  # `step` takes one timestep at a time
+        return torch.stack([scheduler.step(answer, int(t), clean).prev_sample for answer, t, clean in parts])
 
     def _reduced(self, latents: Tensor) -> Tensor:
         if self.weights.decoded_size is None:
@@ -185,16 +200,19 @@ def caption_loss(logits: Tensor, ids: Tensor, pad_id: int, pieces: Tensor | floa
     return spent / pieces
 
 
-def as_seen(captioner: Captioner, pictures: Tensor) -> Tensor:
+def as_seen(captioner: Captioner, pictures: Tensor, normalised: bool = True) -> Tensor:
     """Pictures (B, 3, H, W) about in [-1, 1] as the captioner's processor would make them; gradients pass.
 
-    Clamped, resized as PIL resizes, normalised. Where a picture leaves [-1, 1] its gradient is 0.
+    Clamped, resized as PIL resizes, normalised, unless that is left out. Where a picture leaves [-1, 1] its gradient
+    is 0.
     """
     processor = captioner.processor.image_processor
     pixels = (pictures.clamp(-1, 1) + 1) / 2
     side = processor.size["height"], processor.size["width"]
     if pixels.shape[-2:] != side:
         pixels = F.interpolate(pixels, side, mode="bicubic", antialias=True).clamp(0, 1)
+    if not normalised:
+        return pixels.to(captioner.model.dtype)
     mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
     return ((pixels - mean) / std).to(captioner.model.dtype)
 

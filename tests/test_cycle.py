@@ -9,20 +9,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-from dalleflamingo import cycle, registry
+from dalleflamingo import cycle, metrics, registry
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_data import Pairs
 from dalleflamingo.cycle_losses import NAMES, Losses
+from dalleflamingo.cycle_validation import Validation
 from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.generator import Generator
 
@@ -201,6 +205,71 @@ def test_what_is_exported_opens_in_the_stock_libraries(whole, tmp_path, monkeypa
         assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
     text = (tmp_path / "generator/README.md").read_text()
     assert f"license: {registry.ENTRIES['miniature/sd'].licence.lower()}" in text and "caption_reconstruction 1" in text
+
+
+def test_validation_is_logged_with_its_step_and_leaves_training_alone(whole, tmp_path):
+    folder, made, _ = whole
+    config = dataclasses.replace(SMALL, validate_every=3)
+    again, pairs, learner = cycle.assemble(config, *models(folder), dataset(folder / "pictures"))
+    validation = Validation(again, dataset(folder / "pictures"), tmp_path, drawn=2, steps=2)
+    cycle.train(config, again, pairs, learner, tmp_path, Accelerator(cpu=True), validation)
+    assert ["cider" in row for row in cycle.read_log(tmp_path)] == [False, False, True] * 2
+    expected = dict(enumerate(again.captioner.describe(tiny.pictures(6))))
+    references = {example.image_id: example.references for example in dataset(folder / "pictures")}
+    cider = metrics.cider(references, expected).value
+    assert cycle.read_log(tmp_path)[-1]["cider"] == pytest.approx(100 * cider)
+    sheets = [Image.open(tmp_path / f"pictures/{step:06d}.png") for step in (3, 6)]
+    assert sheets[0].size == (2 * 16, 2 * 16) and sheets[0].tobytes() != sheets[1].tobytes()
+    assert all(torch.equal(value, weights(made)[name]) for name, value in weights(again).items())
+
+
+def test_the_moving_average_is_the_result_also_of_a_run_that_was_interrupted(whole, tmp_path):
+    """θ̄ ← θ̄ + (1 − d)(θ − θ̄), the decay d growing to its value as (n / (n + 10))."""
+    folder, _, _ = whole
+    seen, kept = [], {}
+    for steps in range(1, 7):
+        config = dataclasses.replace(SMALL, average=0.5, steps=steps, checkpoint_every=1)
+        made, pairs, learner = cycle.assemble(config, *models(folder), dataset(folder / "pictures"))
+        [first, *_] = learner.parameters()
+        if steps == 1:
+            kept = first.detach().clone()
+        cycle.train(config, made, pairs, learner, tmp_path, Accelerator(cpu=True))
+        seen.append(load_file(tmp_path / "state.safetensors")["captioner.0"])
+        decay = min(0.5, steps / (steps + 10))
+        kept = kept + (1 - decay) * (seen[-1] - kept)
+        torch.testing.assert_close(first.detach(), kept)
+    assert not torch.equal(seen[-1], kept)
+
+
+def test_a_tracker_gets_the_losses_and_one_that_is_not_there_is_refused(whole, tmp_path):
+    folder, _, run_folder = whole
+    accelerator = cycle.tracked("tensorboard", tmp_path, SMALL)
+    made, pairs, learner = cycle.assemble(SMALL, *models(folder), dataset(folder / "pictures"))
+    cycle.train(SMALL, made, pairs, learner, tmp_path, accelerator)
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "cycle")).Reload()
+    logged = {event.step: event.value for event in events.Scalars("generation")}
+    expected = {row["step"]: row["generation"] for row in cycle.read_log(run_folder) if "generation" in row}
+    assert logged == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="no tracker 'odd' is installed, only tensorboard.*--tracker none"):
+        cycle.tracked("odd", tmp_path, SMALL)
+
+
+def test_models_are_uploaded_on_request_from_the_folders_that_were_exported(tmp_path, monkeypatch):
+    asked = []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, repo_id, folder_path):
+            asked.append((repo_id, folder_path))
+
+    monkeypatch.setattr(cycle, "HfApi", Hub)
+    addresses = cycle.push(tmp_path / "run", "somebody")
+    parts = ("captioner", "generator")
+    assert asked == [(f"somebody/run-{part}", tmp_path / "run" / part) for part in parts]
+    assert addresses == [f"https://huggingface.co/somebody/run-{part}" for part in parts]
 
 
 def test_a_configuration_is_read_from_json_and_wrong_fields_are_named(tmp_path):

@@ -144,7 +144,8 @@ def test_each_network_learns_by_its_own_losses_only(recipe, step):
     for names, own, other in ((("fool", "show", "near"), 0, 1), (("tell", "know"), 1, 0)):
         together = sum(losses[name] for name in names)
         found = torch.autograd.grad(together, networks[own], retain_graph=True, allow_unused=True)
-        assert sum(g is not None and g.abs().sum() > 0 for g in found) > len(networks[own]) // 3  # zeros keep the rest still
+        moved = sum(g is not None and g.abs().sum() > 0 for g in found)
+        assert moved > len(networks[own]) // 3  # weights that begin as 0 keep some still, at first
         assert not any(g is not None for g in torch.autograd.grad(
             together, networks[other], retain_graph=True, allow_unused=True))  # fmt: skip
     names = ("fool", "show", "near", "tell", "know", "calm")

@@ -82,7 +82,8 @@ def test_domains_of_nocaps_hold_the_kinds_that_their_names_say():
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("miniature")
-    sizes = {"web": {"web": 6}, "coco": {"train": 8, "val": 5, "test": 5}, "nocaps": {"val": 9}, "nocaps-dev": {"dev": 6}}
+    sizes = {"web": {"web": 6}, "coco": {"train": 8, "val": 5, "test": 5}, "nocaps": {"val": 9}}
+    sizes["nocaps-dev"] = {"dev": 6}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "SIZES", sizes)
         corpora.write_annotations(root)

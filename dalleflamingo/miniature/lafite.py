@@ -6,9 +6,9 @@ it belong to the feature (Miyato & Koyama 2018), and which of the batch's featur
 loss, Eq. 7, on real and drawn pictures).
 
 StyleGAN's loss, R1 and modulated weights, as LAFITE has them, taught a generator this small grounds and blots. What
-taught it shapes: a drawn picture is judged *against the real one* of the same feature, and the score is kept flat around
-both (Huang et al. 2024, "The GAN is dead; long live the GAN!"); and what is drawn from a picture's own feature has to be
-near that picture, too (Isola et al. 2017).
+taught it shapes: a drawn picture is judged *against the real one* of the same feature, and the score is kept flat
+around both (Huang et al. 2024, "The GAN is dead; long live the GAN!"); and what is drawn from a picture's own feature
+has to be near that picture, too (Isola et al. 2017).
 """
 
 from collections.abc import Iterable
