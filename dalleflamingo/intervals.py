@@ -111,6 +111,32 @@ def mean_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0, leve
     return _percentiles(float(values.mean()), np.concatenate(drawn), n, seed, level)
 
 
+def bootstrap_of_runs(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    runs: int,
+    n: int,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    recentred: bool = False,
+) -> Interval:
+    """Percentile bootstrap of what several training runs do on the same items: runs are drawn anew, then items.
+
+    Args:
+        statistic: takes (runs,) and (n,) int indices, with repetitions, and returns one number.
+        recentred: as in `paired_bootstrap`.
+    Returns:
+        an interval whose n is the number of items; of one run it is over the items alone.
+    Raises:
+        ValueError: as `paired_bootstrap`, or there are no runs.
+    """
+    value = float(statistic(np.arange(_at_least_one(runs)), np.arange(_at_least_one(n))))
+    rng = np.random.default_rng([seed, runs])
+    samples = (items for block in _resamples(n, resamples, seed) for items in block)
+    drawn = np.array([statistic(rng.integers(runs, size=runs), items) for items in samples])
+    return _percentiles(value, drawn + (value - drawn.mean() if recentred else 0.0), n, seed, level)
+
+
 def proportion(k: int, n: int, level: float = 0.95) -> Interval:
     """Share k / n with Wilson's score interval, which stays inside [0, 1] and is honest for k = 0 and k = n.
 

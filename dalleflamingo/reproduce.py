@@ -10,7 +10,7 @@ import argparse
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class Claim:
     """A row of the scoreboard; `effect` is signed so that the paper's side is above 0.
 
     ranked_by: "all" where the effect is over every similarity. digits: of the effect. apart: reported beside it.
-    dataset: where it is not the one that the scoreboard is told.
+    dataset: where it is not the one that the scoreboard is told. seeds: of training, where models were trained.
     """
 
     number: int
@@ -67,6 +67,7 @@ class Claim:
     digits: int
     apart: Mapping[str, Interval] = field(default_factory=dict)
     dataset: str = ""
+    seeds: Sequence[int] = ()
 
     @property
     def verdict(self) -> str:

@@ -98,6 +98,7 @@ class Claim(Protocol):
     digits: int
     apart: Mapping[str, Interval]
     dataset: str
+    seeds: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def scoreboard(path: Path, claims: Sequence[Claim], settings: Settings) -> None:
+class Where(Protocol):
+    """What the scoreboard says of a measurement, as `Settings` does."""
+
+    profile: str
+    dataset: str
+    seed: int
+
+
+def scoreboard(path: Path, claims: Sequence[Claim], settings: Where) -> None:
     """Put these claims in the place of those of the same numbers and data sets; others stay."""
     there = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.exists() else []
     new = {(claim.number, claim.dataset or settings.dataset) for claim in claims}
@@ -349,7 +358,7 @@ def scoreboard(path: Path, claims: Sequence[Claim], settings: Settings) -> None:
             "claim": claim.number,
             "verdict": claim.verdict,
             **_rounded(claim.effect),
-            "seeds": [settings.seed],
+            "seeds": list(claim.seeds or [settings.seed]),
             "profile": settings.profile,
             "dataset": claim.dataset or settings.dataset,
             "ranked_by": claim.ranked_by,

@@ -1,0 +1,378 @@
+"""What the runs of `cycle_study.py` show: Tables 3, 4, 5 and 9, claims 9 to 12, with their intervals.
+
+    python -m dalleflamingo.cycle_results        after the study; writes docs/results/cycle.md, its tables and claims
+
+Arms are compared seed by seed on the same pictures; seeds are drawn anew by the bootstrap, then pictures, and the
+corpus metrics are computed again on every draw.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import kendalltau
+
+from dalleflamingo import profiles, registry, results
+from dalleflamingo.cycle_study import ARMS, CHOSEN, DEVIATIONS, MODES, START, TABLE_3, TABLE_9, tested
+from dalleflamingo.datasets import Dataset
+from dalleflamingo.image_features import FeatureExtractor
+from dalleflamingo.image_metrics import fid
+from dalleflamingo.intervals import Interval, bootstrap_of_runs
+from dalleflamingo.picks import ALL, judge_captions
+from dalleflamingo.reproduce import Claim
+
+BLIP, LARGE, BLIP2 = "miniature/blip", "miniature/blip-large", "miniature/blip2"
+LABELS = {BLIP: "BLIP", LARGE: "larger BLIP", BLIP2: "BLIP-2"}
+DOMAINS = ("in-domain", "near-domain", "out-domain", ALL)
+RESAMPLES, RESAMPLES_OF_FID = 2000, 300
+METRICS = {"cider": ("CIDEr × 100", 1), "f1": ("scene-graph F1", 3), "clip_distance": ("CLIP distance × 100", 2)}
+METRICS["fid"] = ("FID", 2)
+_RUN = ["arm", "seed"]
+# columns: NoCaps CIDEr and COCO CIDEr of the published captioner and after the cycle
+PAPER_TABLE_3 = {BLIP: (109.7, 111.8, 133.3, 134.6), LARGE: (113.2, 114.0, 136.7, 137.3)}
+PAPER_TABLE_3[BLIP2] = (119.9, 121.0, 145.8, 146.4)
+PAPER_TABLE_4 = {START: (40.39, 21.19), "labels": (40.77, 24.32), "cycle": (39.78, 21.96)}  # NoCaps: CLIP × 100, FID
+PAPER_TABLE_9 = dict(zip(TABLE_9, (111.8, 110.9, 110.2, 109.7, 102.3), strict=True))
+
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Runs that were tested on the same n images.
+
+    Attributes:
+        runs: (arm, seed) of each. domain: (n,) of the images.
+        scores: metric -> function of S runs and some images, as positions, which gives (S,) values of the corpora.
+    """
+
+    runs: tuple[tuple[str, int], ...]
+    domain: np.ndarray
+    scores: Mapping[str, Score]
+
+    def seeds(self, arm: str) -> list[int]:
+        """Of the arm's runs; none where it was not run."""
+        return sorted(seed for name, seed in self.runs if name == arm)
+
+    def value(self, metric: str, arm: str, minus: str | None = None, domain: str = ALL) -> Interval:
+        """An arm's metric, mean over its seeds; or its difference to another's with the same seeds."""
+        return self.combine(metric, lambda mean: mean(arm) - (mean(minus) if minus else 0), [arm, minus], domain)
+
+    def combine(
+        self,
+        metric: str,
+        function: Callable[[Callable[[str], float]], float],
+        arms: Sequence[str | None],
+        domain: str = ALL,
+    ) -> Interval:
+        """A function of the arms' means, over the seeds that all of `arms` have; the untrained models have any."""
+        trained = [arm for arm in arms if arm not in (None, START)]
+        shared = sorted(set.intersection(*(set(self.seeds(arm)) for arm in trained))) if trained else [0]
+        inside = np.arange(len(self.domain)) if domain == ALL else np.flatnonzero(self.domain == domain)
+        columns = {
+            arm: np.array([self.runs.index((arm, 0 if arm == START else seed)) for seed in shared])
+            for arm in arms
+            if arm is not None
+        }
+
+        def statistic(chosen: np.ndarray, images: np.ndarray) -> float:
+            score = self.scores[metric]
+            means: dict[str, float] = {}
+
+            def mean(arm: str) -> float:
+                if arm not in means:
+                    means[arm] = float(score(columns[arm][chosen], inside[images]).mean())
+                return means[arm]
+
+            return function(mean)
+
+        of_set = metric == "fid"
+        resamples = RESAMPLES_OF_FID if of_set else RESAMPLES
+        return bootstrap_of_runs(statistic, len(shared), len(inside), resamples, recentred=of_set)
+
+
+def of_captions(table: pd.DataFrame, dataset: Dataset) -> Tested:
+    """Captions by the runs of one captioner.
+
+    Args:
+        table: columns arm, seed, image_id, caption; every run has described every image.
+    """
+    runs = tuple(table[_RUN].drop_duplicates().itertuples(index=False, name=None))
+    number = {run: i for i, run in enumerate(runs)}
+    candidate = [number[run] for run in table[_RUN].itertuples(index=False, name=None)]
+    judged = judge_captions(table.assign(candidate=candidate).sort_values("candidate", kind="stable"), dataset)
+
+    def of(metric: str) -> Score:
+        return lambda chosen, images: judged.metrics[metric](judged.rows[images][:, chosen].T)
+
+    return Tested(runs, judged.domain, {name: of(name) for name in judged.metrics})
+
+
+def of_pictures(table: pd.DataFrame, dataset: Dataset, real: torch.Tensor) -> Tested:
+    """Pictures by the runs of one generator.
+
+    Args:
+        table: columns arm, seed, image_id, clip_distance, features (a list in each row).
+        real: (n, D) features of the data set's pictures, in its order.
+    """
+    ids = [example.image_id for example in dataset]
+    found = {run: part.set_index("image_id").loc[ids] for run, part in table.groupby(_RUN)}
+    distances = np.stack([part["clip_distance"].to_numpy() for part in found.values()])  # (runs, n)
+    features = torch.tensor(np.stack([np.stack(part["features"].to_list()) for part in found.values()])).float()
+    scores = {
+        "clip_distance": lambda chosen, images: distances[chosen][:, images].mean(axis=1),
+        "fid": lambda chosen, images: np.array([fid(real[images], features[run][images]) for run in chosen]),
+    }
+    return Tested(tuple(found), np.array([example.domain for example in dataset], dtype=object), scores)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that was measured: captioner -> its runs on nocaps, on coco; and the pictures of their generators."""
+
+    nocaps: Mapping[str, Tested]
+    coco: Mapping[str, Tested]
+    pictures: Mapping[str, Tested]
+
+
+def gather(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The captions and the pictures of every run that is done, a row each.
+
+    Raises:
+        FileNotFoundError: no run is.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("*/result.json"))]
+    if not found:
+        raise FileNotFoundError(f"{runs} has no run that is done: `python -m dalleflamingo.cycle_study` makes them")
+    captions, pictures = [], []
+    for run in found:
+        of = {name: run[name] for name in ("captioner", "arm", "seed")}
+        for corpus, said in run["captions"].items():
+            captions += [of | {"corpus": corpus, "image_id": int(i), "caption": text} for i, text in said.items()]
+        if "pictures" in run:
+            pictures.append(pd.DataFrame(run["pictures"]).assign(**of))
+    return pd.DataFrame(captions), pd.concat(pictures, ignore_index=True)
+
+
+def study(captions: pd.DataFrame, pictures: pd.DataFrame) -> Study:
+    """Judge what `gather` found."""
+    datasets = tested()
+    said = {
+        corpus: {
+            captioner: of_captions(part[part["corpus"] == corpus], dataset)
+            for captioner, part in captions.groupby("captioner")
+        }
+        for corpus, dataset in datasets.items()
+    }
+    nocaps = datasets["nocaps"]
+    inception = FeatureExtractor.of(profiles.current().inception)
+    real = inception.look([nocaps.open(example) for example in nocaps]).features
+    drawn = {captioner: of_pictures(part, nocaps, real) for captioner, part in pictures.groupby("captioner")}
+    return Study(said["nocaps"], said["coco"], drawn)
+
+
+def claim_9(found: Study) -> list[Claim]:
+    """The cycle beats the captioner that it starts from, for three captioners; apart, that and labels on coco."""
+    claims = []
+    for captioner, runs in found.nocaps.items():
+        if not runs.seeds("cycle"):
+            continue
+        text = f"{LABELS[captioner]}: the cycle's captions beat those of the start, CIDEr × 100, overall"
+        apart = {f"minus {ARMS[arm].what}": runs.value("cider", "cycle", arm) for arm in TABLE_3[:2] if runs.seeds(arm)}
+        apart["on coco"] = found.coco[captioner].value("cider", "cycle", START)
+        effect = runs.value("cider", "cycle", START)
+        claims.append(Claim(9, text, ALL, effect, 1, apart, seeds=runs.seeds("cycle")))
+    return claims
+
+
+def claim_10(found: Study) -> list[Claim]:
+    """The cycle's pictures lie nearer out of domain than those of the start and of labels: the weaker of the two."""
+    claims = []
+    for captioner, runs in found.pictures.items():
+        if not (runs.seeds("cycle") and runs.seeds("labels")):
+            continue
+        out = DOMAINS[2]
+        nearer = {
+            "than the start": runs.value("clip_distance", START, "cycle", out),
+            "than labels only": runs.value("clip_distance", "labels", "cycle", out),
+        }
+        weaker = min(nearer, key=lambda name: _strength(nearer[name]))
+        apart = {name: effect for name, effect in nearer.items() if name != weaker}
+        apart["labels only, than the start, out of domain"] = runs.value("clip_distance", START, "labels", out)
+        apart["labels only, than the start, in domain"] = runs.value("clip_distance", START, "labels", DOMAINS[0])
+        text = f"taught with {LABELS[captioner]}: SD draws nearer to the picture out of domain {weaker}, CLIP distance"
+        claims.append(Claim(10, f"{text} × 100", ALL, nearer[weaker], 2, apart, seeds=runs.seeds("cycle")))
+    return claims
+
+
+def claim_11(found: Study) -> list[Claim]:
+    """Without either half the captions are worse: the weaker of the two differences (Table 5)."""
+    runs = found.nocaps[BLIP]
+    without = {"the reconstruction losses": "labels", "the labels": "reconstruction"}
+    if not all(runs.seeds(arm) for arm in (*without.values(), "cycle")):
+        return []
+    effects = {what: runs.value("cider", "cycle", arm) for what, arm in without.items()}
+    weaker = min(effects, key=lambda name: _strength(effects[name]))
+    text = f"the cycle's captions beat those without {weaker}, CIDEr × 100, overall"
+    apart = {f"without {what}": effect for what, effect in effects.items() if what != weaker}
+    return [Claim(11, text, ALL, effects[weaker], 1, apart, seeds=runs.seeds("cycle"))]
+
+
+def claim_12(found: Study) -> list[Claim]:
+    """The order of Table 9: Kendall's τ of the five arms with the paper's, and each pair of neighbours."""
+    runs = found.nocaps[BLIP]
+    if not all(runs.seeds(arm) for arm in TABLE_9):
+        return []
+    paper = list(PAPER_TABLE_9.values())
+
+    def agreement(mean: Callable[[str], float]) -> float:
+        return float(kendalltau(paper, [mean(arm) for arm in TABLE_9]).statistic)
+
+    effect = runs.combine("cider", agreement, TABLE_9)
+    apart = {
+        f"{ARMS[better].what} − {ARMS[worse].what}": runs.value("cider", better, worse)
+        for better, worse in pairwise(TABLE_9)
+    }
+    text = "the order of what trains BLIP is the paper's: Kendall's τ of CIDEr × 100"
+    return [Claim(12, text, ALL, effect, 1, apart, seeds=runs.seeds("cycle"))]
+
+
+def _strength(effect: Interval) -> float:
+    """How far an effect lies above 0, in widths of its interval."""
+    return effect.value / (effect.high - effect.low)
+
+
+def table_3(found: Study) -> pd.DataFrame:
+    """Captioning: texts, a row a captioner and arm."""
+    rows = []
+    for captioner, runs in found.nocaps.items():
+        published, cycled, coco_published, coco_cycled = PAPER_TABLE_3[captioner]
+        paper = {START: f"{published} / {coco_published}", "cycle": f"{cycled} / {coco_cycled}"}
+        for arm in (arm for arm in (START, *TABLE_3) if runs.seeds(arm)):
+            cells = [_cell(runs, "cider", arm, domain) for domain in DOMAINS]
+            gain = "" if arm == START else _difference(runs, "cider", arm)
+            coco = _cell(found.coco[captioner], "cider", arm)
+            seeds = "" if arm == START else str(len(runs.seeds(arm)))
+            rows.append([LABELS[captioner], _what(arm), seeds, *cells, gain, _cell(runs, "f1", arm), coco,
+                         paper.get(arm, "")])  # fmt: skip
+    columns = ["captioner", "trained by", "seeds", "in", "near", "out", "all", "all − start", "F1", "coco"]
+    return pd.DataFrame(rows, columns=[*columns, "the paper: NoCaps / COCO"])
+
+
+def table_4(found: Study) -> pd.DataFrame:
+    """Generation: texts, a row a captioner and arm; lower is better throughout."""
+    rows = []
+    for captioner, runs in found.pictures.items():
+        for arm in (arm for arm in (START, *TABLE_3, "reconstruction") if runs.seeds(arm)):
+            cells = [_cell(runs, "clip_distance", arm, domain) for domain in DOMAINS]
+            gain = "" if arm == START else _difference(runs, "clip_distance", arm)
+            paper = PAPER_TABLE_4.get(arm) if captioner == BLIP else None
+            rows.append([LABELS[captioner], _what(arm), *cells, gain, _cell(runs, "fid", arm),
+                         "" if paper is None else f"{paper[0]} / {paper[1]}"])  # fmt: skip
+    columns = ["taught with", "trained by", "in", "near", "out", "all", "all − start", "FID"]
+    return pd.DataFrame(rows, columns=[*columns, "the paper, NoCaps: CLIP / FID"])
+
+
+def table_9(found: Study) -> pd.DataFrame:
+    """What trains BLIP: texts, a row an arm, as Table 9 and, in its first and last two rows, Table 5."""
+    runs, rows = found.nocaps[BLIP], []
+    for arm in (arm for arm in TABLE_9 if runs.seeds(arm)):
+        against = "" if arm == "cycle" else _difference(runs, "cider", arm, "cycle")
+        rows.append([_what(arm), str(len(runs.seeds(arm))), _cell(runs, "cider", arm), against,
+                     _cell(runs, "f1", arm), str(PAPER_TABLE_9[arm])])  # fmt: skip
+    return pd.DataFrame(rows, columns=["trained by", "seeds", "CIDEr × 100", "minus cycle", "F1", "the paper"])
+
+
+def table_explored(found: Study, arms: Sequence[str]) -> pd.DataFrame:
+    """Arms of one seed beside the cycle from that seed: texts; intervals are over pictures alone."""
+    runs, rows = found.nocaps[BLIP], []
+    for arm in (arm for arm in arms if runs.seeds(arm)):
+        rows.append([_what(arm), _cell(runs, "cider", arm), _difference(runs, "cider", arm, "cycle"),
+                     _difference(runs, "f1", arm, "cycle")])  # fmt: skip
+    return pd.DataFrame(rows, columns=["changed", "CIDEr × 100", "minus cycle", "F1 minus cycle"])
+
+
+def _cell(runs: Tested, metric: str, arm: str, domain: str = ALL) -> str:
+    return results.cell(runs.value(metric, arm, domain=domain), METRICS[metric][1])
+
+
+def _difference(runs: Tested, metric: str, arm: str, minus: str = START) -> str:
+    return results.cell(runs.value(metric, arm, minus), METRICS[metric][1], signed=True)
+
+
+def _what(arm: str) -> str:
+    return "start" if arm == START else ARMS[arm].what
+
+
+def page(found: Study, claims: Sequence[Claim], command: str) -> str:
+    """The page in Markdown."""
+    lines = []
+    for claim in claims:
+        lines.append(results.verdict_line(claim))
+        for what, effect in claim.apart.items():
+            lines.append(f"  * {what}: {results.cell(effect, claim.digits, signed=True)}")
+    losses = CHOSEN.losses
+    parts = [
+        "# Cycle finetuning",
+        "**Measured in the miniature**; the paper's figures stand beside ours for their direction.",
+        f"Made by `{command}` at commit `{results.current_commit()}`. Brackets are 95 % intervals: training seeds are "
+        "drawn anew, then pictures; differences are paired by both. Three hundred pictures of nocaps, as many of coco.",
+        f"Settings: {CHOSEN.pictures} labelled pictures of coco, {CHOSEN.steps} steps of {CHOSEN.batch_size} pairs, "
+        f"{CHOSEN.schedule}, learning rate {CHOSEN.learning_rate:g}, (4) below {losses.latest:.0%} of the timesteps; "
+        "chosen on other pictures of the same sort (nocaps-dev, coco val).",
+        "\n".join(lines),
+        "## Captions (Table 3): CIDEr × 100",
+        _markdown(table_3(found)),
+        "## Pictures (Table 4): CLIP distance × 100 to the real picture and FID, lower is better",
+        _markdown(table_4(found)),
+        "## What trains BLIP (Tables 5 and 9)",
+        _markdown(table_9(found)),
+        "## As the authors' released code has it, one seed, exploratory",
+        _markdown(table_explored(found, DEVIATIONS)),
+        "## Other settings, one seed, exploratory",
+        _markdown(table_explored(found, MODES)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    return results.table(list(frame), frame.to_numpy().tolist())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page, its tables and the claims into the docs."""
+    parser = argparse.ArgumentParser(prog="python -m dalleflamingo.cycle_results", description=main.__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("build/runs/cycle"), help="default: %(default)s")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="default: docs")
+    options = parser.parse_args(arguments)
+    try:
+        captions, pictures = gather(options.runs)
+    except (FileNotFoundError, registry.RegistryError) as error:
+        parser.error(str(error))
+    found, folder = study(captions, pictures), options.docs / "results"
+    claims = [*claim_9(found), *claim_10(found), *claim_11(found), *claim_12(found)]
+    captions.to_parquet(folder / "cycle-captions.parquet", index=False)
+    pictures.drop(columns="features").round(4).to_parquet(folder / "cycle-pictures.parquet", index=False)
+    for name, frame in (("3", table_3(found)), ("4", table_4(found)), ("9", table_9(found)),
+                        ("deviations", table_explored(found, DEVIATIONS)),
+                        ("modes", table_explored(found, MODES))):  # fmt: skip
+        frame.to_csv(folder / f"cycle-table-{name}.csv", index=False)
+    profile = profiles.current()
+    where = SimpleNamespace(profile=profile.name, dataset=profile.dataset, seed=0)
+    results.scoreboard(folder / "claims.json", claims, where)
+    (folder / "cycle.md").write_text(page(found, claims, "python -m dalleflamingo.cycle_results"), encoding="utf-8")
+    for claim in claims:
+        print(f"Claim {claim.number}: {claim.verdict}; {claim.text}: {claim.effect}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""A step of each half with models of the published sizes, random weights, small pictures, on a CPU."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from transformers import BlipProcessor, CLIPTokenizer
+
+from dalleflamingo import cycle, registry, trainable
+from dalleflamingo.captioner import BlipCaptioner
+from dalleflamingo.cycle import CycleConfig
+from dalleflamingo.generator import Generator
+
+ROOT = Path(__file__).parents[1]
+SIDE = 64  # pixels
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    """benchmarks/full_size.py, which knows the sizes."""
+    spec = importlib.util.spec_from_file_location("full_size", ROOT / "benchmarks/full_size.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_halves_of_the_cycle_train_at_full_size(full_size, tmp_path):
+    torch.manual_seed(0)
+    processor = BlipProcessor.from_pretrained(registry.locate("miniature/blip"))
+    tokenizer = CLIPTokenizer.from_pretrained(Path(registry.locate("miniature/sd")) / "tokenizer")
+    captioner = BlipCaptioner(full_size.blip(SIDE), processor)
+    unet, encoder = full_size.unet(SIDE), full_size.text_encoder(len(tokenizer))
+    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    pipeline = StableDiffusionPipeline(
+        full_size.vae(SIDE), encoder, tokenizer, unet, schedule, None, None, requires_safety_checker=False
+    )
+    dataset = registry.dataset("miniature/coco", "val").subset(2)
+    config = CycleConfig(steps=2, batch_size=2, learning_rate=1e-3, checkpointing=True)
+    made, pairs, learner = cycle.assemble(config, captioner, Generator(pipeline), dataset)
+    learning = trainable.of_captioner(captioner) | trainable.of_generator(made.generator)
+    assert [sum(p.numel() for p in m.parameters()) for m in learner.modules.values()] == [7_087_104, 12_390_400]
+    watched = {f"{i} {name}": p for i, m in enumerate((captioner.model, unet)) for name, p in m.named_parameters()}
+    before = {name: float(p.detach().double().sum()) for name, p in watched.items()}
+    cycle.train(config, made, pairs, learner, tmp_path, Accelerator(cpu=True))
+    moved = {name.split(" ")[1] for name, p in watched.items() if float(p.detach().double().sum()) != before[name]}
+    assert moved <= set(learning) and len(moved) > len(learning) // 2
+    rows = cycle.read_log(tmp_path)
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert [len(row) for row in rows] == [3, 3] and dataclasses.asdict(config)["schedule"] == "alternating"
+
+
+def test_the_arithmetic_of_a_step_is_that_of_its_parts(full_size):
+    """The forward passes are 1.22 T, 0.34 T and 0.54 T multiply-adds at 512 pixels; a backward pass is as much again."""
+    part = full_size.parts()
+    assert 2 * 1.22e12 < part["autoencoder decodes 512 px, with a gradient"] < 2.1 * 1.3e12
+    assert 2 * 0.34e12 < part["U-Net, queries learn"] < 3 * 0.34e12
+    assert part["autoencoder encodes"] == pytest.approx(0.55e12, rel=0.05)
+    rows = {setting: (image + text) / 2 / (say + draw) for setting, say, draw, image, text in full_size.steps(part)}
+    assert rows["x̂ at 256 px, latents once"] < 1.4 < rows["x̂ at 512 px, latents at every step"]
