@@ -338,3 +338,59 @@ def _plain_numbers(value):
     if isinstance(value, (list, tuple)):
         return list(map(_plain_numbers, value))
     return round(value, 9) if isinstance(value, float) else value
+
+
+def clean_picture(attempt: Callable[[float, float, float], float]) -> None:
+    """Exercise 2 of notebook 05: z_t, the noise that was told, ᾱ_t -> ẑ_0."""
+    clean, noise, kept = 2.0, -1.5, 0.36
+    noised = kept**0.5 * clean + (1 - kept) ** 0.5 * noise
+    mistaken = [
+        (noised - (1 - kept) ** 0.5 * noise, "what is left of z is √ᾱ_t as large: divide"),
+        ((noised - (1 - kept) ** 0.5 * noise) / kept, "z_t holds √ᾱ_t of z: divide by the root"),
+        ((noised - (1 - kept) * noise) / kept**0.5, "z_t holds √(1−ᾱ_t) of the noise: the root is missing"),
+        ((noised + (1 - kept) ** 0.5 * noise) / kept**0.5, "the noise was added: take it away"),
+        (noised - noise, "both parts are weighted by the schedule"),
+    ]
+    _report(
+        lambda: _number_fault(lambda: attempt(noised, noise, kept), clean, mistaken, "a z of 2, noised with −1.5"),
+        "Whoever tells the noise has told the picture, in one step; how well, depends on how much of it was left.",
+    )
+
+
+def caption_loss(attempt: Callable) -> None:
+    """Exercise 1 of notebook 05: (B, T) log-probabilities of captions' pieces, padded, and which of them count."""
+    spent = torch.tensor([[-1.0, -2.0, -4.0, -3.0], [-0.5, -1.5, -9.0, -7.0]])
+    counts = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    mistaken = [
+        (28 / 8, "padding is no part of a caption"),
+        (12 / 8, "padding is left out of the sum, but counted in the mean"),
+        (12, "the stock models give the mean over pieces, not their sum"),
+        ((10 / 4 + 1) / 2, "that is the mean of each caption's mean, where a short one weighs as much as a long one"),
+        (-2, "a likely caption should have a small loss: the sign"),
+    ]
+    _report(
+        lambda: _number_fault(lambda: attempt(spent.clone(), counts.clone()), 2.0, mistaken, "two captions"),
+        "Every piece counts once, the end too, padding never; so parts of a batch can be summed to the whole.",
+    )
+
+
+# (paper's scores, ours, expected, why; answers wrong in a known way)
+_ORDERS = [
+    (([3.0, 2.0, 1.0], [30.0, 20.0, 10.0]), 1.0, "the same order agrees on all pairs", {}),
+    (([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]), -1.0, "the order turned over agrees on none", {0.0: "disagreement counts −1"}),
+    (
+        ([5.0, 4.0, 3.0, 2.0, 1.0], [5.0, 3.0, 4.0, 2.0, 1.0]),
+        0.8,
+        "one of ten pairs is the other way round: (9 − 1) / 10",
+        {0.9: "that is the share that agrees: take off those that do not", 8.0: "divide by the number of pairs"},
+    ),
+    (([2.0, 1.0], [5.0, 5.0]), 0.0, "a tie agrees with nothing and disagrees with nothing", {}),
+]
+
+
+def kendall_tau(attempt: Callable[[list[float], list[float]], float]) -> None:
+    """Exercise 1 of notebook 06: agreement of two orders."""
+    _report(
+        lambda: _first_fault(lambda *scores: _plain_numbers(attempt(*scores)), _ORDERS),
+        "τ looks at orders alone: how far apart two scores lie, it cannot tell.",
+    )

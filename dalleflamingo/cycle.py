@@ -33,6 +33,7 @@ from dalleflamingo.cycle_validation import Validation
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import derive_seed
+from dalleflamingo.profiles import Profile
 from dalleflamingo.vocabulary import VocabularyMap
 
 SCHEDULES = ("alternating", "joint")
@@ -96,6 +97,18 @@ class CycleConfig:
         """Of "image", (1) + (2), and "text", (3) + (4), those that have a loss with a weight."""
         named = {"image": NAMES[:2], "text": NAMES[2:]}
         return tuple(half for half, names in named.items() if any(getattr(self.losses, name) for name in names))
+
+
+def settings(profile: Profile) -> CycleConfig:
+    """What a notebook trains live: the miniature, or the real models within the 15 GB of a free GPU."""
+    names = dict(captioner=profile.captioner, generator=profile.generator, dataset=profile.coco)
+    if profile.generator.startswith("miniature/"):
+        own = dict(pictures=100, learning_rate=3e-4, losses=Losses(latest=0.4))
+        return CycleConfig(**names, **own, steps=profile.cycle_steps)
+    return CycleConfig(
+        **names, steps=profile.cycle_steps, accumulation=8, checkpointing=True,
+        precision="fp16" if profile.device == "cuda" else "no", losses=Losses(latest=0.4, decoded_size=256),
+    )  # fmt: skip
 
 
 class Learner:

@@ -223,3 +223,41 @@ DEPARTURES = [
 def test_weights_of_a_place_are_told_what_is_wrong_with_them(attempt, said, capsys):
     checks.departures(attempt)
     assert said in capsys.readouterr().out
+
+
+# ── notebooks 05 and 06 ──────────────────────────────────────────────────────────────────────────────────────────────
+
+NOTEBOOK_OF = {"caption_loss": "05_cycle_finetuning", "clean_picture": "05_cycle_finetuning"}
+NOTEBOOK_OF["kendall_tau"] = "06_ablations"
+
+
+@pytest.mark.parametrize("exercise", NOTEBOOK_OF)
+def test_printed_solutions_of_the_cycle_are_right(exercise, capsys):
+    getattr(checks, exercise)(tiny.printed_solution(NOTEBOOK_OF[exercise], exercise))
+    assert capsys.readouterr().out.startswith("Right.")
+    getattr(checks, exercise)(not_done)
+    assert "Not done yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("exercise, attempt, said", [
+    ("caption_loss", lambda s, c: -s.mean(), "padding is no part"),
+    ("caption_loss", lambda s, c: -(s * c).mean(), "counted in the mean"),
+    ("caption_loss", lambda s, c: -s[c].sum(), "not their sum"),
+    ("caption_loss", lambda s, c: (-(s * c).sum(1) / c.sum(1)).mean(), "a short one weighs as much"),
+    ("caption_loss", lambda s, c: s[c].mean(), "the sign"),
+    ("clean_picture", lambda z, e, a: z - (1 - a) ** 0.5 * e, "divide"),
+    ("clean_picture", lambda z, e, a: (z - (1 - a) ** 0.5 * e) / a, "divide by the root"),
+    ("clean_picture", lambda z, e, a: (z - (1 - a) * e) / a**0.5, "the root is missing"),
+    ("clean_picture", lambda z, e, a: (z + (1 - a) ** 0.5 * e) / a**0.5, "take it away"),
+    ("clean_picture", lambda z, e, a: z - e, "weighted by the schedule"),
+    ("kendall_tau", lambda a, b: 1.0, "none"),
+    ("kendall_tau", lambda a, b: tau(a, b) / 2 + 0.5, "counts −1|disagreement|none"),
+])  # fmt: skip
+def test_exercises_of_the_cycle_are_told_what_is_wrong(exercise, attempt, said, capsys):
+    getattr(checks, exercise)(attempt)
+    found = capsys.readouterr().out
+    assert not found.startswith("Right.") and any(part in found for part in said.split("|"))
+
+
+def tau(paper, ours):
+    return tiny.printed_solution("06_ablations", "kendall_tau")(paper, ours)

@@ -35,7 +35,9 @@ def test_both_halves_of_the_cycle_train_at_full_size(full_size, tmp_path):
     tokenizer = CLIPTokenizer.from_pretrained(Path(registry.locate("miniature/sd")) / "tokenizer")
     captioner = BlipCaptioner(full_size.blip(SIDE), processor)
     unet, encoder = full_size.unet(SIDE), full_size.text_encoder(len(tokenizer))
-    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    schedule = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
     pipeline = StableDiffusionPipeline(
         full_size.vae(SIDE), encoder, tokenizer, unet, schedule, None, None, requires_safety_checker=False
     )
@@ -55,7 +57,7 @@ def test_both_halves_of_the_cycle_train_at_full_size(full_size, tmp_path):
 
 
 def test_the_arithmetic_of_a_step_is_that_of_its_parts(full_size):
-    """The forward passes are 1.22 T, 0.34 T and 0.54 T multiply-adds at 512 pixels; a backward pass is as much again."""
+    """At 512 pixels a forward pass has 1.22 T, 0.34 T, 0.54 T multiply-adds; a backward one has as many again."""
     part = full_size.parts()
     assert 2 * 1.22e12 < part["autoencoder decodes 512 px, with a gradient"] < 2.1 * 1.3e12
     assert 2 * 0.34e12 < part["U-Net, queries learn"] < 3 * 0.34e12

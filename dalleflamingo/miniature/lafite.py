@@ -1,14 +1,15 @@
 """Trains the miniature's GAN generator on the latents that Stable Diffusion is trained on.
 
 Half of the features it is conditioned on are CLIP's of the picture, disturbed (LAFITE's pseudo-text, Zhou et al. 2022,
-§3.1), half are CLIP's of a caption. The discriminator sees a picture's latents and has two answers: is it real and does
-it belong to the feature (Miyato & Koyama 2018), and which of the batch's features does it show (LAFITE's contrastive
-loss, Eq. 7, on real and drawn pictures).
+§3.1), half are CLIP's of a caption. The discriminator sees a picture's latents and a feature, and scores how real the
+picture is and how well it belongs to the feature (Miyato & Koyama 2018); which of a batch's features a real picture
+belongs to, it learns as LAFITE's does (Eq. 7).
 
-StyleGAN's loss, R1 and modulated weights, as LAFITE has them, taught a generator this small grounds and blots. What
-taught it shapes: a drawn picture is judged *against the real one* of the same feature, and the score is kept flat
-around both (Huang et al. 2024, "The GAN is dead; long live the GAN!"); and what is drawn from a picture's own feature
-has to be near that picture, too (Isola et al. 2017).
+StyleGAN's loss, R1 and modulated weights, as LAFITE has them, taught a generator this small grounds and blots. A drawn
+picture is judged *against the real one* of the same feature, and the score is kept flat around both (Huang et al. 2024,
+"The GAN is dead; long live the GAN!"): that taught it outlines, one for each ground, whatever the caption named. So the
+generator first learns, alone, to come near the picture that a feature is of, blurred as that must be (Isola et al.
+2017), and what is drawn from a picture's own feature has to stay near it.
 """
 
 from collections.abc import Iterable
@@ -30,27 +31,26 @@ from dalleflamingo.miniature.sd import BANK, latent_bank, latent_scale, web_capt
 from dalleflamingo.miniature.world import draw
 
 DISTURBANCE = 0.3  # length of the noise on a picture's feature of length 1
-TEMPERATURE = 0.1  # of the contrastive loss
-SHOW_WEIGHT = 0.5  # and its weight
-NEAR_WEIGHT = 5.0  # of the squared distance between a picture and what is drawn from its feature
+ALONE = 1500  # steps in which the generator learns without the discriminator
+NEAR_WEIGHT = 30.0  # of the squared distance between a picture and what is drawn from its feature
+KNOW_WEIGHT = 0.5  # of telling which feature a picture belongs to
 CALM_EVERY, CALM_WEIGHT = 8, 0.25  # R1 and R2, the squared slopes of the score, at every eighth step eight times
 
 
 class Discriminator(nn.Module):
-    """(B, 4, 16, 16) latents -> a feature (B, D) and a score (B,), which grows with what is real."""
+    """(B, 4, 16, 16) latents, (B, D) features -> (B, B): how real a picture is, and each feature its own."""
 
     def __init__(self, feature_size: int, widths: tuple[int, int] = (128, 192)):
         super().__init__()
         self.fold = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(16, widths[0], 3, padding=1))
         self.high, self.low = PlainBlock(widths[0], widths[0]), PlainBlock(*widths)
         self.read = nn.Linear(widths[1] * 4 * 4, 256)
-        self.shows, self.real = nn.Linear(256, feature_size), nn.Linear(256, 1)
-        self.belongs = nn.Linear(feature_size, 256)
+        self.real, self.belongs = nn.Linear(256, 1), nn.Linear(feature_size, 256)
 
-    def forward(self, latents: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, latents: Tensor, features: Tensor) -> Tensor:
         x = self.low(F.avg_pool2d(self.high(self.fold(latents)), 2))
         seen = _leaky(self.read(_leaky(x).flatten(1)))
-        return self.shows(seen), self.real(seen).squeeze(1) + (seen * self.belongs(features)).sum(1) / 16
+        return self.real(seen) + seen @ self.belongs(features).T / 16
 
 
 class PlainBlock(nn.Module):
@@ -84,7 +84,7 @@ def picture_features(clip: open_clip.CLIP, file: Path, count: int = BANK) -> Ten
 
 
 class LafiteRecipe:
-    """Relativistic logistic loss with both slopes, contrastive loss, distance; both networks step together.
+    """Distance, then a relativistic logistic loss with both slopes beside it; both networks step together.
 
     Args:
         vae: Stable Diffusion's. clip: frozen; its tokenizer reads captions.
@@ -148,22 +148,26 @@ class LafiteRecipe:
         features = self.generator.own(features, by_text)
         features = torch.where(by_text[:, None], features, disturbed(features))
         drawn = self.generator(torch.randn(len(real), self.generator.config.noise_size, device=device), features)
+        far = (drawn - real).square().mean((1, 2, 3))
+        if step < ALONE:
+            return {"loss": NEAR_WEIGHT * far.mean(), "near": NEAR_WEIGHT * far.mean()}
 
         calming = step % CALM_EVERY == 0
         judged = [latents.detach().requires_grad_(calming) for latents in (real, drawn)]
-        (shown, score_real), (_, score_drawn) = (self.discriminator(latents, features) for latents in judged)
-        tell, know = F.softplus(score_drawn - score_real).mean(), SHOW_WEIGHT * contrast(shown, features)
+        of_real, of_drawn = (self.discriminator(latents, features) for latents in judged)
+        score_real, score_drawn = of_real.diagonal(), of_drawn.diagonal()
+        tell = F.softplus(score_drawn - score_real).mean()
+        know = KNOW_WEIGHT * F.cross_entropy(of_real, torch.arange(len(real), device=device))
         calm = torch.zeros(())
         if calming:
-            slopes = sum(map(steepness, (score_real, score_drawn), judged))
-            calm = CALM_EVERY * CALM_WEIGHT * slopes
+            calm = CALM_EVERY * CALM_WEIGHT * sum(map(steepness, (score_real, score_drawn), judged))
 
         self.discriminator.requires_grad_(False)  # from here on the generator is taught
-        shown, score = self.discriminator(drawn, features)
+        score = self.discriminator(drawn, features).diagonal()
         self.discriminator.requires_grad_(True)
-        fool, show = F.softplus(score_real.detach() - score).mean(), SHOW_WEIGHT * contrast(shown, features)
-        near = NEAR_WEIGHT * ((drawn - real).square().mean((1, 2, 3)) * ~by_text).mean()
-        losses = {"fool": fool, "show": show, "near": near, "tell": tell, "know": know, "calm": calm}
+        fool = F.softplus(score_real.detach() - score).mean()
+        near = NEAR_WEIGHT * (far * ~by_text).mean()
+        losses = {"fool": fool, "near": near, "tell": tell, "know": know, "calm": calm}
         return {"loss": sum(losses.values())} | losses
 
     def after_step(self, step: int) -> None:
@@ -189,9 +193,3 @@ def disturbed(features: Tensor) -> Tensor:
     """(B, D) features of length 1, each moved by noise of length `DISTURBANCE` and brought back to length 1."""
     noise = F.normalize(torch.randn_like(features), dim=-1)
     return F.normalize(features + DISTURBANCE * noise, dim=-1)
-
-
-def contrast(shown: Tensor, features: Tensor) -> Tensor:
-    """Cross-entropy of telling, for each of B pictures, which of the batch's B features is its own."""
-    logits = F.normalize(shown, dim=-1) @ features.T / TEMPERATURE
-    return F.cross_entropy(logits, torch.arange(len(features), device=features.device))
