@@ -1,8 +1,8 @@
 """The runs behind Tables 3, 4, 5 and 9: two miniatures finetuned through each other, in every arm, from several seeds.
 
-    python -m dalleflamingo.cycle_study                  the whole queue, going on where it was
-    python -m dalleflamingo.cycle_study --share 0 2      every second run of it, for two processes side by side
+    python -m dalleflamingo.cycle_study        the whole queue, going on where it was
 
+The same command in a second terminal takes the runs that no other process is at, so that every core can have one.
 A run leaves `result.json` in its folder: what the captioner then says of every test picture, and how far from the real
 one each picture lies that the generator then draws. `cycle_results.py` reads them.
 """
@@ -12,11 +12,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dalleflamingo import cycle, profiles, registry
@@ -71,7 +73,9 @@ ARMS = {
         {"previous_sample": True, "unnormalised": True, "latest": 1.0},
         {"vocabulary_map": "released", "ends_kept": True},
     ),
-    "joint": Arm("all four losses at every step, half as many steps", changes={"schedule": "joint", "steps": CHOSEN.steps // 2}),
+    "joint": Arm(
+        "all four losses at every step, half as many steps", changes={"schedule": "joint", "steps": CHOSEN.steps // 2}
+    ),
     "all-timesteps": Arm("no bound on timesteps", {"latest": 1.0}),
     "soft": Arm("soft bridge", {"mode": "soft"}),
     "gumbel": Arm("bridge that samples (Gumbel)", {"mode": "gumbel"}),
@@ -171,15 +175,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Train and test what is missing of the queue."""
     parser = argparse.ArgumentParser(prog="python -m dalleflamingo.cycle_study", description=main.__doc__)
     parser.add_argument("--runs", type=Path, default=Path("build/runs/cycle"), help="default: %(default)s")
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="the Ith of N shares")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own choice")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    first, shares = options.share
+    options.runs.mkdir(parents=True, exist_ok=True)
     try:
-        for run in tqdm(queue()[first::shares], desc="cycle study", unit="run"):
-            perform(run, options.runs / run.name)
+        for run in tqdm(queue(), desc="cycle study", unit="run"):
+            with suppress(Timeout), FileLock(options.runs / f"{run.name}.lock", timeout=0):  # a process that ends lets go
+                perform(run, options.runs / run.name)
     except (ValueError, FloatingPointError, registry.RegistryError) as error:
         parser.error(str(error))
     print(f"{options.runs}: {sum(1 for _ in options.runs.glob('*/result.json'))} of {len(queue())} runs")
