@@ -12,7 +12,6 @@ are means over elements, as both stock models have them.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -171,8 +170,8 @@ class Cycle:
         """The latents of x̂: ẑ_0, or what the released code takes for it."""
         if not self.weights.previous_sample:
             return noised.estimate(predicted)
-        scheduler = copy(self.generator.pipeline.scheduler)
-        scheduler.set_timesteps(len(scheduler.alphas_cumprod))
+        own = self.generator.pipeline.scheduler
+        scheduler = type(own).from_config(own.config)  # a new one goes from t to t − 1, whatever the own was set to
         parts = zip(predicted, noised.timesteps, noised.clean, strict=True)  # `step` takes one timestep at a time
         return torch.stack([scheduler.step(answer, int(t), clean).prev_sample for answer, t, clean in parts])
 

@@ -46,7 +46,7 @@ Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Tested:
+class Examined:
     """Runs that were tested on the same n images.
 
     Attributes:
@@ -99,7 +99,7 @@ class Tested:
         return bootstrap_of_runs(statistic, len(shared), len(inside), resamples, recentred=of_set)
 
 
-def of_captions(table: pd.DataFrame, dataset: Dataset) -> Tested:
+def of_captions(table: pd.DataFrame, dataset: Dataset) -> Examined:
     """Captions by the runs of one captioner.
 
     Args:
@@ -113,10 +113,10 @@ def of_captions(table: pd.DataFrame, dataset: Dataset) -> Tested:
     def of(metric: str) -> Score:
         return lambda chosen, images: judged.metrics[metric](judged.rows[images][:, chosen].T)
 
-    return Tested(runs, judged.domain, {name: of(name) for name in judged.metrics})
+    return Examined(runs, judged.domain, {name: of(name) for name in judged.metrics})
 
 
-def of_pictures(table: pd.DataFrame, dataset: Dataset, real: torch.Tensor) -> Tested:
+def of_pictures(table: pd.DataFrame, dataset: Dataset, real: torch.Tensor) -> Examined:
     """Pictures by the runs of one generator.
 
     Args:
@@ -131,16 +131,16 @@ def of_pictures(table: pd.DataFrame, dataset: Dataset, real: torch.Tensor) -> Te
         "clip_distance": lambda chosen, images: distances[chosen][:, images].mean(axis=1),
         "fid": lambda chosen, images: np.array([fid(real[images], features[run][images]) for run in chosen]),
     }
-    return Tested(tuple(found), np.array([example.domain for example in dataset], dtype=object), scores)
+    return Examined(tuple(found), np.array([example.domain for example in dataset], dtype=object), scores)
 
 
 @dataclass(frozen=True)
 class Study:
     """Everything that was measured: captioner -> its runs on nocaps, on coco; and the pictures of their generators."""
 
-    nocaps: Mapping[str, Tested]
-    coco: Mapping[str, Tested]
-    pictures: Mapping[str, Tested]
+    nocaps: Mapping[str, Examined]
+    coco: Mapping[str, Examined]
+    pictures: Mapping[str, Examined]
 
 
 def gather(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -208,7 +208,7 @@ def claim_10(found: Study) -> list[Claim]:
             "than the start": runs.value("clip_distance", START, "cycle", out),
             "than labels only": runs.value("clip_distance", "labels", "cycle", out),
         }
-        weaker = min(nearer, key=lambda name: _strength(nearer[name]))
+        weaker = min(nearer, key=lambda name: nearer[name].value)
         apart = {name: effect for name, effect in nearer.items() if name != weaker}
         apart["labels only, than the start, out of domain"] = runs.value("clip_distance", START, "labels", out)
         apart["labels only, than the start, in domain"] = runs.value("clip_distance", START, "labels", DOMAINS[0])
@@ -224,7 +224,7 @@ def claim_11(found: Study) -> list[Claim]:
     if not all(runs.seeds(arm) for arm in (*without.values(), "cycle")):
         return []
     effects = {what: runs.value("cider", "cycle", arm) for what, arm in without.items()}
-    weaker = min(effects, key=lambda name: _strength(effects[name]))
+    weaker = min(effects, key=lambda name: effects[name].value)
     text = f"the cycle's captions beat those without {weaker}, CIDEr × 100, overall"
     apart = {f"without {what}": effect for what, effect in effects.items() if what != weaker}
     return [Claim(11, text, ALL, effects[weaker], 1, apart, seeds=runs.seeds("cycle"))]
@@ -247,11 +247,6 @@ def claim_12(found: Study) -> list[Claim]:
     }
     text = "the order of what trains BLIP is the paper's: Kendall's τ of CIDEr × 100"
     return [Claim(12, text, ALL, effect, 1, apart, seeds=runs.seeds("cycle"))]
-
-
-def _strength(effect: Interval) -> float:
-    """How far an effect lies above 0, in widths of its interval."""
-    return effect.value / (effect.high - effect.low)
 
 
 def table_3(found: Study) -> pd.DataFrame:
@@ -304,11 +299,11 @@ def table_explored(found: Study, arms: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["changed", "CIDEr × 100", "minus cycle", "F1 minus cycle"])
 
 
-def _cell(runs: Tested, metric: str, arm: str, domain: str = ALL) -> str:
+def _cell(runs: Examined, metric: str, arm: str, domain: str = ALL) -> str:
     return results.cell(runs.value(metric, arm, domain=domain), METRICS[metric][1])
 
 
-def _difference(runs: Tested, metric: str, arm: str, minus: str = START) -> str:
+def _difference(runs: Examined, metric: str, arm: str, minus: str = START) -> str:
     return results.cell(runs.value(metric, arm, minus), METRICS[metric][1], signed=True)
 
 

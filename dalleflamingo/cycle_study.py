@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.runs.mkdir(parents=True, exist_ok=True)
     try:
         for run in tqdm(queue(), desc="cycle study", unit="run"):
-            with suppress(Timeout), FileLock(options.runs / f"{run.name}.lock", timeout=0):  # a process that ends lets go
+            with suppress(Timeout), FileLock(options.runs / f"{run.name}.lock", timeout=0):
                 perform(run, options.runs / run.name)
     except (ValueError, FloatingPointError, registry.RegistryError) as error:
         parser.error(str(error))

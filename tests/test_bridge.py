@@ -101,6 +101,30 @@ def test_released_map_is_what_the_released_code_computes(small):
     torch.testing.assert_close(prompt[:, 1 : 1 + ids.shape[1]], said[:, :, pairs] @ table, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["one-to-one", "released"])
+def test_ends_cross_too_where_the_released_code_lets_them(small, kind):
+    """Everything after the prompt goes through the map, [SEP] and padding too; [EOS] stands behind, nothing else."""
+    learned = VocabularyMap.learn(WORDPIECE, CLIP, ["a dog surfs", "two giraffes"], kind)
+    bridge = Bridge(learned, small, ends_kept=True)
+    ids = WORDPIECE(["a dog surfs", "a dog"], padding=True, return_tensors="pt").input_ids[:, 1:]
+    certain = torch.nn.functional.one_hot(ids, len(WORDPIECE)).float()
+    table = small.get_input_embeddings().weight
+    crossed = (certain @ learned.matrix.to_dense()) @ table
+    begin, end = (table[id].expand(2, 1, -1) for id in (CLIP.bos_token_id, CLIP.eos_token_id))
+    expected = torch.cat([begin, crossed, end], dim=1)
+    with torch.no_grad(), embeddings_replaced(small, expected):
+        states = small(torch.zeros(expected.shape[:2], dtype=torch.long)).last_hidden_state
+        found = bridge(certain, ids)
+    assert found.shape[1] == ids.shape[1] + 2
+    torch.testing.assert_close(found, states, atol=1e-5, rtol=1e-5)
+
+
+def test_ends_are_in_no_word(small):
+    aligned = VocabularyMap.learn(WORDPIECE, CLIP, ["a dog"])
+    with pytest.raises(ValueError, match=r"\[SEP\] is in no word.*take another map"):
+        Bridge(aligned, small, ends_kept=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_begins_ends_and_is_padded_as_the_text_encoder_expects(small, kind):
     bridge = Bridge(VocabularyMap.learn(WORDPIECE, CLIP, TEXTS, kind), small)

@@ -188,6 +188,41 @@ def test_pictures_can_be_decoded_small(tmp_path):
     torch.testing.assert_close(cycle._reduced(flat), flat[..., :4, :4])
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_previous_sample_is_what_the_scheduler_makes_of_clean_latents(tmp_path, prediction_type):
+    """DDPM's mean (Ho et al. 2020, Eq. 7) with z in the place of z_t, and the variance's noise at t > 0."""
+    cycle, batch = make(tmp_path, prediction_type=prediction_type, previous_sample=True)
+    scheduler = cycle.generator.pipeline.scheduler
+    noised = cycle.noised(batch, generator(1))
+    noised = dataclasses.replace(noised, timesteps=torch.tensor([0, 400, 900]))
+    alphas, answer = scheduler.alphas_cumprod.double(), torch.randn(batch.latents.shape, dtype=torch.float64)
+    torch.manual_seed(3)
+    found = cycle._one_step(noised, answer)
+    torch.manual_seed(3)
+    for i, t in enumerate((0, 400, 900)):
+        z, a, before = batch.latents[i], alphas[t], alphas[t - 1] if t else torch.tensor(1.0).double()
+        step = a / before
+        if prediction_type == "epsilon":
+            clean = (z - (1 - a) ** 0.5 * answer[i]) / a**0.5
+        else:
+            clean = a**0.5 * z - (1 - a) ** 0.5 * answer[i]
+        clean = clean.clamp(-1, 1) if scheduler.config.clip_sample else clean
+        mean = before**0.5 * (1 - step) / (1 - a) * clean + step**0.5 * (1 - before) / (1 - a) * z
+        variance = ((1 - before) / (1 - a) * (1 - step)).clamp(min=1e-20)
+        noise = torch.randn(z.shape, dtype=torch.float64) if t else 0
+        torch.testing.assert_close(found[i], mean + variance**0.5 * noise, atol=1e-5, rtol=1e-5)
+
+
+def test_the_normalisation_can_be_left_out(tmp_path):
+    cycle, batch = make(tmp_path, unnormalised=True)
+    black = -torch.ones(1, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(as_seen(cycle.captioner, black, normalised=False), torch.zeros_like(black))
+    shown, look = [], cycle.captioner.token_logits
+    cycle.captioner.token_logits = lambda images, captions: shown.append(images) or look(images, captions)
+    cycle.from_text(batch, generator(0))
+    assert 0 <= shown[0].min() and shown[0].max() <= 1
+
+
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"image_moves": "nobody"}, "image_moves = 'nobody': choose one of both, captioner, generator"),
     ({"latest": 0.0}, "latest = 0.0: it is a share"),

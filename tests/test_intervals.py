@@ -250,3 +250,21 @@ def test_recentred_interval_of_a_biased_statistic_lies_around_its_value():
     assert moved.low < 100 < moved.high and moved.high - moved.low == pytest.approx(plain.high - plain.low)
     both = intervals.paired_bootstraps(lambda rows: np.array([different(rows)] * 2), 100, 400, recentred=[True, False])
     assert both == [moved, plain]
+
+
+def test_runs_are_drawn_anew_before_items():
+    """Var of a two-way table's mean under the pigeonhole bootstrap (Owen 2007): σ²_runs/R + σ²_items/n, about."""
+    rng = np.random.default_rng(0)
+    values = 3 * rng.standard_normal((12, 1)) + 2 * rng.standard_normal((1, 80))
+    found = intervals.bootstrap_of_runs(lambda runs, items: values[np.ix_(runs, items)].mean(), 12, 80, 4000)
+    spread = (values.mean(1).var() / 12 + values.mean(0).var() / 80) ** 0.5
+    assert found.value == pytest.approx(values.mean()) and found.n == 80
+    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(spread, rel=0.08)
+
+
+def test_of_one_run_the_interval_is_over_its_items():
+    values = np.random.default_rng(1).standard_normal(60)
+    found = intervals.bootstrap_of_runs(lambda runs, items: values[items].mean(), 1, 60)
+    assert found == intervals.paired_bootstrap(lambda items: values[items].mean(), 60)
+    with pytest.raises(ValueError, match="nothing to draw from"):
+        intervals.bootstrap_of_runs(lambda runs, items: 0.0, 0, 5)

@@ -1,0 +1,226 @@
+"""The study: its queue, a run that goes on, and what is made of the runs, on numbers whose answer is known."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+from dalleflamingo import cycle, cycle_results, cycle_show, cycle_study, profiles
+from dalleflamingo.cycle_results import BLIP, Examined
+from dalleflamingo.cycle_study import ARMS, CHOSEN, START, TABLE_9, Run, queue
+from dalleflamingo.datasets import Dataset, Example
+
+NAMES = ("caption", "image_reconstruction", "generation", "caption_reconstruction")
+
+
+def test_arms_are_the_losses_that_they_say():
+    expected = {
+        "labels": (1, 0, 1, 0), "labels-longer": (1, 0, 1, 0), "cycle": (1, 1, 1, 1), "image": (1, 1, 1, 0),
+        "text": (1, 0, 1, 1), "reconstruction": (0, 1, 0, 1),
+    }  # fmt: skip
+    for arm, weights in expected.items():
+        config = ARMS[arm].config(BLIP, 3)
+        assert tuple(getattr(config.losses, name) for name in NAMES) == weights
+        assert (config.captioner, config.seed, config.pictures) == (BLIP, 3, CHOSEN.pictures)
+        assert config.steps == (cycle_study.AS_LONG if arm == "labels-longer" else CHOSEN.steps) <= 1000
+    released = ARMS["released"].config(BLIP, 0)
+    assert released.ends_kept and released.vocabulary_map == "released" and released.losses.previous_sample
+
+
+def test_the_queue_has_every_run_once_and_whole_seeds_first():
+    runs = queue()
+    assert len({run.name for run in runs}) == len(runs)
+    counts = pd.DataFrame([vars(run) for run in runs]).groupby(["captioner", "arm"])["seed"].nunique()
+    for captioner, seeds in cycle_study.CAPTIONERS.items():
+        assert all(counts[captioner, arm] == seeds for arm in cycle_study.TABLE_3)
+    assert all(counts[BLIP, arm] == 5 for arm in TABLE_9) and counts[BLIP, "released"] == 1
+    compared = [run.seed for run in runs if run.arm in cycle_study.TABLE_3]
+    assert compared == sorted(compared)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A study of tiny models that writes two captions; returns its folder and how often models were prepared."""
+    prepared = []
+    monkeypatch.setattr(cycle, "prepare", lambda config, device: prepared.append(config) or (config, None, None))
+    monkeypatch.setattr(cycle, "train", lambda config, made, pairs, learner, folder, accelerator: None)
+    examined = {"captions": {"nocaps": {"1": "a dog"}, "coco": {"2": "a cat"}}}
+    monkeypatch.setattr(cycle_study, "examine", lambda made, folder, drawn: examined)
+    return tmp_path, prepared
+
+
+def test_a_run_that_is_done_is_not_made_again(small):
+    folder, prepared = small
+    first = cycle_study.perform(Run("cycle", BLIP, 2), folder / "a")
+    assert first["arm"] == "cycle" and prepared == [ARMS["cycle"].config(BLIP, 2)]
+    assert cycle_study.perform(Run("cycle", BLIP, 2), folder / "a") == json.loads(json.dumps(first))
+    assert len(prepared) == 1 and not list((folder / "a").glob("*.part"))
+
+
+def test_what_another_process_is_at_is_left_to_it(small, monkeypatch, capsys):
+    folder, prepared = small
+    monkeypatch.setattr(cycle_study, "queue", lambda: [Run("cycle", BLIP, 0), Run("cycle", BLIP, 1)])
+    with FileLock(folder / "blip-cycle-0.lock"):
+        assert cycle_study.main(["--runs", str(folder)]) == 0
+    assert [config.seed for config in prepared] == [1] and "1 of 2 runs" in capsys.readouterr().out
+    assert cycle_study.main(["--runs", str(folder)]) == 0
+    assert [config.seed for config in prepared] == [1, 0]
+
+
+# ── what is made of the runs ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def examined_runs(values: dict[tuple[str, int], np.ndarray], metric: str = "cider") -> Examined:
+    """Runs with a value for each of 60 images, whose metric is their mean."""
+    table = np.stack(list(values.values()))
+    domain = np.array(["in-domain", "near-domain", "out-domain"] * 20, dtype=object)
+    return Examined(tuple(values), domain, {metric: lambda runs, images: table[runs][:, images].mean(axis=1)})
+
+
+def arms(levels: dict[str, float], seeds: int = 3, noise: float = 0.01) -> Examined:
+    rng, images = np.random.default_rng(0), np.random.default_rng(1).standard_normal(60)
+    runs = {(START, 0): images + levels[START]}
+    for arm, level in levels.items():
+        for seed in range(seeds * (arm != START)):
+            runs[arm, seed] = images + level + noise * rng.standard_normal(60)
+    return examined_runs(runs)
+
+
+def test_differences_are_paired_by_seed_and_picture():
+    runs = arms({START: 0.0, "cycle": 1.0, "labels": 0.5})
+    alone, apart = runs.value("cider", "cycle"), runs.value("cider", "cycle", "labels")
+    assert apart.value == pytest.approx(0.5, abs=0.01) and apart.high - apart.low < 0.05 < alone.high - alone.low
+    assert runs.value("cider", "cycle", START).value == pytest.approx(1.0, abs=0.01)
+    per_seed = {seed: 10.0 * seed for seed in range(3)}
+    shifted = {("cycle", s): np.full(60, level) for s, level in per_seed.items()}
+    shifted |= {("labels", s): np.full(60, level - 2) for s, level in per_seed.items()}
+    paired = examined_runs(shifted).value("cider", "cycle", "labels")
+    assert (paired.low, paired.high) == pytest.approx((2, 2))
+
+
+def test_a_domain_is_its_own_pictures_and_seeds_that_one_arm_lacks_are_left_out():
+    values = np.array([0.0, 5.0, 9.0] * 20)
+    runs = examined_runs({("cycle", 0): values, ("cycle", 1): values + 7, ("labels", 0): values - 1})
+    out = runs.value("cider", "cycle", domain="out-domain")
+    assert (out.value, out.n) == (pytest.approx(9 + 3.5), 20)
+    assert runs.value("cider", "cycle", "labels").value == pytest.approx(1)
+    assert runs.seeds("cycle") == [0, 1] and runs.seeds("text") == []
+
+
+def found(levels: dict[str, float]) -> cycle_results.Study:
+    runs = arms(levels)
+    pictures = Examined(runs.runs, runs.domain, {name: runs.scores["cider"] for name in ("clip_distance", "fid")})
+    return cycle_results.Study({BLIP: runs}, {BLIP: runs}, {BLIP: pictures})
+
+
+PAPER = dict(zip(TABLE_9, (111.8, 110.9, 110.2, 109.7, 102.3), strict=True)) | {START: 108.0, "labels-longer": 109.0}
+
+
+def test_the_claims_hold_of_the_papers_own_order_and_not_of_its_reverse():
+    study = found(PAPER)
+    nine, eleven, twelve = (one(study)[0] for one in (cycle_results.claim_9, cycle_results.claim_11,
+                                                      cycle_results.claim_12))  # fmt: skip
+    assert (nine.verdict, eleven.verdict, twelve.verdict) == ("holds",) * 3
+    assert nine.effect.value == pytest.approx(3.8, abs=0.01) and nine.seeds == [0, 1, 2]
+    assert eleven.effect.value == pytest.approx(2.1, abs=0.01) and "without the reconstruction losses" in eleven.text
+    assert twelve.effect.value == pytest.approx(1) and len(twelve.apart) == 4
+    other = found({arm: -level for arm, level in PAPER.items()})
+    assert {one(other)[0].verdict for one in (cycle_results.claim_9, cycle_results.claim_11,
+                                              cycle_results.claim_12)} == {"does not hold"}  # fmt: skip
+
+
+def test_pictures_are_better_where_they_lie_nearer():
+    [claim] = cycle_results.claim_10(found({START: 40.4, "labels": 40.8, "cycle": 39.8}))
+    assert claim.verdict == "holds" and claim.effect.value == pytest.approx(0.6, abs=0.01)  # the start is the rival
+    assert "than the start" in claim.text and claim.effect.n == 20
+    [claim] = cycle_results.claim_10(found({START: 40.4, "labels": 39.5, "cycle": 39.8}))
+    assert claim.verdict == "does not hold" and "than labels only" in claim.text
+
+
+def test_captions_are_judged_run_by_run(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = ["a red bird on a boat", "two cats by a house", "a green tree at night", "a blue kite in the snow"]
+    dataset = Dataset("some", tuple(Example(i, tmp_path, (texts[i % 4], texts[i % 4] + " today")) for i in range(12)))
+    rows = []
+    for arm, seed, right in (("cycle", 0, 1.0), ("cycle", 1, 0.5), (START, 0, 0.0)):
+        for example in dataset:
+            said = example.references[0] if rng.random() < right else "nothing of the kind"
+            rows.append({"arm": arm, "seed": seed, "image_id": example.image_id, "caption": said})
+    runs = cycle_results.of_captions(pd.DataFrame(rows).sample(frac=1, random_state=0), dataset)
+    assert runs.value("cider", "cycle").value > 100 > 20 > runs.value("cider", START).value
+    worse = [row for row in rows if row["seed"] == 1]
+    alone = cycle_results.of_captions(pd.DataFrame(worse), dataset).value("cider", "cycle").value
+    best = cycle_results.of_captions(pd.DataFrame(rows[:12]), dataset).value("cider", "cycle").value
+    assert runs.value("cider", "cycle").value == pytest.approx((alone + best) / 2)
+
+
+def test_pictures_are_judged_run_by_run(tmp_path):
+    dataset = Dataset("some", tuple(Example(i, tmp_path, ("a",)) for i in range(200)))
+    features = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    rows = [
+        {"arm": "cycle", "seed": seed, "image_id": i, "clip_distance": 10.0 * seed + i, "features": moved.tolist()}
+        for seed, shift in ((0, 0.0), (1, 3.0))
+        for i, moved in reversed(list(enumerate(features + torch.tensor([shift, 0.0]))))
+    ]
+    runs = cycle_results.of_pictures(pd.DataFrame(rows), dataset, features)
+    assert runs.value("clip_distance", "cycle").value == pytest.approx(99.5 + 5)
+    assert runs.value("fid", "cycle").value == pytest.approx(9 / 2, abs=1e-3)  # the squared distance of the means
+
+
+def test_tables_have_a_row_an_arm_and_the_papers_figures():
+    study = found(PAPER)
+    first = cycle_results.table_9(cycle_results.Study(_with_f1(study.nocaps), study.coco, study.pictures))
+    assert first["the paper"].tolist() == ["111.8", "110.9", "110.2", "109.7", "102.3"]
+    assert first["CIDEr × 100"].str.startswith("11").tolist() == [True, True, True, False, False]
+    fourth = cycle_results.table_4(study)
+    assert fourth["trained by"].tolist()[:2] == ["start", ARMS["labels"].what]
+
+
+def _with_f1(runs):
+    return {who: Examined(one.runs, one.domain, one.scores | {"f1": one.scores["cider"]}) for who, one in runs.items()}
+
+
+# ── figures, settings ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_arrow_for_every_gradient_that_is_there():
+    norms = {"caption": {"captioner": 0.5, "generator": 0.0}, "generation": {"captioner": 0.0, "generator": 2.0}}
+    figure = cycle_show.gradient_flow(norms)
+    [axes] = figure.axes
+    arrows = [text for text in axes.texts if getattr(text, "arrow_patch", None)]
+    assert len(arrows) == 2
+    assert {"0.5", "2", "captioner", "generator"} <= {text.get_text() for text in axes.texts}
+
+
+def test_every_loss_has_a_panel_and_a_running_mean():
+    log = [{"step": i, "caption" if i % 2 else "generation": float(i)} for i in range(8)]
+    figure = cycle_show.curves(log, smooth=2)
+    assert [axes.get_xlabel() for axes in figure.axes] == ["step", "step"]
+    rows, mean = (line.get_ydata() for line in figure.axes[0].lines)
+    assert list(rows) == [1, 3, 5, 7] and list(mean) == [1, 2, 4, 6]
+
+
+def test_captions_stand_before_and_after(tmp_path):
+    [picture] = tiny.pictures(1)
+    picture.save(tmp_path / "0.png")
+    dataset = Dataset("some", (Example(0, tmp_path / "0.png", ("a",)),))
+    table = pd.DataFrame([("start", 0, "a dog"), ("cycle", 0, "a cat")], columns=["arm", "image_id", "caption"])
+    figure = cycle_show.before_and_after(table, dataset, [0], {"start": "before", "cycle": "after"})
+    assert isinstance(figure, Figure)
+    assert ["before: a dog", "after: a cat"] == [text.get_text() for text in figure.texts][1:3]
+
+
+@pytest.mark.parametrize("name", profiles.PROFILES)
+def test_live_settings_fit_the_profile(name):
+    profile = profiles.PROFILES[name]
+    config = cycle.settings(profile)
+    named = profile.captioner, profile.generator, profile.cycle_steps
+    assert (config.captioner, config.generator, config.steps) == named
+    real = not profile.generator.startswith("miniature/")
+    assert config.checkpointing == real and config.losses.decoded_size == (256 if real else None)
+    assert config.batch_size == 8
