@@ -110,13 +110,15 @@ class Run:
 
 
 def queue() -> list[Run]:
-    """Every run, the first seeds of all that is compared before the next."""
+    """Every run; two seeds of all that is compared, then what is explored, then the other seeds."""
     runs = [Run(START, captioner) for captioner in CAPTIONERS]
     for seed in range(max(CAPTIONERS.values())):
         for captioner in (name for name, seeds in CAPTIONERS.items() if seed < seeds):
             arms = dict.fromkeys(TABLE_3 + TABLE_9) if captioner == FIRST else TABLE_3
             runs += [Run(arm, captioner, seed) for arm in arms]
-    return runs + [Run(arm, FIRST) for arm in EXPLORED]
+        if seed == 1:
+            runs += [Run(arm, FIRST) for arm in EXPLORED]
+    return runs
 
 
 def perform(run: Run, folder: Path) -> dict:

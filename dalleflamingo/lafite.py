@@ -23,6 +23,9 @@ from dalleflamingo.text_similarity import ClipText
 from dalleflamingo.weights import check_weights
 
 
+STARTS = 32  # channels of the first map, at 4 × 4 places
+
+
 class StyledBlock(nn.Module):
     """Two 3 × 3 convolutions beside a shortcut; a style scales and shifts what goes into each, normalised before.
 
@@ -51,7 +54,7 @@ class Lafite(ModelMixin, ConfigMixin):
 
     Args:
         feature_size: of CLIP's embeddings. noise_size, style_size: of what the mapping reads beside and writes.
-        width: channels at 4 and 8 places a side, from which 16 × 16 latents are unfolded (Shi et al. 2016).
+        width: channels at 8 × 8 places, from which 16 × 16 latents are unfolded (Shi et al. 2016).
         latent_channels: of the autoencoder.
         clip, autoencoder: what it was trained with, names in the registry; the second's folder `vae` is meant.
     """
@@ -72,9 +75,11 @@ class Lafite(ModelMixin, ConfigMixin):
         self.register_buffer("common", torch.zeros(2, feature_size))  # of pictures, of captions
         read = feature_size + noise_size
         self.mapping = nn.Sequential(nn.Linear(read, 256), nn.SiLU(), nn.Linear(256, style_size), nn.SiLU())
-        self.start = nn.Linear(read, width * 4 * 4)
-        self.low = StyledBlock(width, style_size)
-        self.high = nn.ModuleList(StyledBlock(width, style_size) for _ in range(2))
+        self.start = nn.Sequential(  # what stands where is no linear function of a feature
+            nn.Linear(read, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU(), nn.Linear(512, STARTS * 4 * 4)
+        )
+        self.widen = nn.Conv2d(STARTS, width, 3, padding=1)
+        self.blocks = nn.ModuleList(StyledBlock(width, style_size) for _ in range(2))
         self.norm = nn.GroupNorm(8, width)
         self.to_latents = nn.Conv2d(width, 4 * latent_channels, 3, padding=1)
 
@@ -88,9 +93,8 @@ class Lafite(ModelMixin, ConfigMixin):
         features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5  # of the size of the noise
         read = torch.cat([noise, features], dim=-1)
         style = self.mapping(read)
-        x = self.low(self.start(read).view(len(noise), -1, 4, 4), style)
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-        for block in self.high:
+        x = self.widen(F.interpolate(self.start(read).view(len(noise), -1, 4, 4), scale_factor=2, mode="nearest"))
+        for block in self.blocks:
             x = block(x, style)
         return F.pixel_shuffle(self.to_latents(F.silu(self.norm(x))), 2)
 

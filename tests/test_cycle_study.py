@@ -32,7 +32,7 @@ def test_arms_are_the_losses_that_they_say():
     assert released.ends_kept and released.vocabulary_map == "released" and released.losses.previous_sample
 
 
-def test_the_queue_has_every_run_once_and_whole_seeds_first():
+def test_the_queue_has_every_run_once_and_one_seed_after_another():
     runs = queue()
     assert len({run.name for run in runs}) == len(runs)
     counts = pd.DataFrame([vars(run) for run in runs]).groupby(["captioner", "arm"])["seed"].nunique()
