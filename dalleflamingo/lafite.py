@@ -22,7 +22,6 @@ from dalleflamingo.generator import draw_once
 from dalleflamingo.text_similarity import ClipText
 from dalleflamingo.weights import check_weights
 
-
 STARTS = 32  # channels of the first map, at 4 × 4 places
 
 

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dalleflamingo import profiles, registry, results, show
 from dalleflamingo.captioner import Captioner, Nucleus
 from dalleflamingo.datasets import Dataset, read_coco, read_results, write_results
+from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.intervals import Interval, derive_seed, mean_interval, paired_bootstraps
 from dalleflamingo.metrics import Cider
 from dalleflamingo.picks import (
@@ -39,7 +40,8 @@ from dalleflamingo.picks import (
     judge_captions,
     similarities,
 )
-from dalleflamingo.reconstruct import load_captioner
+from dalleflamingo.picture_picks import Judges, judge_pictures
+from dalleflamingo.reconstruct import load_captioner, load_models, load_text_similarities, text_image_text
 from dalleflamingo.reproduce import RANKED, Claim
 from dalleflamingo.subwords import clip_vocabulary, pieces, same_pieces, wordpiece_vocabulary
 
@@ -162,6 +164,21 @@ def _grown(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     return growth(table, numbers, [metric for metric in metrics if metric in table and metric != "bleu4"])
 
 
+def many_pictures(run_folder: Path, images: int = 200, pictures: int = 25) -> pd.DataFrame:
+    """Finding II with more pictures of fewer captions, as `picks.growth`; a run that was interrupted goes on."""
+    profile = profiles.current()
+    everything = registry.dataset(profile.dataset)
+    dataset = everything.subset(images)
+    captioner, generator, (clip, dino) = load_models(profile)
+    corpus = {example.image_id: example.references for example in everything}
+    table = text_image_text(
+        dataset, captioner, generator, load_text_similarities(profile, corpus), run_folder, candidates=pictures,
+        steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size,
+    )  # fmt: skip
+    judges = Judges(clip, dino, FeatureExtractor.of(profile.inception, profile.device))
+    return _grown(judge_pictures(table, dataset, run_folder, judges).table, OF_PICTURES)
+
+
 def _captions(dataset: Dataset) -> list[str]:
     return [caption for example in dataset for caption in example.references]
 
@@ -171,25 +188,29 @@ def write(
     by_p: pd.DataFrame,
     grown: pd.DataFrame,
     pictures: pd.DataFrame,
+    many: pd.DataFrame,
     pairs: pd.DataFrame,
     claims: Sequence[Claim],
     table: pd.DataFrame,
 ) -> None:
-    """results/nucleus.csv, growth.csv, similarities.csv, studies.md, their claims; their three figures.
+    """results/nucleus.csv, growth.csv, growth-many.csv, similarities.csv, studies.md, their claims; four figures.
 
     Args:
         by_p, pairs: of `cider_by_p` and `compared`. grown, pictures: of `picks.growth`, for Finding I and Finding II.
+        many: of `many_pictures`.
         table: Finding I's, as `results.load` returns it.
     """
     folder, figures = docs / "results", docs / "figures"
     by_p.round(5).to_csv(folder / "nucleus.csv", index=False)
     pd.concat([grown, pictures]).round(5).to_csv(folder / "growth.csv", index=False)
+    many.round(5).to_csv(folder / "growth-many.csv", index=False)
     pairs.round(5).to_csv(folder / "similarities.csv", index=False)
     show.write_png(nucleus_figure(by_p), figures / "nucleus.png")
     show.write_png(growth_figure(grown, "cider"), figures / "growth_cider.png")
     show.write_png(growth_figure(pictures, "clip_distance"), figures / "growth_clip_distance.png")
+    show.write_png(growth_figure(many, "clip_distance"), figures / "growth_many.png")
     results.scoreboard(folder / "claims.json", claims, results.Settings.of(table))
-    text = page(by_p, grown, pictures, pairs, claims, table.attrs)
+    text = page(by_p, grown, pictures, many, pairs, claims, table.attrs)
     (folder / "studies.md").write_text(text, encoding="utf-8")
 
 
@@ -216,6 +237,7 @@ def page(
     by_p: pd.DataFrame,
     grown: pd.DataFrame,
     pictures: pd.DataFrame,
+    many: pd.DataFrame,
     pairs: pd.DataFrame,
     claims: Sequence[Claim],
     settings: dict,
@@ -254,6 +276,9 @@ def page(
         f"Pictures, {results.METRICS['clip_distance'].label}, lower is better, n = {pictures['n'].max()}:",
         _growth_table(pictures, "clip_distance"),
         "![CLIP distance against the number of pictures](../figures/growth_clip_distance.png)",
+        f"More pictures of fewer captions, n = {many['n'].max()}:",
+        _growth_table(many, "clip_distance"),
+        "![CLIP distance against the number of pictures, up to 25](../figures/growth_many.png)",
         "## Which similarity ranks best",
         f"The score of the caption that one ranks first of {RANKED}, minus that of the caption that the other does.",
         results.table(["", "", "difference"], differences),
@@ -284,8 +309,9 @@ def main(arguments: list[str] | None = None) -> int:
     by_p = cider_by_p(swept, dataset, NUCLEUS)
     grown = _grown(judged.table, OF_CAPTIONS)
     pictures = _grown(results.load("finding-2", options.docs / "results")[0], OF_PICTURES)
+    many = many_pictures(options.folder.parent / "finding-2-many")
     claims = claim_5(by_p) + claim_7(judged.table, grown) + _cut_alike()
-    write(options.docs, by_p, grown, pictures, compared(judged.first(RANKED)), claims, table)
+    write(options.docs, by_p, grown, pictures, many, compared(judged.first(RANKED)), claims, table)
     for claim in claims:
         print(f"Claim {claim.number}, {claim.ranked_by}: {claim.verdict}; {claim.text}: {claim.effect}")
     return 0

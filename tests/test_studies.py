@@ -134,14 +134,25 @@ def test_the_page_names_its_settings_and_its_verdicts(judged, tmp_path):
     table = pd.DataFrame()
     table.attrs = settings
     pairs = studies.compared(judged, resamples=20)
-    studies.write(tmp_path, by_p, grown, pictures, pairs, studies.claim_5(by_p), table)
+    studies.write(tmp_path, by_p, grown, pictures, pictures.assign(n=200), pairs, studies.claim_5(by_p), table)
     page = (tmp_path / "results/studies.md").read_text(encoding="utf-8")
     assert "Claim 5: **holds**" in page and "| 0.9 |" in page and "| 4 |" in page and "| CLIP − DINO |" in page
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert drawn == {"nucleus.png", "growth_cider.png", "growth_clip_distance.png"}
+    assert drawn == {"nucleus.png", "growth_cider.png", "growth_clip_distance.png", "growth_many.png"}
     cells = [f"{row.value:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in pictures.itertuples() if "of 3" in row.pick]
-    assert f"| 3 | {' | '.join(cells)} |" in page
+    assert page.count(f"| 3 | {' | '.join(cells)} |") == 2 and "captions, n = 200:" in page
     assert len(pd.read_csv(tmp_path / "results/nucleus.csv")) == 10
+
+
+def test_more_pictures_are_drawn_of_fewer_captions(tmp_path, monkeypatch):
+    monkeypatch.setenv("DALLEFLAMINGO_PROFILE", "smoke")
+    grown = studies.many_pictures(tmp_path, images=3, pictures=2)
+    table = pd.read_parquet(tmp_path / "candidates.parquet")
+    assert table.groupby("image_id")["candidate"].apply(list).tolist() == [[0, 1]] * 3
+    rows = grown[grown["metric"] == "clip_distance"].set_index("pick")
+    assert rows.loc["random of 1", "value"] == rows.loc["random of 2", "value"] and rows["n"].eq(3).all()
+    again = studies.many_pictures(tmp_path, images=3, pictures=2)  # nothing is drawn again
+    pd.testing.assert_frame_equal(again, grown)
 
 
 def test_claim_13_counts_the_captions_that_both_cut_alike(tmp_path):
