@@ -21,7 +21,7 @@ import torch
 from scipy.stats import kendalltau
 
 from dalleflamingo import profiles, registry, results
-from dalleflamingo.cycle_study import ARMS, CHOSEN, DEVIATIONS, MODES, START, TABLE_3, TABLE_9, tested
+from dalleflamingo.cycle_study import ARMS, CHOSEN, DEVIATIONS, MODES, START, TABLE_3, TABLE_9, chosen_on, tested
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.image_metrics import fid
@@ -173,14 +173,38 @@ def study(captions: pd.DataFrame, pictures: pd.DataFrame) -> Study:
         for corpus, dataset in datasets.items()
     }
     nocaps = datasets["nocaps"]
-    inception = FeatureExtractor.of(profiles.current().inception)
-    real = inception.look([nocaps.open(example) for example in nocaps]).features
+    real = _real(nocaps)
     alike = pictures[(pictures["captioner"] == BLIP) & pictures["arm"].isin((START, *TABLE_3[:2]))]
     others = pictures[pictures["captioner"] != BLIP]
     drawn = {BLIP: of_pictures(pictures[pictures["captioner"] == BLIP], nocaps, real)}
     for captioner, part in others.groupby("captioner"):
         drawn[captioner] = of_pictures(pd.concat([alike, part]), nocaps, real)  # labels teach the generator alike
     return Study(said["nocaps"], said["coco"], drawn)
+
+
+def trials_page(runs: Path) -> str:
+    """What was tried before the study, on pictures that the test has not, in Markdown."""
+    captions, pictures = gather(runs)
+    datasets = chosen_on()
+    said = {name: of_captions(captions[captions["corpus"] == name], dataset) for name, dataset in datasets.items()}
+    drawn = of_pictures(pictures, datasets["nocaps"], _real(datasets["nocaps"]))
+    rows = []
+    for arm, _ in said["nocaps"].runs:
+        rows.append([arm, _cell(said["nocaps"], "cider", arm), _cell(said["nocaps"], "f1", arm),
+                     _cell(said["coco"], "cider", arm), _cell(drawn, "clip_distance", arm),
+                     _cell(drawn, "fid", arm)])  # fmt: skip
+    return "\n\n".join([
+        "# What was tried",
+        "One seed, 600 steps, three hundred pictures each of nocaps-dev and of coco's val split, none of them in "
+        f"the test. Made by `python -m dalleflamingo.cycle_study --trials` at commit `{results.current_commit()}`.",
+        results.table(["", "CIDEr × 100", "F1", "CIDEr × 100, coco", "CLIP distance × 100 ↓", "FID ↓"], rows),
+    ]) + "\n"  # fmt: skip
+
+
+def _real(dataset: Dataset) -> torch.Tensor:
+    """(n, D) features of a data set's own pictures."""
+    inception = FeatureExtractor.of(profiles.current().inception)
+    return inception.look([dataset.open(example) for example in dataset]).features
 
 
 def claim_9(found: Study) -> list[Claim]:
@@ -326,7 +350,7 @@ def page(found: Study, claims: Sequence[Claim], command: str) -> str:
         "drawn anew, then pictures; differences are paired by both. Three hundred pictures of nocaps, as many of coco.",
         f"Settings: {CHOSEN.pictures} labelled pictures of coco, {CHOSEN.steps} steps of {CHOSEN.batch_size} pairs, "
         f"{CHOSEN.schedule}, learning rate {CHOSEN.learning_rate:g}, (4) below {losses.latest:.0%} of the timesteps; "
-        "chosen on other pictures of the same sort (nocaps-dev, coco val).",
+        "chosen on other pictures of the same sort: [what was tried](cycle-trials.md).",
         "\n".join(lines),
         "## Captions (Table 3): CIDEr × 100",
         _markdown(table_3(found)),
@@ -368,6 +392,8 @@ def main(arguments: list[str] | None = None) -> int:
     where = SimpleNamespace(profile=profile.name, dataset=profile.dataset, seed=0)
     results.scoreboard(folder / "claims.json", claims, where)
     (folder / "cycle.md").write_text(page(found, claims, "python -m dalleflamingo.cycle_results"), encoding="utf-8")
+    if (options.runs / "trials").is_dir():
+        (folder / "cycle-trials.md").write_text(trials_page(options.runs / "trials"), encoding="utf-8")
     for claim in claims:
         print(f"Claim {claim.number}: {claim.verdict}; {claim.text}: {claim.effect}")
     return 0

@@ -30,7 +30,7 @@ from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.reconstruct import load_models
 
 TESTED = 300  # pictures of nocaps, a hundred of each domain, and of coco's test split
-# Settings were chosen on nocaps-dev and coco's val split: see docs/results/cycle.md.
+# Of what was tried on other pictures (`trials`) the setting where labels are so few that they alone do harm.
 CHOSEN = CycleConfig(pictures=100, learning_rate=3e-4, steps=450, losses=Losses(latest=0.4))
 AS_LONG = 980  # steps from labels only in the time that CHOSEN's steps take, on a CPU
 START = "start"
@@ -102,6 +102,13 @@ class Run:
         return f"{self.captioner.rpartition('/')[2]}-{self.arm}" + f"-{self.seed}" * (self.arm != START)
 
     @property
+    def config(self) -> CycleConfig:
+        """Of an arm of `ARMS`."""
+        if self.arm == START:
+            return CycleConfig(captioner=self.captioner)
+        return ARMS[self.arm].config(self.captioner, self.seed)
+
+    @property
     def drawn(self) -> bool:
         """Is the generator judged? Table 4 has BLIP-2's not; what labels alone teach it, no captioner changes."""
         if self.captioner == FIRST:
@@ -121,17 +128,35 @@ def queue() -> list[Run]:
     return runs
 
 
-def perform(run: Run, folder: Path) -> dict:
-    """Train, going on where the folder's run was, test, and write `result.json`; what is there is not made again."""
+def trials() -> dict[Run, CycleConfig]:
+    """What was tried from one seed on the pictures of `chosen_on`; `CHOSEN` came of it."""
+    found = {Run(START, FIRST): CycleConfig(captioner=FIRST)}
+    for pictures, rate in ((100, 3e-4), (2000, 3e-4), (2000, 1e-3)):
+        for arm in ("labels", "cycle"):
+            config = replace(ARMS[arm].config(FIRST, 0), pictures=pictures, learning_rate=rate, steps=600)
+            found[Run(f"{arm}, {pictures} pictures, {rate:g}", FIRST)] = config
+    for changes in ({"caption_reconstruction": 0.1}, {"image_reconstruction": 5.0}, {"mode": "soft"}, {"latest": 1.0}):
+        name = ", ".join(f"{field} {value}" for field, value in changes.items())
+        found[Run(f"cycle, {pictures} pictures, {rate:g}, {name}", FIRST)] = replace(
+            config, losses=replace(config.losses, **changes)
+        )
+    return found
+
+
+def perform(run: Run, config: CycleConfig, folder: Path, pictures: Mapping[str, Dataset], drawn: bool) -> dict:
+    """Train, going on where the folder's run was, test, and write `result.json`; what is there is not made again.
+
+    Args:
+        pictures: as of `tested`. drawn: the generator is judged, too.
+    """
     result = folder / "result.json"
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))
-    config = ARMS[run.arm].config(run.captioner, run.seed) if run.arm != START else CycleConfig(captioner=run.captioner)
     made, pairs, learner = cycle.prepare(config, torch.device(profiles.current().device))
     if run.arm != START:
         cycle.train(config, made, pairs, learner, folder, Accelerator())
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"arm": run.arm, "captioner": run.captioner, "seed": run.seed} | examine(made, folder, run.drawn)
+    found = {"arm": run.arm, "captioner": run.captioner, "seed": run.seed} | examine(made, folder, pictures, drawn)
     part = result.with_suffix(".part")
     part.write_text(json.dumps(found) + "\n", encoding="utf-8")
     os.replace(part, result)
@@ -146,26 +171,31 @@ def tested() -> dict[str, Dataset]:
     return {"nocaps": nocaps.only(ids), "coco": coco.subset(TESTED)}
 
 
+def chosen_on() -> dict[str, Dataset]:
+    """As many other pictures, on which settings are chosen, under the same names."""
+    return {"nocaps": registry.dataset("miniature/nocaps-dev"), "coco": registry.dataset("miniature/coco", "val")}
+
+
 @torch.no_grad()
-def examine(made: Cycle, folder: Path, drawn: bool) -> dict:
-    """What two models do on the test's pictures.
+def examine(made: Cycle, folder: Path, pictures: Mapping[str, Dataset], drawn: bool) -> dict:
+    """What two models do on pictures, of nocaps and of coco.
 
     Returns:
         captions: corpus -> image id -> caption. If `drawn`, pictures: lists of image_id, clip_distance, × 100, and
         features, of the Inception; they are those of nocaps, and the pictures themselves lie in the folder.
     """
-    captions = {name: describe(made.captioner, dataset) for name, dataset in tested().items()}
+    captions = {name: describe(made.captioner, dataset) for name, dataset in pictures.items()}
     if not drawn:
         return {"captions": captions}
-    profile, dataset = profiles.current(), tested()["nocaps"]
+    profile, dataset = profiles.current(), pictures["nocaps"]
     examples = list(dataset)
-    pictures = draw(made.generator, examples, profile.steps, profile.guidance_scale)
+    drawings = draw(made.generator, examples, profile.steps, profile.guidance_scale)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    for example, picture in zip(examples, pictures, strict=True):
-        picture.save(folder / f"pictures/{example.image_id}.png")
+    for example, drawing in zip(examples, drawings, strict=True):
+        drawing.save(folder / f"pictures/{example.image_id}.png")
     _, _, (clip, _) = load_models(profile)
-    looks = FeatureExtractor.of(profile.inception, profile.device).look(pictures)
-    likeness = clip.compare([dataset.open(example) for example in examples], [[picture] for picture in pictures])
+    looks = FeatureExtractor.of(profile.inception, profile.device).look(drawings)
+    likeness = clip.compare([dataset.open(example) for example in examples], [[drawing] for drawing in drawings])
     return {"captions": captions, "pictures": {
         "image_id": [example.image_id for example in examples],
         "clip_distance": (100 * (1 - likeness[:, 0].double())).tolist(),
@@ -177,18 +207,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Train and test what is missing of the queue."""
     parser = argparse.ArgumentParser(prog="python -m dalleflamingo.cycle_study", description=main.__doc__)
     parser.add_argument("--runs", type=Path, default=Path("build/runs/cycle"), help="default: %(default)s")
+    parser.add_argument("--trials", action="store_true", help="what the settings were chosen from instead")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own choice")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.runs.mkdir(parents=True, exist_ok=True)
+    wanted = trials() if options.trials else {run: run.config for run in queue()}
+    folder = options.runs / "trials" if options.trials else options.runs
+    pictures = chosen_on() if options.trials else tested()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        for run in tqdm(queue(), desc="cycle study", unit="run"):
-            with suppress(Timeout), FileLock(options.runs / f"{run.name}.lock", timeout=0):
-                perform(run, options.runs / run.name)
+        for run, config in tqdm(wanted.items(), desc="cycle study", unit="run"):
+            with suppress(Timeout), FileLock(folder / f"{run.name}.lock", timeout=0):
+                perform(run, config, folder / run.name, pictures, options.trials or run.drawn)
     except (ValueError, FloatingPointError, registry.RegistryError) as error:
         parser.error(str(error))
-    print(f"{options.runs}: {sum(1 for _ in options.runs.glob('*/result.json'))} of {len(queue())} runs")
+    print(f"{folder}: {sum(1 for _ in folder.glob('*/result.json'))} of {len(wanted)} runs")
     return 0
 
 

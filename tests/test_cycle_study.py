@@ -50,15 +50,17 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(cycle, "prepare", lambda config, device: prepared.append(config) or (config, None, None))
     monkeypatch.setattr(cycle, "train", lambda config, made, pairs, learner, folder, accelerator: None)
     examined = {"captions": {"nocaps": {"1": "a dog"}, "coco": {"2": "a cat"}}}
-    monkeypatch.setattr(cycle_study, "examine", lambda made, folder, drawn: examined)
+    monkeypatch.setattr(cycle_study, "examine", lambda made, folder, pictures, drawn: examined)
+    monkeypatch.setattr(cycle_study, "tested", dict)
     return tmp_path, prepared
 
 
 def test_a_run_that_is_done_is_not_made_again(small):
     folder, prepared = small
-    first = cycle_study.perform(Run("cycle", BLIP, 2), folder / "a")
+    run = Run("cycle", BLIP, 2)
+    first = cycle_study.perform(run, run.config, folder / "a", {}, False)
     assert first["arm"] == "cycle" and prepared == [ARMS["cycle"].config(BLIP, 2)]
-    assert cycle_study.perform(Run("cycle", BLIP, 2), folder / "a") == json.loads(json.dumps(first))
+    assert cycle_study.perform(run, run.config, folder / "a", {}, False) == json.loads(json.dumps(first))
     assert len(prepared) == 1 and not list((folder / "a").glob("*.part"))
 
 
@@ -70,6 +72,18 @@ def test_what_another_process_is_at_is_left_to_it(small, monkeypatch, capsys):
     assert [config.seed for config in prepared] == [1] and "1 of 2 runs" in capsys.readouterr().out
     assert cycle_study.main(["--runs", str(folder)]) == 0
     assert [config.seed for config in prepared] == [1, 0]
+
+
+def test_settings_are_chosen_on_pictures_that_the_test_has_not():
+    test, other = cycle_study.tested(), cycle_study.chosen_on()
+    for corpus in test:
+        ids = [{example.image_id for example in part[corpus]} for part in (test, other)]
+        assert len(ids[0]) == len(ids[1]) == cycle_study.TESTED and not ids[0] & ids[1]
+    assert {name: len(part) for name, part in test["nocaps"].by_domain().items()} == dict.fromkeys(
+        ("in-domain", "near-domain", "out-domain"), 100)  # fmt: skip
+    tried = cycle_study.trials()
+    assert len(tried) == 11 and len({run.name for run in tried}) == 11
+    assert {config.losses.latest for run, config in tried.items() if run.arm != START} == {0.4, 1.0}
 
 
 # ── what is made of the runs ─────────────────────────────────────────────────────────────────────────────────────────
