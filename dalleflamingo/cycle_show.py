@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL.Image import Image
 
 from dalleflamingo import tiles
 from dalleflamingo.cycle_losses import NAMES
@@ -99,6 +100,19 @@ def before_and_after(
         drawn.append(Tile(dataset.open(examples[image_id]), first, remarks))
     note = "What is said of pictures that no model has seen in training; people's words are in the data set."
     return tiles.lay_out([drawn[start : start + 4] for start in range(0, len(drawn), 4)], note)
+
+
+def drawn_by(pictures: Mapping[str, Sequence[Image]], prompts: Sequence[str]) -> Figure:
+    """What several generators draw of the same captions, a row each.
+
+    Args:
+        pictures: name -> a picture for each of the prompts, which stand below the last row.
+    """
+    rows, names = [], list(pictures)
+    for name in names:
+        texts = prompts if name == names[-1] else [""] * len(prompts)
+        rows.append([Tile(one, text, heading=name) for one, text in zip(pictures[name], texts, strict=True)])
+    return tiles.lay_out(rows, "The same captions, drawn from the same noise: before, and after finetuning (seed 0).")
 
 
 def _noted(figure: Figure, note: str) -> Figure:

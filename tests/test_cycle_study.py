@@ -1,6 +1,7 @@
 """The study: its queue, a run that goes on, and what is made of the runs, on numbers whose answer is known."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,11 +11,12 @@ import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
 
-from dalleflamingo import cycle, cycle_results, cycle_show, cycle_study, profiles
+from dalleflamingo import cycle, cycle_results, cycle_show, cycle_study, profiles, registry
 from dalleflamingo.cycle_results import BLIP, Examined
 from dalleflamingo.cycle_study import ARMS, CHOSEN, START, TABLE_9, Run, queue
 from dalleflamingo.datasets import Dataset, Example
 
+ROOT = Path(__file__).parents[1]
 NAMES = ("caption", "image_reconstruction", "generation", "caption_reconstruction")
 
 
@@ -197,6 +199,57 @@ def test_tables_have_a_row_an_arm_and_the_papers_figures():
 
 def _with_f1(runs):
     return {who: Examined(one.runs, one.domain, one.scores | {"f1": one.scores["cider"]}) for who, one in runs.items()}
+
+
+def test_claim_14_is_what_the_counts_say(tmp_path):
+    steps = [["at 512 px", 1.0, 9.0, 10.0, 30.0], ["at 256 px", 1.0, 9.0, 10.0, 14.0]]
+    (tmp_path / "cycle-arithmetic.json").write_text(json.dumps({"steps": steps}))
+    seconds = dict(zip("abcde", ([1.0] * 9, [3.0] * 9, [4.0] * 9, [6.0] * 9, [9.0] * 9), strict=True))
+    entries = [{"captioner": name, "setting": "x", "seconds": seconds} for name in (BLIP, "another")]
+    (tmp_path / "cycle-cost.json").write_text(json.dumps({"found": entries}))
+    [claim] = cycle_results.claim_14(tmp_path)
+    assert claim.verdict == "does not hold" and claim.effect.value == pytest.approx(1.4 - 2)
+    spared = {what: effect.value for what, effect in claim.apart.items()}
+    assert spared == pytest.approx({"at 256 px": 0.2, "the miniature, timed, x": 1.4 - 1.25})
+
+
+def test_everything_is_written_from_the_runs_that_are_done(tmp_path, monkeypatch, capsys):
+    nocaps = registry.dataset("miniature/nocaps")
+    few = {"nocaps": Dataset("some", [one for part in nocaps.by_domain().values() for one in part[:3]]),
+           "coco": registry.dataset("miniature/coco", "test").subset(6)}  # fmt: skip
+    monkeypatch.setattr(cycle_results, "tested", lambda: few)
+    monkeypatch.setattr(cycle_results, "RESAMPLES", 20)
+    monkeypatch.setattr(cycle_results, "RESAMPLES_OF_FID", 5)
+    rng, runs, results = np.random.default_rng(0), tmp_path / "runs", tmp_path / "docs/results"
+    for folder in (results, tmp_path / "docs/figures"):
+        folder.mkdir(parents=True)
+    for name in ("cycle-arithmetic.json", "cycle-cost.json"):
+        (results / name).write_text((ROOT / "docs/results" / name).read_text())
+    for run in queue()[:20]:
+        captions = {corpus: {one.image_id: one.references[run.seed] for one in few[corpus]} for corpus in few}
+        found = {"arm": run.arm, "captioner": run.captioner, "seed": run.seed, "captions": captions}
+        (runs / run.name / "pictures").mkdir(parents=True)
+        if run.drawn:
+            ids = [one.image_id for one in few["nocaps"]]
+            found["pictures"] = {"image_id": ids, "clip_distance": [20 + run.seed] * 9,
+                                 "features": rng.random((9, 64)).tolist()}  # fmt: skip
+            for one, picture in zip(few["nocaps"], tiny.pictures(9), strict=True):
+                picture.save(runs / run.name / f"pictures/{one.image_id}.png")
+        (runs / run.name / "result.json").write_text(json.dumps(found))
+    assert cycle_results.main(["--runs", str(runs), "--docs", str(tmp_path / "docs")]) == 0
+    page = (results / "cycle.md").read_text(encoding="utf-8")
+    assert page.count("Claim 9: ") == 3 and "Claim 14: " in page and "| larger BLIP | cycle: (1) to (4) | 1 |" in page
+    board = json.loads((results / "claims.json").read_text())["claims"]
+    assert {row["claim"]: row["seeds"] for row in board if row["claim"] == 12} == {12: [0]}
+    assert (tmp_path / "docs/figures/cycle_pictures.png").stat().st_size > 10_000
+    assert len(pd.read_parquet(results / "cycle-captions.parquet")) == 20 * 15
+    assert "Claim 11: " in capsys.readouterr().out
+
+
+def test_without_a_run_it_says_what_makes_them(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cycle_results.main(["--runs", str(tmp_path), "--docs", str(tmp_path)])
+    assert "`python -m dalleflamingo.cycle_study` makes them" in capsys.readouterr().err
 
 
 # ── figures, settings ────────────────────────────────────────────────────────────────────────────────────────────────
