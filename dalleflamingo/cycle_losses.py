@@ -206,7 +206,8 @@ def as_seen(captioner: Captioner, pictures: Tensor, normalised: bool = True) -> 
     is 0.
     """
     processor = captioner.processor.image_processor
-    pixels = (pictures.clamp(-1, 1) + 1) / 2
+    precise = torch.promote_types(pictures.dtype, torch.float32)  # in bfloat16 a CPU cannot resize
+    pixels = (pictures.to(precise).clamp(-1, 1) + 1) / 2
     side = processor.size["height"], processor.size["width"]
     if pixels.shape[-2:] != side:
         pixels = F.interpolate(pixels, side, mode="bicubic", antialias=True).clamp(0, 1)

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -33,6 +34,13 @@ from dalleflamingo.generator import Generator
 HERE = Path(__file__).parent
 TEXTS = ["a red bird on the boat", "two blue cats", "a tree and a house", "the green kite flies", "a small cat sits"]
 SMALL = CycleConfig(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
+
+
+@pytest.fixture(autouse=True)
+def accelerate_forgets():
+    """A process has one precision; here several have their turn."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def dataset(folder: Path, n: int = 6) -> Dataset:
@@ -205,6 +213,23 @@ def test_what_is_exported_opens_in_the_stock_libraries(whole, tmp_path, monkeypa
         assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
     text = (tmp_path / "generator/README.md").read_text()
     assert f"license: {registry.ENTRIES['miniature/sd'].licence.lower()}" in text and "caption_reconstruction 1" in text
+
+
+def test_half_precision_computes_and_what_learns_stays_whole(whole, tmp_path):
+    folder, made, run_folder = whole
+    config = dataclasses.replace(SMALL, precision="bf16", checkpointing=True)
+    half, pairs, learner = cycle.assemble(config, *models(folder), dataset(folder / "pictures"))
+    cycle.train(config, half, pairs, learner, tmp_path, Accelerator(cpu=True, mixed_precision="bf16"))
+    assert all(parameter.dtype == torch.float32 for parameter in learner.parameters())
+    first, expected = cycle.read_log(tmp_path)[0], cycle.read_log(run_folder)[0]
+    assert first == pytest.approx(expected, rel=0.03) and first != pytest.approx(expected, rel=1e-4)
+
+
+def test_checkpointing_changes_nothing(whole, tmp_path):
+    folder, made, _ = whole
+    saved = weights(run(dataclasses.replace(SMALL, checkpointing=True), folder, tmp_path))
+    for name, value in weights(made).items():
+        torch.testing.assert_close(saved[name], value, atol=1e-4, rtol=1e-3)
 
 
 def test_validation_is_logged_with_its_step_and_leaves_training_alone(whole, tmp_path):
