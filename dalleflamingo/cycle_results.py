@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,14 +25,14 @@ from dalleflamingo.cycle_validation import prompt_of
 from dalleflamingo.datasets import Dataset, open_picture
 from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.image_metrics import fid
-from dalleflamingo.intervals import Interval, bootstrap_of_runs
+from dalleflamingo.intervals import Interval, bootstrap_of_runs, resampled
 from dalleflamingo.picks import ALL, judge_captions
 from dalleflamingo.reproduce import Claim
 
 BLIP, LARGE, BLIP2 = "miniature/blip", "miniature/blip-large", "miniature/blip2"
 LABELS = {BLIP: "BLIP", LARGE: "larger BLIP", BLIP2: "BLIP-2"}
 DOMAINS = ("in-domain", "near-domain", "out-domain", ALL)
-RESAMPLES, RESAMPLES_OF_FID = 2000, 300
+RESAMPLES, RESAMPLES_OF_FID = 1000, 300
 METRICS = {"cider": ("CIDEr × 100", 1), "f1": ("scene-graph F1", 3), "clip_distance": ("CLIP distance × 100", 2)}
 METRICS["fid"] = ("FID", 2)
 _RUN = ["arm", "seed"]
@@ -57,6 +57,7 @@ class Examined:
     runs: tuple[tuple[str, int], ...]
     domain: np.ndarray
     scores: Mapping[str, Score]
+    _kept: dict[tuple[str, str], tuple[np.ndarray, np.ndarray, int]] = field(default_factory=dict, repr=False)
 
     def seeds(self, arm: str) -> list[int]:
         """Of the arm's runs; none where it was not run."""
@@ -80,27 +81,27 @@ class Examined:
     ) -> Interval:
         """A function of the arms' means, over the seeds that all of `arms` have; the untrained models have any."""
         shared = self.shared(arms)
-        inside = np.arange(len(self.domain)) if domain == ALL else np.flatnonzero(self.domain == domain)
         columns = {
             arm: np.array([self.runs.index((arm, 0 if arm == START else seed)) for seed in shared])
             for arm in arms
             if arm is not None
         }
 
-        def statistic(chosen: np.ndarray, images: np.ndarray) -> float:
-            score = self.scores[metric]
-            means: dict[str, float] = {}
+        def statistic(chosen: np.ndarray, scores: np.ndarray) -> float:
+            return function(lambda arm: float(scores[columns[arm][chosen]].mean()))
 
-            def mean(arm: str) -> float:
-                if arm not in means:
-                    means[arm] = float(score(columns[arm][chosen], inside[images]).mean())
-                return means[arm]
+        sample, drawn, n = self._resampled(metric, domain)
+        return bootstrap_of_runs(statistic, len(shared), sample, drawn, n, recentred=metric == "fid")
 
-            return function(mean)
-
-        of_set = metric == "fid"
-        resamples = RESAMPLES_OF_FID if of_set else RESAMPLES
-        return bootstrap_of_runs(statistic, len(shared), len(inside), resamples, recentred=of_set)
+    def _resampled(self, metric: str, domain: str) -> tuple[np.ndarray, np.ndarray, int]:
+        """Every run's score, and its scores on pictures drawn anew, computed once; and the number of pictures."""
+        if (metric, domain) not in self._kept:
+            inside = np.arange(len(self.domain)) if domain == ALL else np.flatnonzero(self.domain == domain)
+            every, score = np.arange(len(self.runs)), self.scores[metric]
+            resamples = RESAMPLES_OF_FID if metric == "fid" else RESAMPLES
+            drawn = resampled(lambda images: score(every, inside[images]), len(inside), resamples)
+            self._kept[metric, domain] = *drawn, len(inside)
+        return self._kept[metric, domain]
 
 
 def of_captions(table: pd.DataFrame, dataset: Dataset) -> Examined:

@@ -93,9 +93,8 @@ def paired_bootstraps(
     recentred: Sequence[bool] | None = None,
 ) -> list[Interval]:
     """`paired_bootstrap` of M statistics at once, which may share their work: indices -> (M,) gives M intervals."""
-    values = np.asarray(statistics(np.arange(_at_least_one(n))), dtype=float)
-    drawn = [statistics(indices) for block in _resamples(n, resamples, seed) for indices in block]
-    columns = np.array(drawn, dtype=float).T  # (M, resamples)
+    values, drawn = resampled(statistics, n, resamples, seed)
+    columns = drawn.T  # (M, resamples)
     shifts = np.where(np.zeros(len(values)) if recentred is None else recentred, values - columns.mean(axis=1), 0.0)
     return [
         _percentiles(float(value), column + shift, n, seed, level)
@@ -111,30 +110,44 @@ def mean_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0, leve
     return _percentiles(float(values.mean()), np.concatenate(drawn), n, seed, level)
 
 
+def resampled(
+    statistics: Callable[[np.ndarray], np.ndarray], n: int, resamples: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """M statistics of n items, (M,), and of the items drawn anew, (resamples, M); see `paired_bootstraps`.
+
+    Raises:
+        ValueError: there are no items.
+    """
+    sample = np.asarray(statistics(np.arange(_at_least_one(n))), dtype=float)
+    drawn = [statistics(indices) for block in _resamples(n, resamples, seed) for indices in block]
+    return sample, np.array(drawn, dtype=float)
+
+
 def bootstrap_of_runs(
     statistic: Callable[[np.ndarray, np.ndarray], float],
     runs: int,
+    sample: np.ndarray,
+    drawn: np.ndarray,
     n: int,
-    resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
     recentred: bool = False,
 ) -> Interval:
-    """Percentile bootstrap of what several training runs do on the same items: runs are drawn anew, then items.
+    """Percentile bootstrap of what several training runs do on the same items: runs are drawn anew, and the items.
 
     Args:
-        statistic: takes (runs,) and (n,) int indices, with repetitions, and returns one number.
-        recentred: as in `paired_bootstrap`.
+        statistic: takes (runs,) int indices, with repetitions, and (M,) values, and returns one number.
+        sample, drawn: as `resampled` gives them; what takes long is computed once for many statistics.
+        n: how many items there are. recentred: as in `paired_bootstrap`.
     Returns:
         an interval whose n is the number of items; of one run it is over the items alone.
     Raises:
         ValueError: as `paired_bootstrap`, or there are no runs.
     """
-    value = float(statistic(np.arange(_at_least_one(runs)), np.arange(_at_least_one(n))))
-    rng = np.random.default_rng([seed, runs])
-    samples = (items for block in _resamples(n, resamples, seed) for items in block)
-    drawn = np.array([statistic(rng.integers(runs, size=runs), items) for items in samples])
-    return _percentiles(value, drawn + (value - drawn.mean() if recentred else 0.0), n, seed, level)
+    rng = np.random.default_rng([seed, _at_least_one(runs)])
+    value = float(statistic(np.arange(runs), sample))
+    found = np.array([statistic(rng.integers(runs, size=runs), values) for values in drawn])
+    return _percentiles(value, found + (value - found.mean() if recentred else 0.0), n, seed, level)
 
 
 def proportion(k: int, n: int, level: float = 0.95) -> Interval:

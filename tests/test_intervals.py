@@ -252,11 +252,13 @@ def test_recentred_interval_of_a_biased_statistic_lies_around_its_value():
     assert both == [moved, plain]
 
 
-def test_runs_are_drawn_anew_before_items():
+def test_runs_are_drawn_anew_and_items():
     """Var of a two-way table's mean under the pigeonhole bootstrap (Owen 2007): σ²_runs/R + σ²_items/n, about."""
     rng = np.random.default_rng(0)
     values = 3 * rng.standard_normal((12, 1)) + 2 * rng.standard_normal((1, 80))
-    found = intervals.bootstrap_of_runs(lambda runs, items: values[np.ix_(runs, items)].mean(), 12, 80, 4000)
+    sample, drawn = intervals.resampled(lambda items: values[:, items].mean(1), 80, 4000)
+    np.testing.assert_allclose(sample, values.mean(1))
+    found = intervals.bootstrap_of_runs(lambda runs, means: means[runs].mean(), 12, sample, drawn, 80)
     spread = (values.mean(1).var() / 12 + values.mean(0).var() / 80) ** 0.5
     assert found.value == pytest.approx(values.mean()) and found.n == 80
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(spread, rel=0.08)
@@ -264,7 +266,8 @@ def test_runs_are_drawn_anew_before_items():
 
 def test_of_one_run_the_interval_is_over_its_items():
     values = np.random.default_rng(1).standard_normal(60)
-    found = intervals.bootstrap_of_runs(lambda runs, items: values[items].mean(), 1, 60)
+    sample, drawn = intervals.resampled(lambda items: np.array([values[items].mean()]), 60)
+    found = intervals.bootstrap_of_runs(lambda runs, means: means[0], 1, sample, drawn, 60)
     assert found == intervals.paired_bootstrap(lambda items: values[items].mean(), 60)
     with pytest.raises(ValueError, match="nothing to draw from"):
-        intervals.bootstrap_of_runs(lambda runs, items: 0.0, 0, 5)
+        intervals.bootstrap_of_runs(lambda runs, means: 0.0, 0, sample, drawn, 60)
