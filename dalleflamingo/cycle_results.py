@@ -318,7 +318,8 @@ def table_4(found: Study) -> pd.DataFrame:
     """Generation: texts, a row a captioner and arm; lower is better throughout."""
     rows = []
     for captioner, runs in found.pictures.items():
-        for arm in (arm for arm in (START, *TABLE_3, "reconstruction") if runs.seeds(arm)):
+        own = (START, *TABLE_3, "reconstruction") if captioner == BLIP else ("cycle",)
+        for arm in (arm for arm in own if runs.seeds(arm)):
             cells = [_cell(runs, "clip_distance", arm, domain) for domain in DOMAINS]
             gain = "" if arm == START else _difference(runs, "clip_distance", arm)
             paper = PAPER_TABLE_4.get(arm) if captioner == BLIP else None
