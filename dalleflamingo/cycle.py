@@ -249,10 +249,15 @@ def train(
 
 
 def _gather(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Every process goes on with the mean of all processes' gradients; who was not moved has none."""
-    for parameter in parameters:
-        if accelerator.num_processes > 1 and parameter.grad is not None:
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    """Every process goes on with the mean of all processes' gradients; who was moved by none of them has none."""
+    if accelerator.num_processes == 1:
+        return
+    moved = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=accelerator.device)
+    # a part whose timesteps are all too late moves no captioner, while another part does
+    for parameter, somewhere in zip(parameters, accelerator.reduce(moved, "sum").tolist(), strict=True):
+        if somewhere:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(own, "mean")
 
 
 def _agree(folder: Path, config: CycleConfig) -> None:

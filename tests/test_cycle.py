@@ -113,13 +113,18 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(whole, tmp_path):
     assert done.keys() == other.keys() and all(torch.equal(done[name], other[name]) for name in done)
 
 
-def test_two_processes_learn_what_one_does(whole, tmp_path):
+@pytest.mark.parametrize("latest", [1.0, 0.3], ids=["every timestep", "the earliest"])
+def test_two_processes_learn_what_one_does(whole, tmp_path, latest):
+    """Also where a process has no picture that is early enough, and another has."""
     folder, _, run_folder = whole
+    if latest < 1:
+        run_folder = tmp_path / "alone"
+        run(dataclasses.replace(SMALL, losses=Losses(latest=latest)), folder, run_folder)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     script = "import sys, test_cycle; test_cycle.run_in_a_process(*sys.argv[1:])"
-    command = [sys.executable, "-c", script, folder, tmp_path / "run", str(torch.get_num_threads())]
+    command = [sys.executable, "-c", script, folder, tmp_path / "run", str(torch.get_num_threads()), str(latest)]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     shared |= {"ACCELERATE_USE_CPU": "true"}
     shared |= {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
@@ -136,9 +141,9 @@ def test_two_processes_learn_what_one_does(whole, tmp_path):
         assert row == pytest.approx(expected, rel=2e-3)
 
 
-def run_in_a_process(folder: str, run_folder: str, threads: str) -> None:
+def run_in_a_process(folder: str, run_folder: str, threads: str, latest: str = "1.0") -> None:
     torch.set_num_threads(int(threads))  # the same bits want the same threads
-    run(SMALL, Path(folder), Path(run_folder))
+    run(dataclasses.replace(SMALL, losses=Losses(latest=float(latest))), Path(folder), Path(run_folder))
 
 
 def test_accumulated_parts_learn_what_the_whole_batch_does(whole, tmp_path):
