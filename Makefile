@@ -57,6 +57,10 @@ reproduce: data
 	$(BIN)/python -m dalleflamingo.studies
 	$(BIN)/python -m dalleflamingo.variants
 	$(BIN)/python -m dalleflamingo.stability --images 200
+	$(BIN)/python -m dalleflamingo.cycle_study
+	$(BIN)/python benchmarks/full_size.py
+	$(BIN)/python benchmarks/cycle.py
+	$(BIN)/python -m dalleflamingo.cycle_results
 
 gates: data
 	$(BIN)/python -m dalleflamingo.miniature.gates
