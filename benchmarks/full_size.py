@@ -8,13 +8,16 @@ one picture with a caption of twenty pieces. Writes docs/results/cycle-arithmeti
 
 import json
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig, BlipForConditionalGeneration, CLIPTextConfig, CLIPTextModel
 
+from dalleflamingo import trainable
+from dalleflamingo.bridge import embeddings_replaced
 from dalleflamingo.results import SHIPPED, current_commit, table
 
 PIECES, SEEN, DRAWN, REDUCED = 20, 384, 512, 256  # REDUCED: pixels a side of an x̂ that is decoded smaller
@@ -58,17 +61,13 @@ def counted(work: Callable[[], Tensor]) -> int:
     return counter.get_total_flops() // 2
 
 
-def learn_only(model: nn.Module, part: str) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part in name)
-
-
 def parts() -> dict[str, int]:
     """Part of a step -> its multiply-adds."""
     with torch.device("meta"):
         captioner, encoder, denoiser, autoencoder = blip(), text_encoder(), unet(), vae()
-        learn_only(captioner, "crossattention.self.query.")
-        learn_only(denoiser, "attn2.to_q.")
+        trainable.freeze_all_but(captioner, trainable.of_captioner(SimpleNamespace(model=captioner)))
+        pipeline = SimpleNamespace(unet=denoiser)
+        trainable.freeze_all_but(denoiser, trainable.of_generator(SimpleNamespace(pipeline=pipeline)))
         for frozen in (encoder, autoencoder):
             frozen.requires_grad_(False)
         picture, states = torch.randn(1, 3, SEEN, SEEN), torch.randn(1, 77, 768)
@@ -87,9 +86,7 @@ def parts() -> dict[str, int]:
         return denoiser(latents, time, encoder_hidden_states=states.detach().requires_grad_(wanted)).sample
 
     def read(wanted: bool) -> Tensor:
-        soft = words.detach().requires_grad_(wanted)
-        hook = encoder.get_input_embeddings().register_forward_hook(lambda module, args, output: soft)
-        with hook:
+        with embeddings_replaced(encoder, words.detach().requires_grad_(wanted)):
             return encoder(torch.zeros(1, 77, dtype=torch.long, device="meta")).last_hidden_state
 
     def decode(size: int) -> Callable[[], Tensor]:

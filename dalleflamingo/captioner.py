@@ -28,6 +28,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import GumbelNoise, Nucleus, Strategy, Temperature, TopK, WordLimits, count_words
 from dalleflamingo.weights import check_weights
 
@@ -281,6 +282,14 @@ class Blip2Captioner(Captioner):
         """(B, T, D) embeddings of the ids, those of the queries being what was seen."""
         words = self.model.get_input_embeddings()(input_ids[:, seen.shape[1] :])
         return torch.cat([seen.to(words.dtype), words], dim=1)
+
+
+def describe(captioner: Captioner, dataset: Dataset, batch_size: int = 32) -> dict[int, str]:
+    """Image id -> the caption by beam search, of every picture of a data set. Errors as `Dataset.open`."""
+    examples, captions = list(dataset), []
+    for start in range(0, len(examples), batch_size):
+        captions += captioner.describe([dataset.open(example) for example in examples[start : start + batch_size]])
+    return {example.image_id: caption for example, caption in zip(examples, captions, strict=True)}
 
 
 _KINDS = {

@@ -1,6 +1,7 @@
 """Cycle finetuning: a captioner and a generator taught through each other (§4.2, App. H).
 
-    accelerate launch -m dalleflamingo.cycle --run build/runs/cycle        one process or several, CPU or GPU
+    accelerate launch -m dalleflamingo.cycle --run build/runs/cycle              one process, or several GPUs
+    torchrun --nproc-per-node 2 -m -- dalleflamingo.cycle --run build/runs/cycle     two processes, also on a CPU
 
 A step's pairs, noise and timesteps follow from the seed and the step's number. So a run that was killed goes on where
 its last checkpoint stands and ends with the same weights, bit for bit on a CPU with as many threads; and several
@@ -12,9 +13,10 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +25,7 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from dalleflamingo import registry, trainable
+from dalleflamingo import profiles, registry, trainable
 from dalleflamingo.bridge import Bridge
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.checkpoints import Checkpoint
@@ -34,6 +36,7 @@ from dalleflamingo.datasets import Dataset
 from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import derive_seed
 from dalleflamingo.profiles import Profile
+from dalleflamingo.runs import differences
 from dalleflamingo.vocabulary import VocabularyMap
 
 SCHEDULES = ("alternating", "joint")
@@ -99,12 +102,16 @@ class CycleConfig:
         return tuple(half for half, names in named.items() if any(getattr(self.losses, name) for name in names))
 
 
+# The miniature's. Of what was tried on pictures of their own (`cycle_study.trials`) the setting where labels are so few
+# that they alone do harm.
+CHOSEN = CycleConfig(pictures=100, learning_rate=3e-4, steps=450, losses=Losses(latest=0.4))
+
+
 def settings(profile: Profile) -> CycleConfig:
     """What a notebook trains live: the miniature, or the real models within the 15 GB of a free GPU."""
     names = dict(captioner=profile.captioner, generator=profile.generator, dataset=profile.coco)
     if profile.generator.startswith("miniature/"):
-        own = dict(pictures=100, learning_rate=3e-4, losses=Losses(latest=0.4))
-        return CycleConfig(**names, **own, steps=profile.cycle_steps)
+        return dataclasses.replace(CHOSEN, **names, steps=profile.cycle_steps)
     return CycleConfig(
         **names, steps=profile.cycle_steps, accumulation=8, checkpointing=True,
         precision="fp16" if profile.device == "cuda" else "no", losses=Losses(latest=0.4, decoded_size=256),
@@ -265,9 +272,7 @@ def _agree(folder: Path, config: CycleConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     there = json.loads(path.read_text()) if path.exists() else now
-    differing = [name for name in now if name != "steps" and there.get(name) != now[name]]
-    if differing:
-        lines = "\n".join(f"  {name}: {there.get(name)!r} there, {now[name]!r} now" for name in differing)
+    if lines := differences(there | {"steps": config.steps}, now):
         raise ValueError(f"{folder} holds a run with another configuration:\n{lines}\nGive another folder.")
     path.write_text(json.dumps(now, indent=1) + "\n")
 
@@ -287,30 +292,46 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def export(config: CycleConfig, cycle: Cycle, folder: Path) -> None:
-    """Folders that the stock libraries open: `captioner` and `generator`, with a model card each."""
+    """Folders that the stock libraries open: `captioner` and `generator`, with a model card each.
+
+    Args:
+        folder: of the run, whose log the cards give figures of.
+    """
     cycle.captioner.model.save_pretrained(folder / "captioner")
     cycle.captioner.processor.save_pretrained(folder / "captioner")
     cycle.generator.pipeline.save_pretrained(folder / "generator")
     for name, base in (("captioner", config.captioner), ("generator", config.generator)):
-        (folder / name / "README.md").write_text(card(config, base), encoding="utf-8")
+        (folder / name / "README.md").write_text(card(config, base, read_log(folder)), encoding="utf-8")
 
 
-def card(config: CycleConfig, base: str) -> str:
-    """A model card: what it was, what it learned from, and how."""
-    entry = registry.ENTRIES[base]
+def card(config: CycleConfig, base: str, log: Sequence[Mapping[str, float]]) -> str:
+    """A model card: what it was, what it learned from, and how, and what became of the losses."""
+    entry, data = registry.ENTRIES[base], registry.ENTRIES[config.dataset]
     weights = ", ".join(f"{name} {getattr(config.losses, name):g}" for name in NAMES)
     settings = "\n".join(f"* {name}: {value}" for name, value in dataclasses.asdict(config).items() if name != "losses")
+    figures = "\n".join(_figures(log))
     return f"""---
 license: {entry.licence.lower()}
 base_model: {entry.source}
 ---
 # {base}, cycle finetuned
 
-After *Do DALL-E and Flamingo Understand Each Other?* (Li et al., ICCV 2023), by dalleflamingo. Weights of the losses:
-{weights}.
+After *Do DALL-E and Flamingo Understand Each Other?* (Li et al., ICCV 2023), by dalleflamingo, on {config.dataset}
+({data.licence}). Weights of the losses: {weights}.
 
 {settings}
+
+Means over the first and the last tenth of the steps; CIDEr, × 100, where it was measured, on pictures left out:
+
+{figures}
 """
+
+
+def _figures(log: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    for name in (*NAMES, "cider"):
+        if values := [row[name] for row in log if name in row]:
+            tenth = max(1, len(values) // 10)
+            yield f"* {name}: {fmean(values[:tenth]):.3f} at first, {fmean(values[-tenth:]):.3f} in the end"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -328,7 +349,10 @@ def main(arguments: list[str] | None = None) -> int:
         config = dataclasses.replace(config, steps=options.steps or config.steps)
         accelerator = tracked(options.tracker, options.run, config)
         cycle, pairs, learner = prepare(config, accelerator.device)
-        validate = Validation(cycle, validation_set(config), options.run) if config.validate_every else None
+        profile, validate = profiles.current(), None
+        if config.validate_every:
+            seen = validation_set(config)
+            validate = Validation(cycle, seen, options.run, profile.steps, profile.guidance_scale)
         train(config, cycle, pairs, learner, options.run, accelerator, validate)
         accelerator.end_training()
     except (ValueError, FloatingPointError, registry.RegistryError) as error:
@@ -347,14 +371,16 @@ def tracked(tracker: str, folder: Path, config: CycleConfig) -> Accelerator:
     Raises:
         ValueError: accelerate knows no such tracker, or it is not installed.
     """
+    # without this, processes that share no accelerator would not know of each other, and each train alone
+    where = dict(mixed_precision=config.precision, cpu=not torch.accelerator.is_available())
     if tracker == "none":
-        return Accelerator(mixed_precision=config.precision)
+        return Accelerator(**where)
     if tracker not in (there := [str(kind) for kind in get_available_trackers()]):
         raise ValueError(
             f"no tracker {tracker!r} is installed, only {', '.join(there) or 'none'}: `pip install {tracker}`, or "
             "--tracker none"
         )
-    accelerator = Accelerator(mixed_precision=config.precision, log_with=tracker, project_dir=folder)
+    accelerator = Accelerator(**where, log_with=tracker, project_dir=folder)
     accelerator.init_trackers("cycle")
     return accelerator
 

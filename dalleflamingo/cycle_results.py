@@ -1,190 +1,40 @@
-"""What the runs of `cycle_study.py` show: Tables 3, 4, 5 and 9, claims 9 to 12, with their intervals.
+"""What the runs of `cycle_study.py` show: Tables 3, 4, 5 and 9, claims 9 to 12 and 14.
 
     python -m dalleflamingo.cycle_results        after the study; writes docs/results/cycle.md, its tables and claims
-
-Arms are compared seed by seed on the same pictures; seeds are drawn anew by the bootstrap, then pictures, and the
-corpus metrics are computed again on every draw.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import torch
 
 from dalleflamingo import cycle_show, profiles, registry, results, show
-from dalleflamingo.cycle_study import ARMS, CHOSEN, DEVIATIONS, MODES, START, TABLE_3, TABLE_9, chosen_on, tested
-from dalleflamingo.cycle_validation import prompt_of
-from dalleflamingo.datasets import Dataset, open_picture
-from dalleflamingo.image_features import FeatureExtractor
-from dalleflamingo.image_metrics import fid
-from dalleflamingo.intervals import Interval, bootstrap_of_runs, resampled
-from dalleflamingo.picks import ALL, judge_captions
+from dalleflamingo.cycle import CHOSEN
+from dalleflamingo.cycle_comparison import Examined, Study, gather, looks_of, of_captions, of_pictures, study
+from dalleflamingo.cycle_study import ARMS, DEVIATIONS, MODES, START, TABLE_3, TABLE_9, chosen_on, tested
+from dalleflamingo.datasets import open_picture
+from dalleflamingo.intervals import Interval
+from dalleflamingo.picks import ALL
 from dalleflamingo.reproduce import Claim
 
 BLIP, LARGE, BLIP2 = "miniature/blip", "miniature/blip-large", "miniature/blip2"
-LABELS = {BLIP: "BLIP", LARGE: "larger BLIP", BLIP2: "BLIP-2"}
+CALLED = {BLIP: "BLIP", LARGE: "larger BLIP", BLIP2: "BLIP-2"}
 DOMAINS = ("in-domain", "near-domain", "out-domain", ALL)
-RESAMPLES, RESAMPLES_OF_FID = 1000, 300
-METRICS = {"cider": ("CIDEr × 100", 1), "f1": ("scene-graph F1", 3), "clip_distance": ("CLIP distance × 100", 2)}
-METRICS["fid"] = ("FID", 2)
-_RUN = ["arm", "seed"]
-# columns: NoCaps CIDEr and COCO CIDEr of the published captioner and after the cycle
-PAPER_TABLE_3 = {BLIP: (109.7, 111.8, 133.3, 134.6), LARGE: (113.2, 114.0, 136.7, 137.3)}
-PAPER_TABLE_3[BLIP2] = (119.9, 121.0, 145.8, 146.4)
+# NoCaps CIDEr of the published captioner and after the cycle, then COCO's
+PAPER_TABLE_3 = {
+    BLIP: (109.7, 111.8, 133.3, 134.6),
+    LARGE: (113.2, 114.0, 136.7, 137.3),
+    BLIP2: (119.9, 121.0, 145.8, 146.4),
+}
 PAPER_TABLE_4 = {START: (40.39, 21.19), "labels": (40.77, 24.32), "cycle": (39.78, 21.96)}  # NoCaps: CLIP × 100, FID
 PAPER_TABLE_9 = dict(zip(TABLE_9, (111.8, 110.9, 110.2, 109.7, 102.3), strict=True))
-
-Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Examined:
-    """Runs that were tested on the same n images.
-
-    Attributes:
-        runs: (arm, seed) of each. domain: (n,) of the images.
-        scores: metric -> function of S runs and some images, as positions, which gives (S,) values of the corpora.
-    """
-
-    runs: tuple[tuple[str, int], ...]
-    domain: np.ndarray
-    scores: Mapping[str, Score]
-    _kept: dict[tuple[str, str], tuple[np.ndarray, np.ndarray, int]] = field(default_factory=dict, repr=False)
-
-    def seeds(self, arm: str) -> list[int]:
-        """Of the arm's runs; none where it was not run."""
-        return sorted(seed for name, seed in self.runs if name == arm)
-
-    def shared(self, arms: Sequence[str | None]) -> list[int]:
-        """The seeds that all of these arms have; the untrained models' is 0."""
-        trained = [set(self.seeds(arm)) for arm in arms if arm not in (None, START)]
-        return sorted(set.intersection(*trained)) if trained else [0]
-
-    def value(self, metric: str, arm: str, minus: str | None = None, domain: str = ALL) -> Interval:
-        """An arm's metric, mean over its seeds; or its difference to another's with the same seeds."""
-        return self.combine(metric, lambda mean: mean(arm) - (mean(minus) if minus else 0), [arm, minus], domain)
-
-    def combine(
-        self,
-        metric: str,
-        function: Callable[[Callable[[str], float]], float],
-        arms: Sequence[str | None],
-        domain: str = ALL,
-    ) -> Interval:
-        """A function of the arms' means, over the seeds that all of `arms` have; the untrained models have any."""
-        shared = self.shared(arms)
-        columns = {
-            arm: np.array([self.runs.index((arm, 0 if arm == START else seed)) for seed in shared])
-            for arm in arms
-            if arm is not None
-        }
-
-        def statistic(chosen: np.ndarray, scores: np.ndarray) -> float:
-            return function(lambda arm: float(scores[columns[arm][chosen]].mean()))
-
-        sample, drawn, n = self._resampled(metric, domain)
-        return bootstrap_of_runs(statistic, len(shared), sample, drawn, n, recentred=metric == "fid")
-
-    def _resampled(self, metric: str, domain: str) -> tuple[np.ndarray, np.ndarray, int]:
-        """Every run's score, and its scores on pictures drawn anew, computed once; and the number of pictures."""
-        if (metric, domain) not in self._kept:
-            inside = np.arange(len(self.domain)) if domain == ALL else np.flatnonzero(self.domain == domain)
-            every, score = np.arange(len(self.runs)), self.scores[metric]
-            resamples = RESAMPLES_OF_FID if metric == "fid" else RESAMPLES
-            drawn = resampled(lambda images: score(every, inside[images]), len(inside), resamples)
-            self._kept[metric, domain] = *drawn, len(inside)
-        return self._kept[metric, domain]
-
-
-def of_captions(table: pd.DataFrame, dataset: Dataset) -> Examined:
-    """Captions by the runs of one captioner.
-
-    Args:
-        table: columns arm, seed, image_id, caption; every run has described every image.
-    """
-    runs = tuple(table[_RUN].drop_duplicates().itertuples(index=False, name=None))
-    number = {run: i for i, run in enumerate(runs)}
-    candidate = [number[run] for run in table[_RUN].itertuples(index=False, name=None)]
-    judged = judge_captions(table.assign(candidate=candidate).sort_values("candidate", kind="stable"), dataset)
-
-    def of(metric: str) -> Score:
-        return lambda chosen, images: judged.metrics[metric](judged.rows[images][:, chosen].T)
-
-    return Examined(runs, judged.domain, {name: of(name) for name in judged.metrics})
-
-
-def of_pictures(table: pd.DataFrame, dataset: Dataset, real: torch.Tensor) -> Examined:
-    """Pictures by the runs of one generator.
-
-    Args:
-        table: columns arm, seed, image_id, clip_distance, features (a list in each row).
-        real: (n, D) features of the data set's pictures, in its order.
-    """
-    ids = [example.image_id for example in dataset]
-    found = {run: part.set_index("image_id").loc[ids] for run, part in table.groupby(_RUN)}
-    distances = np.stack([part["clip_distance"].to_numpy() for part in found.values()])  # (runs, n)
-    features = torch.tensor(np.stack([np.stack(part["features"].to_list()) for part in found.values()])).float()
-    scores = {
-        "clip_distance": lambda chosen, images: distances[chosen][:, images].mean(axis=1),
-        "fid": lambda chosen, images: np.array([fid(real[images], features[run][images]) for run in chosen]),
-    }
-    return Examined(tuple(found), np.array([example.domain for example in dataset], dtype=object), scores)
-
-
-@dataclass(frozen=True)
-class Study:
-    """Everything that was measured: captioner -> its runs on nocaps, on coco; and the pictures of their generators."""
-
-    nocaps: Mapping[str, Examined]
-    coco: Mapping[str, Examined]
-    pictures: Mapping[str, Examined]
-
-
-def gather(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The captions and the pictures of every run that is done, a row each.
-
-    Raises:
-        FileNotFoundError: no run is.
-    """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("*/result.json"))]
-    if not found:
-        raise FileNotFoundError(f"{runs} has no run that is done: `python -m dalleflamingo.cycle_study` makes them")
-    captions, pictures = [], []
-    for run in found:
-        of = {name: run[name] for name in ("captioner", "arm", "seed")}
-        for corpus, said in run["captions"].items():
-            captions += [of | {"corpus": corpus, "image_id": int(i), "caption": text} for i, text in said.items()]
-        if "pictures" in run:
-            pictures.append(pd.DataFrame(run["pictures"]).assign(**of))
-    return pd.DataFrame(captions), pd.concat(pictures, ignore_index=True)
-
-
-def study(captions: pd.DataFrame, pictures: pd.DataFrame) -> Study:
-    """Judge what `gather` found."""
-    datasets = tested()
-    said = {
-        corpus: {
-            captioner: of_captions(part[part["corpus"] == corpus], dataset)
-            for captioner, part in captions.groupby("captioner")
-        }
-        for corpus, dataset in datasets.items()
-    }
-    nocaps = datasets["nocaps"]
-    real = _real(nocaps)
-    alike = pictures[(pictures["captioner"] == BLIP) & pictures["arm"].isin((START, *TABLE_3[:2]))]
-    others = pictures[pictures["captioner"] != BLIP]
-    drawn = {BLIP: of_pictures(pictures[pictures["captioner"] == BLIP], nocaps, real)}
-    for captioner, part in others.groupby("captioner"):
-        drawn[captioner] = of_pictures(pd.concat([alike, part]), nocaps, real)  # labels teach the generator alike
-    return Study(said["nocaps"], said["coco"], drawn)
+GALLERY = {"start": f"blip-{START}", "labels only": "blip-labels-0", "cycle": "blip-cycle-0"}  # runs
 
 
 def trials_page(runs: Path) -> str:
@@ -192,7 +42,7 @@ def trials_page(runs: Path) -> str:
     captions, pictures = gather(runs)
     datasets = chosen_on()
     said = {name: of_captions(captions[captions["corpus"] == name], dataset) for name, dataset in datasets.items()}
-    drawn = of_pictures(pictures, datasets["nocaps"], _real(datasets["nocaps"]))
+    drawn = of_pictures(pictures, datasets["nocaps"], looks_of(datasets["nocaps"]))
     rows = []
     for arm, _ in said["nocaps"].runs:
         rows.append([arm, _cell(said["nocaps"], "cider", arm), _cell(said["nocaps"], "f1", arm),
@@ -206,19 +56,13 @@ def trials_page(runs: Path) -> str:
     ]) + "\n"  # fmt: skip
 
 
-def _real(dataset: Dataset) -> torch.Tensor:
-    """(n, D) features of a data set's own pictures."""
-    inception = FeatureExtractor.of(profiles.current().inception)
-    return inception.look([dataset.open(example) for example in dataset]).features
-
-
 def claim_9(found: Study) -> list[Claim]:
     """The cycle beats the captioner that it starts from, for three captioners; apart, that and labels on coco."""
     claims = []
     for captioner, runs in found.nocaps.items():
         if not runs.seeds("cycle"):
             continue
-        text = f"{LABELS[captioner]}: the cycle's captions beat those of the start, CIDEr × 100, overall"
+        text = f"{CALLED[captioner]}: the cycle's captions beat those of the start, CIDEr × 100, overall"
         apart = {f"minus {ARMS[arm].what}": runs.value("cider", "cycle", arm) for arm in TABLE_3[:2] if runs.seeds(arm)}
         apart["on coco"] = found.coco[captioner].value("cider", "cycle", START)
         effect = runs.value("cider", "cycle", START)
@@ -241,7 +85,7 @@ def claim_10(found: Study) -> list[Claim]:
         apart = {name: effect for name, effect in nearer.items() if name != weaker}
         apart["labels only, than the start, out of domain"] = runs.value("clip_distance", START, "labels", out)
         apart["labels only, than the start, in domain"] = runs.value("clip_distance", START, "labels", DOMAINS[0])
-        text = f"taught with {LABELS[captioner]}: SD draws nearer to the picture out of domain {weaker}, CLIP distance"
+        text = f"taught with {CALLED[captioner]}: SD draws nearer to the picture out of domain {weaker}, CLIP distance"
         claims.append(Claim(10, f"{text} × 100", ALL, nearer[weaker], 2, apart, seeds=runs.shared(["labels", "cycle"])))
     return claims
 
@@ -292,7 +136,8 @@ def claim_14(folder: Path) -> list[Claim]:
         captioner, generator, image, text, _ = (np.array(taken) for taken in entry["seconds"].values())
         saved = 1.4 - (image + text) / 2 / (captioner + generator)
         bounds = (float(value) for value in np.quantile(saved, (0.5, 0.05, 0.95)))
-        apart[f"the miniature, timed, {entry['setting']}"] = Interval(*bounds, len(saved), None)
+        what = f"the miniature, timed (5th to 95th percentile), {entry['setting']}"
+        apart[what] = Interval(*bounds, len(saved), None)
     text = f"a step of the cycle costs at most 1.4 × one from labels: 1.4 − the ratio, counted at full size, {first}"
     return [Claim(14, text, ALL, Interval(spared[first], spared[first], spared[first], 1, None), 2, apart)]
 
@@ -308,7 +153,7 @@ def table_3(found: Study) -> pd.DataFrame:
             gain = "" if arm == START else _difference(runs, "cider", arm)
             coco = _cell(found.coco[captioner], "cider", arm)
             seeds = "" if arm == START else str(len(runs.seeds(arm)))
-            rows.append([LABELS[captioner], _what(arm), seeds, *cells, gain, _cell(runs, "f1", arm), coco,
+            rows.append([CALLED[captioner], _what(arm), seeds, *cells, gain, _cell(runs, "f1", arm), coco,
                          paper.get(arm, "")])  # fmt: skip
     columns = ["captioner", "trained by", "seeds", "in", "near", "out", "all", "all − start", "F1", "coco"]
     return pd.DataFrame(rows, columns=[*columns, "the paper: NoCaps / COCO"])
@@ -323,7 +168,7 @@ def table_4(found: Study) -> pd.DataFrame:
             cells = [_cell(runs, "clip_distance", arm, domain) for domain in DOMAINS]
             gain = "" if arm == START else _difference(runs, "clip_distance", arm)
             paper = PAPER_TABLE_4.get(arm) if captioner == BLIP else None
-            rows.append([LABELS[captioner], _what(arm), *cells, gain, _cell(runs, "fid", arm),
+            rows.append([CALLED[captioner], _what(arm), *cells, gain, _cell(runs, "fid", arm),
                          "" if paper is None else f"{paper[0]} / {paper[1]}"])  # fmt: skip
     columns = ["taught with", "trained by", "in", "near", "out", "all", "all − start", "FID"]
     return pd.DataFrame(rows, columns=[*columns, "the paper, NoCaps: CLIP / FID"])
@@ -349,11 +194,11 @@ def table_explored(found: Study, arms: Sequence[str]) -> pd.DataFrame:
 
 
 def _cell(runs: Examined, metric: str, arm: str, domain: str = ALL) -> str:
-    return results.cell(runs.value(metric, arm, domain=domain), METRICS[metric][1])
+    return results.cell(runs.value(metric, arm, domain=domain), results.METRICS[metric].digits)
 
 
 def _difference(runs: Examined, metric: str, arm: str, minus: str = START) -> str:
-    return results.cell(runs.value(metric, arm, minus), METRICS[metric][1], signed=True)
+    return results.cell(runs.value(metric, arm, minus), results.METRICS[metric].digits, signed=True)
 
 
 def _what(arm: str) -> str:
@@ -400,14 +245,12 @@ def _markdown(frame: pd.DataFrame) -> str:
 
 def gallery(runs: Path, path: Path) -> None:
     """What three generators draw of the same captions from the same noise, two captions of each domain."""
-    drawn_by = {"start": f"blip-{START}", "labels only": "blip-labels-0", "cycle": "blip-cycle-0"}
-    folders = {name: runs / folder / "pictures" for name, folder in drawn_by.items()}
     parts = tested()["nocaps"].by_domain().values()
     examples = [example for part in parts for example in part[:2]]
     pictures = {"real": [open_picture(example.path) for example in examples]}
-    for name, folder in folders.items():
-        pictures[name] = [open_picture(folder / f"{example.image_id}.png") for example in examples]
-    show.write_png(cycle_show.drawn_by(pictures, [prompt_of(example) for example in examples]), path)
+    for name, run in GALLERY.items():
+        pictures[name] = [open_picture(runs / run / f"pictures/{example.image_id}.png") for example in examples]
+    show.write_png(cycle_show.drawn_by(pictures, [example.drawn_reference(seed=0) for example in examples]), path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -432,7 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
     where = SimpleNamespace(profile=profile.name, dataset=profile.dataset, seed=0)
     results.scoreboard(folder / "claims.json", claims, where)
     (folder / "cycle.md").write_text(page(found, claims, "python -m dalleflamingo.cycle_results"), encoding="utf-8")
-    gallery(options.runs, options.docs / "figures" / "cycle_pictures.png")
+    if all((options.runs / run / "result.json").is_file() for run in GALLERY.values()):
+        gallery(options.runs, options.docs / "figures" / "cycle_pictures.png")
     if (options.runs / "trials").is_dir():
         (folder / "cycle-trials.md").write_text(trials_page(options.runs / "trials"), encoding="utf-8")
     for claim in claims:

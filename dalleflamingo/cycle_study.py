@@ -16,22 +16,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dalleflamingo import cycle, profiles, registry
-from dalleflamingo.cycle import CycleConfig
-from dalleflamingo.cycle_losses import Cycle, Losses
-from dalleflamingo.cycle_validation import describe, draw
+from dalleflamingo.captioner import describe
+from dalleflamingo.cycle import CHOSEN, CycleConfig
+from dalleflamingo.cycle_losses import Cycle
+from dalleflamingo.cycle_validation import draw
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.image_features import FeatureExtractor
-from dalleflamingo.reconstruct import load_models
+from dalleflamingo.picture_picks import distances
+from dalleflamingo.similarity import ClipImage
 
 TESTED = 300  # pictures of nocaps, a hundred of each domain, and of coco's test split
-# Of what was tried on other pictures (`trials`) the setting where labels are so few that they alone do harm.
-CHOSEN = CycleConfig(pictures=100, learning_rate=3e-4, steps=450, losses=Losses(latest=0.4))
 AS_LONG = 980  # steps from labels only that take nearly as much computing: 1,120 would, and 1,000 is the limit
 START = "start"
 
@@ -193,12 +194,12 @@ def examine(made: Cycle, folder: Path, pictures: Mapping[str, Dataset], drawn: b
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for example, drawing in zip(examples, drawings, strict=True):
         drawing.save(folder / f"pictures/{example.image_id}.png")
-    _, _, (clip, _) = load_models(profile)
+    clip = ClipImage.from_pretrained(registry.locate(profile.clip), profile.device)
     looks = FeatureExtractor.of(profile.inception, profile.device).look(drawings)
-    likeness = clip.compare([dataset.open(example) for example in examples], [[drawing] for drawing in drawings])
+    real = [dataset.open(example) for example in examples]
     return {"captions": captions, "pictures": {
         "image_id": [example.image_id for example in examples],
-        "clip_distance": (100 * (1 - likeness[:, 0].double())).tolist(),
+        "clip_distance": distances(clip, real, drawings, np.arange(len(real))).tolist(),
         "features": looks.features.half().tolist(),
     }}  # fmt: skip
 

@@ -46,6 +46,16 @@ class Example:
     domain: str | None = None
     extra: dict = field(default_factory=dict, hash=False)
 
+    def drawn_reference(self, seed: int) -> str:
+        """One of its captions, drawn at random (§3.1, Table 4), for one seed always the same.
+
+        Raises:
+            DatasetError: it has none.
+        """
+        if not self.references:
+            raise DatasetError(f"image {self.image_id} has no caption to start from: give it one, or leave it out")
+        return self.references[derive_seed(seed, "source", self.image_id) % len(self.references)]
+
 
 @dataclass(frozen=True)
 class Dataset(Sequence[Example]):

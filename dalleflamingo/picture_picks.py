@@ -50,8 +50,8 @@ def judge_pictures(table: pd.DataFrame, dataset: Dataset, run_folder: str | Path
     image = np.empty(len(table), dtype=int)
     image[rows] = np.arange(len(ids))[:, None]  # (n · K,) which real picture is a candidate's
     columns = {
-        "clip_distance": _distance(judges.clip, real, drawn, image),
-        "dino_distance": _distance(judges.dino, real, drawn, image),
+        "clip_distance": distances(judges.clip, real, drawn, image),
+        "dino_distance": distances(judges.dino, real, drawn, image),
     }
     if judges.recogniser:
         columns |= _found(judges.recogniser, drawn, table["caption"])
@@ -63,8 +63,8 @@ def judge_pictures(table: pd.DataFrame, dataset: Dataset, run_folder: str | Path
     return Judged(table.assign(**columns), rows, domain, metrics, "found" if judges.recogniser else None)
 
 
-def _distance(encoder: Encoder, real: Sequence[Image], drawn: Sequence[Image], image: np.ndarray) -> np.ndarray:
-    """(n · K,) 100 · (1 − cosine)."""
+def distances(encoder: Encoder, real: Sequence[Image], drawn: Sequence[Image], image: np.ndarray) -> np.ndarray:
+    """(N,) 100 · (1 − cosine) of N drawn pictures to the real ones whose positions `image` (N,) gives."""
     cosine: Tensor = F.cosine_similarity(encoder.embed(real)[torch.from_numpy(image)], encoder.embed(drawn))
     return 100 * (1 - cosine.double().numpy())
 

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from dalleflamingo import baselines, profiles, registry, results
-from dalleflamingo.captioner import PAPER, Captioner
+from dalleflamingo.captioner import PAPER, Captioner, describe
 from dalleflamingo.datasets import Dataset, read_results, write_results
 from dalleflamingo.generator import Generator
 from dalleflamingo.image_features import FeatureExtractor
@@ -181,8 +181,8 @@ def finding_1(images: int, candidates: int, run_folder: Path, command: str) -> r
     return _measured("finding-1", judged, settings, lambda effects, rho: [*claim_1(rho), *claim_2(effects)])
 
 
-def finding_2(images: int, candidates: int, run_folder: Path, command: str) -> results.Finding:
-    """Text → image → text with the current profile's models, measured; it goes on as `finding_1` does."""
+def text_trips(images: int, candidates: int, run_folder: Path) -> tuple[pd.DataFrame, Dataset, Generator, Judges]:
+    """Text → image → text with the current profile's models, going on where it was; and who judges its pictures."""
     profile = profiles.current()
     everything = registry.dataset(profile.dataset)
     dataset = everything.subset(images)
@@ -193,9 +193,15 @@ def finding_2(images: int, candidates: int, run_folder: Path, command: str) -> r
     )
     inception = FeatureExtractor.of(profile.inception, profile.device)
     judge = Recogniser.from_pretrained(registry.locate("miniature/recogniser")) if _drawn(dataset) else None
-    judged = judge_pictures(table, dataset, run_folder, Judges(clip, dino, inception, judge))
-    resamples = RESAMPLES_OF_PICTURES
-    settings = _settings(profile, dataset, generator, judged, candidates, command, resamples, inception.name)
+    return table, dataset, generator, Judges(clip, dino, inception, judge)
+
+
+def finding_2(images: int, candidates: int, run_folder: Path, command: str) -> results.Finding:
+    """Text → image → text with the current profile's models, measured; it goes on as `finding_1` does."""
+    table, dataset, generator, judges = text_trips(images, candidates, run_folder)
+    judged = judge_pictures(table, dataset, run_folder, judges)
+    profile, resamples = profiles.current(), RESAMPLES_OF_PICTURES
+    settings = _settings(profile, dataset, generator, judged, candidates, command, resamples, judges.inception.name)
 
     def claims(effects: pd.DataFrame, correlations: pd.DataFrame) -> list[Claim]:
         return [*claim_3(judged.ranked, correlations), *claim_4(effects)]
@@ -263,11 +269,7 @@ def _described(captioner: Captioner, dataset: Dataset, table: pd.DataFrame, path
     ids = set(table["image_id"])
     if path.exists() and ids <= (there := read_results(path)).keys():
         return there
-    readable = [example for example in dataset if example.image_id in ids]
-    captions = []
-    for start in range(0, len(readable), 16):
-        captions += captioner.describe([dataset.open(example) for example in readable[start : start + 16]])
-    beam = {example.image_id: caption for example, caption in zip(readable, captions, strict=True)}
+    beam = describe(captioner, dataset.only(ids))
     write_results(path, beam)
     return beam
 

@@ -93,9 +93,7 @@ class RunFolder:
         now = json.loads(json.dumps(settings))
         if path.exists():
             there = _load_settings(path)
-            differing = [key for key in now | there if now.get(key) != there.get(key)]
-            if differing:
-                lines = "\n".join(f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing)
+            if lines := differences(there, now):
                 raise RunFolderError(
                     f"{self.folder} holds a run with other settings:\n{lines}\nGive another run_folder, or delete this "
                     "one to start again. (The code after a model's class is a digest of its weights.)"
@@ -104,6 +102,12 @@ class RunFolder:
             raise RunFolderError(f"{self.folder} holds parts but no run.json to say of which run: give another folder")
         else:
             _whole(path, lambda part: part.write_text(json.dumps({"settings": now}, indent=1) + "\n"))
+
+
+def differences(there: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """A line for each setting in which two runs differ; nothing where they agree."""
+    differing = [key for key in now | there if now.get(key) != there.get(key)]
+    return "\n".join(f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing)
 
 
 def describe(model: object) -> str:

@@ -23,7 +23,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dalleflamingo import profiles, registry, results, show
 from dalleflamingo.captioner import Captioner, Nucleus
 from dalleflamingo.datasets import Dataset, read_coco, read_results, write_results
-from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.intervals import Interval, derive_seed, mean_interval, paired_bootstraps
 from dalleflamingo.metrics import Cider
 from dalleflamingo.picks import (
@@ -40,9 +39,9 @@ from dalleflamingo.picks import (
     judge_captions,
     similarities,
 )
-from dalleflamingo.picture_picks import Judges, judge_pictures
-from dalleflamingo.reconstruct import load_captioner, load_models, load_text_similarities, text_image_text
-from dalleflamingo.reproduce import RANKED, Claim
+from dalleflamingo.picture_picks import judge_pictures
+from dalleflamingo.reconstruct import load_captioner
+from dalleflamingo.reproduce import RANKED, Claim, text_trips
 from dalleflamingo.subwords import clip_vocabulary, pieces, same_pieces, wordpiece_vocabulary
 
 NUCLEUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # Table 6
@@ -166,16 +165,7 @@ def _grown(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
 
 def many_pictures(run_folder: Path, images: int = 200, pictures: int = 25) -> pd.DataFrame:
     """Finding II with more pictures of fewer captions, as `picks.growth`; a run that was interrupted goes on."""
-    profile = profiles.current()
-    everything = registry.dataset(profile.dataset)
-    dataset = everything.subset(images)
-    captioner, generator, (clip, dino) = load_models(profile)
-    corpus = {example.image_id: example.references for example in everything}
-    table = text_image_text(
-        dataset, captioner, generator, load_text_similarities(profile, corpus), run_folder, candidates=pictures,
-        steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size,
-    )  # fmt: skip
-    judges = Judges(clip, dino, FeatureExtractor.of(profile.inception, profile.device))
+    table, dataset, _, judges = text_trips(images, pictures, run_folder)
     return _grown(judge_pictures(table, dataset, run_folder, judges).table, OF_PICTURES)
 
 

@@ -166,11 +166,7 @@ class TextTrip(Trip):
 
     def open(self, dataset: Dataset, example: Example) -> str:
         """One of the example's captions, drawn by the trip's seed (§3.2)."""
-        if not example.references:
-            raise DatasetError(
-                f"image {example.image_id} of {dataset.name} has no caption to start from: give it one, or leave it out"
-            )
-        return example.references[derive_seed(self.seed, "source", example.image_id) % len(example.references)]
+        return example.drawn_reference(self.seed)
 
     def make(self, examples: list[Example], sources: list[str], run: RunFolder, bar: tqdm) -> list[dict]:
         seeds = self.seeds(examples)  # (B, N)

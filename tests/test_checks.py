@@ -250,13 +250,14 @@ def test_printed_solutions_of_the_cycle_are_right(exercise, capsys):
     ("clean_picture", lambda z, e, a: (z - (1 - a) * e) / a**0.5, "the root is missing"),
     ("clean_picture", lambda z, e, a: (z + (1 - a) ** 0.5 * e) / a**0.5, "take it away"),
     ("clean_picture", lambda z, e, a: z - e, "weighted by the schedule"),
-    ("kendall_tau", lambda a, b: 1.0, "none"),
-    ("kendall_tau", lambda a, b: tau(a, b) / 2 + 0.5, "counts −1|disagreement|none"),
+    ("kendall_tau", lambda a, b: 1.0, "agrees on none"),
+    ("kendall_tau", lambda a, b: tau(a, b) * (10 if len(a) == 5 else 1), "divide by the number of pairs"),
+    ("kendall_tau", lambda a, b: tau(a, b) / 2 + 0.5, "disagreement counts −1"),
 ])  # fmt: skip
 def test_exercises_of_the_cycle_are_told_what_is_wrong(exercise, attempt, said, capsys):
     getattr(checks, exercise)(attempt)
     found = capsys.readouterr().out
-    assert not found.startswith("Right.") and any(part in found for part in said.split("|"))
+    assert not found.startswith("Right.") and said in found
 
 
 def tau(paper, ours):

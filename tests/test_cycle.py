@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,10 +61,10 @@ def models(folder: Path) -> tuple[Captioner, Generator]:
     return Captioner.from_pretrained(str(folder / "blip")), Generator.from_pretrained(str(folder / "sd"))
 
 
-def run(config: CycleConfig, folder: Path, run_folder: Path) -> cycle.Cycle:
+def run(config: CycleConfig, folder: Path, run_folder: Path, accelerator: Accelerator | None = None) -> cycle.Cycle:
     """Train tiny models of `folder`; returns what came out."""
     made, pairs, learner = cycle.assemble(config, *models(folder), dataset(folder / "pictures"))
-    cycle.train(config, made, pairs, learner, run_folder, Accelerator(cpu=True))
+    cycle.train(config, made, pairs, learner, run_folder, accelerator or Accelerator(cpu=True))
     return made
 
 
@@ -126,7 +127,7 @@ def test_two_processes_learn_what_one_does(whole, tmp_path, latest):
     script = "import sys, test_cycle; test_cycle.run_in_a_process(*sys.argv[1:])"
     command = [sys.executable, "-c", script, folder, tmp_path / "run", str(torch.get_num_threads()), str(latest)]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    shared |= {"ACCELERATE_USE_CPU": "true"}
+    shared |= {"CUDA_VISIBLE_DEVICES": ""}
     shared |= {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     both = [
         subprocess.Popen(command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
@@ -143,7 +144,8 @@ def test_two_processes_learn_what_one_does(whole, tmp_path, latest):
 
 def run_in_a_process(folder: str, run_folder: str, threads: str, latest: str = "1.0") -> None:
     torch.set_num_threads(int(threads))  # the same bits want the same threads
-    run(dataclasses.replace(SMALL, losses=Losses(latest=float(latest))), Path(folder), Path(run_folder))
+    config = dataclasses.replace(SMALL, losses=Losses(latest=float(latest)))
+    run(config, Path(folder), Path(run_folder), cycle.tracked("none", Path(run_folder), config))
 
 
 def test_accumulated_parts_learn_what_the_whole_batch_does(whole, tmp_path):
@@ -209,7 +211,8 @@ def test_another_configuration_is_refused_by_name(whole):
 
 
 def test_what_is_exported_opens_in_the_stock_libraries(whole, tmp_path, monkeypatch):
-    _, made, _ = whole
+    _, made, run_folder = whole
+    shutil.copy(run_folder / "log.jsonl", tmp_path)
     cycle.export(SMALL, made, tmp_path)
     blip = BlipForConditionalGeneration.from_pretrained(tmp_path / "captioner")
     BlipProcessor.from_pretrained(tmp_path / "captioner")
@@ -218,6 +221,8 @@ def test_what_is_exported_opens_in_the_stock_libraries(whole, tmp_path, monkeypa
         assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
     text = (tmp_path / "generator/README.md").read_text()
     assert f"license: {registry.ENTRIES['miniature/sd'].licence.lower()}" in text and "caption_reconstruction 1" in text
+    losses = [row["generation"] for row in cycle.read_log(tmp_path) if "generation" in row]
+    assert f"* generation: {losses[0]:.3f} at first, {losses[-1]:.3f} in the end" in text and "cider" not in text
 
 
 def test_half_precision_computes_and_what_learns_stays_whole(whole, tmp_path):
@@ -241,7 +246,7 @@ def test_validation_is_logged_with_its_step_and_leaves_training_alone(whole, tmp
     folder, made, _ = whole
     config = dataclasses.replace(SMALL, validate_every=3)
     again, pairs, learner = cycle.assemble(config, *models(folder), dataset(folder / "pictures"))
-    validation = Validation(again, dataset(folder / "pictures"), tmp_path, drawn=2, steps=2)
+    validation = Validation(again, dataset(folder / "pictures"), tmp_path, steps=2, guidance_scale=3.0, drawn=2)
     cycle.train(config, again, pairs, learner, tmp_path, Accelerator(cpu=True), validation)
     assert ["cider" in row for row in cycle.read_log(tmp_path)] == [False, False, True] * 2
     expected = dict(enumerate(again.captioner.describe(tiny.pictures(6))))

@@ -1,6 +1,5 @@
 """A step of each half with models of the published sizes, random weights, small pictures, on a CPU."""
 
-import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def test_both_halves_of_the_cycle_train_at_full_size(full_size, tmp_path):
     assert moved <= set(learning) and len(moved) > len(learning) // 2
     rows = cycle.read_log(tmp_path)
     assert all(np.isfinite(value) for row in rows for value in row.values())
-    assert [len(row) for row in rows] == [3, 3] and dataclasses.asdict(config)["schedule"] == "alternating"
+    assert [len(row) for row in rows] == [3, 3]
 
 
 def test_the_arithmetic_of_a_step_is_that_of_its_parts(full_size):
