@@ -1,9 +1,9 @@
 """A second generator: captions to pictures in one step, a GAN conditioned on CLIP's features (Table 8).
 
-LAFITE (Zhou et al. 2022) learns to draw from CLIP's embedding of a picture, disturbed a little, and is then given that
-of a text, because CLIP has brought the two close together. (The paper calls it VAE-based; it is a StyleGAN.) Ours is
-of that kind, small, and draws the latents of Stable Diffusion's autoencoder instead of pixels; and its first 4 × 4 map
-is made of noise and feature, where StyleGAN has a constant, so that things need not stand where they always stand.
+LAFITE (Zhou et al. 2022) draws from CLIP's embedding of a caption, at once, without the caption's words. (The paper
+calls it VAE-based; it is a StyleGAN.) Ours does so, too; it is small, and draws the latents of Stable Diffusion's
+autoencoder instead of pixels; and its first 4 × 4 map is made of noise and feature, where StyleGAN has a constant, so
+that things need not stand where they always stand. How it is taught is another story: `miniature/lafite.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,8 +70,8 @@ class Lafite(ModelMixin, ConfigMixin):
         autoencoder: str = "miniature/sd",
     ):
         super().__init__()
-        # what all pictures, or all captions, have in common: most of a feature's length, and the gap between the two
-        self.register_buffer("common", torch.zeros(2, feature_size))  # of pictures, of captions
+        self.register_buffer("centre", torch.zeros(feature_size))
+        self.register_buffer("matrix", torch.eye(feature_size))
         read = feature_size + noise_size
         self.mapping = nn.Sequential(nn.Linear(read, 256), nn.SiLU(), nn.Linear(256, style_size), nn.SiLU())
         self.start = nn.Sequential(  # what stands where is no linear function of a feature
@@ -82,14 +82,12 @@ class Lafite(ModelMixin, ConfigMixin):
         self.norm = nn.GroupNorm(8, width)
         self.to_latents = nn.Conv2d(width, 4 * latent_channels, 3, padding=1)
 
-    def own(self, features: Tensor, of_text: Tensor | bool) -> Tensor:
-        """What (B, feature_size) features have for themselves, of length 1; (B,) `of_text` says of what they are."""
-        common = self.common[torch.as_tensor(of_text, device=features.device).long()]
-        return F.normalize(features - common, dim=-1)
+    def whitened(self, features: Tensor) -> Tensor:
+        """(B, feature_size) features of captions, length 1, so that each direction counts as much as any other."""
+        return F.normalize((features - self.centre) @ self.matrix, dim=-1) * features.shape[-1] ** 0.5
 
     def forward(self, noise: Tensor, features: Tensor) -> Tensor:
-        """(B, noise_size), (B, feature_size) of `own` -> (B, 4, 16, 16), scaled as Stable Diffusion's latents are."""
-        features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5  # of the size of the noise
+        """(B, noise_size), (B, feature_size) of `whitened` -> (B, 4, 16, 16), scaled as Stable Diffusion's latents."""
         read = torch.cat([noise, features], dim=-1)
         style = self.mapping(read)
         x = self.widen(F.interpolate(self.start(read).view(len(noise), -1, 4, 4), scale_factor=2, mode="nearest"))
@@ -137,7 +135,7 @@ class LafiteGenerator:
 
         def draw(batch: list[tuple[str, int]]) -> list[Image]:
             features = self.clip_text.embed([caption for caption, _ in batch]).to(self.model.device, self.model.dtype)
-            features = self.model.own(F.normalize(features, dim=-1), of_text=True)
+            features = self.model.whitened(F.normalize(features, dim=-1))
             size = self.model.config.noise_size
             noise = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for _, seed in batch]
             latents = self.model(torch.stack(noise).to(features), features)

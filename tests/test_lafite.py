@@ -98,11 +98,12 @@ def recipe(tmp_path_factory):
     tokenizer = CLIPTokenizer.from_pretrained(train_clip_bpe(texts(200), 600, folder))
     torch.manual_seed(0)
     eyes = clip.build(len(tokenizer))
-    for name, width in (("latents", (4, 16, 16)), ("features", (128,))):
-        values = torch.randn(200, *width)
-        values = F.normalize(values, dim=-1) if name == "features" else values
-        sd.save_file({name: values.half()}, folder / f"{name}.safetensors")
-    recipe = lafite.LafiteRecipe(None, eyes, tokenizer, folder / "latents.safetensors", folder / "features.safetensors")
+    files = []
+    for name, shape in (("latents", (4, 16, 16)), ("features", (128,)), ("features", (lafite.TELLINGS, 128))):
+        files.append(folder / f"{len(files)}.safetensors")
+        values = torch.randn(200, *shape)
+        sd.save_file({name: (F.normalize(values, dim=-1) if name == "features" else values).half()}, files[-1])
+    recipe = lafite.LafiteRecipe(None, eyes, tokenizer, *files)
     recipe.batch_size = 6
     return recipe
 
@@ -110,55 +111,96 @@ def recipe(tmp_path_factory):
 class Twice(torch.nn.Module):
     """Draws 2 everywhere."""
 
-    device, config = torch.device("cpu"), SimpleNamespace(noise_size=4)
+    device = torch.device("cpu")
 
-    def own(self, features, of_text):
+    def whitened(self, features):
         return features
 
     def forward(self, noise, features):
         return torch.full((len(noise), 4, 16, 16), 2.0)
 
 
-def test_what_pictures_and_what_captions_have_in_common_is_taken_away():
-    model = Lafite(feature_size=3, width=8)
-    model.common.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
-    features = torch.tensor([[1.0, 0, 2], [1, 1, 0]])
-    found = model.own(features, torch.tensor([False, True]))
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0, 1], [1, 0, 0]]))
-    torch.testing.assert_close(model.own(features[1:], True), found[1:])
+def test_whitened_features_spread_alike_in_every_direction():
+    torch.manual_seed(0)
+    features = torch.randn(5000, 6) @ torch.randn(6, 6) + 3
+    centre, matrix = lafite.whitening(features)
+    white = (features - centre) @ matrix
+    torch.testing.assert_close(white.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    spread = torch.linalg.eigvalsh(torch.cov(features.T))
+    kept = spread / (spread + lafite.FLOOR * spread.max())
+    torch.testing.assert_close(torch.linalg.eigvalsh(torch.cov(white.T)), kept, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(matrix, matrix.T, atol=1e-4, rtol=1e-4)
+    model = Lafite(feature_size=6, width=8)
+    model.centre, model.matrix = centre, matrix
+    found = model.whitened(features[:9])
+    torch.testing.assert_close(found, 6**0.5 * white[:9] / white[:9].norm(dim=1, keepdim=True))
 
 
-def test_the_recipe_measures_what_is_common(recipe):
-    pictures, captions = recipe.generator.common
-    torch.testing.assert_close(pictures, recipe.features.float().mean(0))
-    texts = recipe._texts(300)
-    torch.testing.assert_close(texts.norm(dim=1), torch.ones(300))
-    assert torch.cosine_similarity(texts.mean(0), captions, dim=0) > 0.99
+def test_the_generator_whitens_what_captions_have_and_the_encoder_is_given_whitened_pictures(recipe):
+    for value, expected in zip(
+        (recipe.generator.centre, recipe.generator.matrix),
+        lafite.whitening(recipe.captions.float().view(-1, 128)),
+        strict=True,
+    ):
+        torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(recipe.pictures.float().mean(0), torch.zeros(128), atol=1e-2, rtol=0)
+
+
+def test_a_code_diverges_from_normal_noise_as_torch_has_it():
+    mean, log_variance = torch.randn(5, 7), torch.randn(5, 7)
+    normal, code = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(mean, (log_variance / 2).exp())
+    expected = torch.distributions.kl_divergence(code, normal).sum(1).mean()
+    torch.testing.assert_close(lafite.divergence(mean, log_variance), expected)
+
+
+def test_every_telling_of_a_scene_has_its_feature(monkeypatch):
+    told = []
+
+    def tokenizer(captions, **_):
+        told.extend(captions)
+        return SimpleNamespace(input_ids=torch.tensor([[len(caption), 1] for caption in captions]))
+
+    monkeypatch.setattr(lafite, "encode_text", lambda _, input_ids: input_ids.float())
+    found = lafite.caption_features(None, tokenizer, [0, 1])
+    assert found.shape == (2, lafite.TELLINGS, 2) and len(told) == 2 * lafite.TELLINGS and all(told)
+    lengths = torch.tensor([len(caption) for caption in told]).view(2, -1)
+    torch.testing.assert_close(found[..., 0] / found[..., 1], lengths.float())
+    assert len(set(told)) > 2  # not one a scene
 
 
 @pytest.mark.parametrize("late", [1, 0])
 def test_each_network_learns_by_its_own_losses_only(recipe, late):
     step = lafite.CALM_EVERY * (lafite.ALONE // lafite.CALM_EVERY + 1) + late
     losses = recipe.loss(recipe.batch(np.random.default_rng(0), step), step)
-    networks = list(recipe.generator.parameters()), list(recipe.discriminator.parameters())
     assert (losses["calm"] > 0) == (not late)
-    for names, own, other in ((("fool", "near"), 0, 1), (("tell", "know"), 1, 0)):
-        together = sum(losses[name] for name in names)
-        found = torch.autograd.grad(together, networks[own], retain_graph=True, allow_unused=True)
-        moved = sum(g is not None and g.abs().sum() > 0 for g in found)
-        assert moved > len(networks[own]) // 3  # weights that begin as 0 keep some still, at first
-        assert not any(g is not None for g in torch.autograd.grad(
-            together, networks[other], retain_graph=True, allow_unused=True))  # fmt: skip
+    taught = {
+        "generator": ("near", "fool"),
+        "encoder": ("near", "code"),
+        "discriminator": ("tell", "know", *("calm",) * (not late)),
+    }
+    for network, module in recipe.modules.items():
+        parameters = list(module.parameters())
+        for name in losses.keys() - {"loss", *("calm",) * late}:
+            found = torch.autograd.grad(losses[name], parameters, retain_graph=True, allow_unused=True)
+            moved = sum(g is not None and g.abs().sum() > 0 for g in found)
+            if name in taught[network]:
+                assert moved > len(parameters) // 3, (network, name)  # what begins as 0 keeps some still, at first
+            else:
+                assert not moved, (network, name)
     torch.testing.assert_close(losses["loss"], sum(value for name, value in losses.items() if name != "loss"))
 
 
-def test_at_first_the_generator_learns_alone_to_come_near(recipe, monkeypatch):
+def test_at_first_there_is_no_discriminator(recipe, monkeypatch):
     batch = recipe.batch(np.random.default_rng(0), 0)
     monkeypatch.setattr(recipe, "generator", Twice())
-    alone, later = (recipe.loss(batch, step) for step in (lafite.ALONE - 1, lafite.ALONE))
-    assert list(alone) == ["loss", "near"] and set(alone) < set(later)
+    torch.manual_seed(0)
+    start, alone, later = (recipe.loss(batch, step) for step in (0, lafite.ALONE - 1, lafite.ALONE))
+    assert list(alone) == ["loss", "near", "code"] and set(alone) < set(later)
     for losses in (alone, later):
         torch.testing.assert_close(losses["near"], lafite.NEAR_WEIGHT * (2 - batch["latents"]).square().mean())
+    code = lafite.CODE_WEIGHT * lafite.divergence(*recipe.encoder(batch["pictures"], batch["captions"]))
+    torch.testing.assert_close(later["code"], code)
+    assert start["code"] == 0
 
 
 def test_a_drawn_picture_is_judged_against_the_real_one(recipe, monkeypatch):
@@ -182,15 +224,6 @@ def test_the_steepness_of_a_plane_is_its_slope():
     torch.testing.assert_close(found, slope.square().sum())
     found.backward()
     torch.testing.assert_close(slope.grad, 2 * slope)
-
-
-def test_a_disturbed_feature_keeps_its_length_and_lies_as_far_as_a_captions_does_at_most():
-    features = F.normalize(torch.randn(4000, 128), dim=-1)
-    moved = lafite.disturbed(features)
-    torch.testing.assert_close(moved.norm(dim=-1), torch.ones(4000))
-    angles = (1 / (moved * features).sum(-1).square() - 1).clamp(min=0).sqrt()  # tan: the noise's length, orthogonal
-    assert angles.max() < 1.4 * lafite.DISTURBANCE  # noise that points against the feature turns it further
-    assert angles.mean().item() == pytest.approx(lafite.DISTURBANCE / 2, rel=0.05)
 
 
 def test_what_is_exported_is_the_generator_in_half_precision(recipe, tmp_path):

@@ -100,7 +100,7 @@ def clip() -> PlacedClipRecipe:
 def lafite() -> LafiteRecipe:
     """The GAN stands on the same autoencoder and on the trained CLIP."""
     vae, eyes = trained(VaeRecipe(), "vae"), trained(clip(), "clip")
-    files = RUNS / "sd-latents.safetensors", RUNS / "clip-features.safetensors"
+    files = (RUNS / f"{name}.safetensors" for name in ("sd-latents", "clip-features", "clip-caption-features"))
     return LafiteRecipe(vae.vae, eyes.model, eyes.tokenizer, *files)
 
 
