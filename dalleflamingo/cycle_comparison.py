@@ -124,11 +124,12 @@ def of_pictures(table: pd.DataFrame, dataset: Dataset, real: torch.Tensor) -> Ex
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that was measured: captioner -> its runs on nocaps, on coco; and the pictures of their generators."""
+    """Everything that was measured: captioner -> its runs' captions, and pictures of the generators taught with it."""
 
     nocaps: Mapping[str, Examined]
     coco: Mapping[str, Examined]
     pictures: Mapping[str, Examined]
+    coco_pictures: Mapping[str, Examined]
 
 
 def gather(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -145,8 +146,8 @@ def gather(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         of = {name: run[name] for name in ("captioner", "arm", "seed")}
         for corpus, said in run["captions"].items():
             captions += [of | {"corpus": corpus, "image_id": int(i), "caption": text} for i, text in said.items()]
-        if "pictures" in run:
-            pictures.append(pd.DataFrame(run["pictures"]).assign(**of))
+        for corpus, drawn in run.get("pictures", {}).items():
+            pictures.append(pd.DataFrame(drawn).assign(corpus=corpus, **of))
     return pd.DataFrame(captions), pd.concat(pictures, ignore_index=True)
 
 
@@ -160,14 +161,21 @@ def study(captions: pd.DataFrame, pictures: pd.DataFrame) -> Study:
         }
         for corpus, dataset in datasets.items()
     }
-    nocaps = datasets["nocaps"]
-    real = looks_of(nocaps)
+    drawn = {
+        corpus: _drawn(pictures[pictures["corpus"] == corpus], dataset, looks_of(dataset))
+        for corpus, dataset in datasets.items()
+    }
+    return Study(said["nocaps"], said["coco"], drawn["nocaps"], drawn["coco"])
+
+
+def _drawn(pictures: pd.DataFrame, dataset: Dataset, real: torch.Tensor) -> dict[str, Examined]:
+    """Captioner -> runs; what labels teach the generator no captioner changes, and all have these runs of the first."""
     first = pictures[pictures["captioner"] == FIRST]
-    alike = first[first["arm"].isin((START, *TABLE_3[:2]))]  # what labels teach the generator, no captioner changes
-    drawn = {FIRST: of_pictures(first, nocaps, real)}
+    alike = first[first["arm"].isin((START, *TABLE_3[:2]))]
+    found = {FIRST: of_pictures(first, dataset, real)}
     for captioner, part in pictures[pictures["captioner"] != FIRST].groupby("captioner"):
-        drawn[captioner] = of_pictures(pd.concat([alike, part]), nocaps, real)
-    return Study(said["nocaps"], said["coco"], drawn)
+        found[captioner] = of_pictures(pd.concat([alike, part]), dataset, real)
+    return found
 
 
 def looks_of(dataset: Dataset) -> torch.Tensor:

@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from dalleflamingo.cycle import CHOSEN, CycleConfig
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.cycle_validation import draw
 from dalleflamingo.datasets import Dataset
+from dalleflamingo.generator import Generator
 from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.picture_picks import distances
 from dalleflamingo.similarity import ClipImage
@@ -144,11 +145,13 @@ def trials() -> dict[Run, CycleConfig]:
     return found
 
 
-def perform(run: Run, config: CycleConfig, folder: Path, pictures: Mapping[str, Dataset], drawn: bool) -> dict:
+def perform(
+    run: Run, config: CycleConfig, folder: Path, pictures: Mapping[str, Dataset], drawn: Collection[str]
+) -> dict:
     """Train, going on where the folder's run was, test, and write `result.json`; what is there is not made again.
 
     Args:
-        pictures: as of `tested`. drawn: the generator is judged, too.
+        pictures: as of `tested`. drawn: of which of these the generator draws captions, and is judged by.
     """
     result = folder / "result.json"
     if result.exists():
@@ -178,30 +181,36 @@ def chosen_on() -> dict[str, Dataset]:
 
 
 @torch.no_grad()
-def examine(made: Cycle, folder: Path, pictures: Mapping[str, Dataset], drawn: bool) -> dict:
+def examine(made: Cycle, folder: Path, pictures: Mapping[str, Dataset], drawn: Collection[str]) -> dict:
     """What two models do on pictures, of nocaps and of coco.
 
     Returns:
-        captions: corpus -> image id -> caption. If `drawn`, pictures: lists of image_id, clip_distance, × 100, and
-        features, of the Inception; they are those of nocaps, and the pictures themselves lie in the folder.
+        captions: corpus -> image id -> caption. pictures: corpus, of those `drawn`, -> what `judged` returns.
     """
     captions = {name: describe(made.captioner, dataset) for name, dataset in pictures.items()}
-    if not drawn:
-        return {"captions": captions}
-    profile, dataset = profiles.current(), pictures["nocaps"]
-    examples = list(dataset)
-    drawings = draw(made.generator, examples, profile.steps, profile.guidance_scale)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    found = {name: judged(made.generator, pictures[name], folder / "pictures" / name) for name in drawn}
+    return {"captions": captions} | ({"pictures": found} if found else {})
+
+
+def judged(generator: Generator, dataset: Dataset, folder: Path) -> dict[str, list]:
+    """Draw a caption of every picture, keep the drawings in the folder, and look at them.
+
+    Returns:
+        image_id, clip_distance to the picture itself, × 100, and features, of the Inception: a list each.
+    """
+    profile, examples = profiles.current(), list(dataset)
+    drawings = draw(generator, examples, profile.steps, profile.guidance_scale)
+    folder.mkdir(parents=True, exist_ok=True)
     for example, drawing in zip(examples, drawings, strict=True):
-        drawing.save(folder / f"pictures/{example.image_id}.png")
+        drawing.save(folder / f"{example.image_id}.png")
     clip = ClipImage.from_pretrained(registry.locate(profile.clip), profile.device)
     looks = FeatureExtractor.of(profile.inception, profile.device).look(drawings)
     real = [dataset.open(example) for example in examples]
-    return {"captions": captions, "pictures": {
+    return {
         "image_id": [example.image_id for example in examples],
         "clip_distance": distances(clip, real, drawings, np.arange(len(real))).tolist(),
         "features": looks.features.half().tolist(),
-    }}  # fmt: skip
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -220,7 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for run, config in tqdm(wanted.items(), desc="cycle study", unit="run"):
             with suppress(Timeout), FileLock(folder / f"{run.name}.lock", timeout=0):
-                perform(run, config, folder / run.name, pictures, options.trials or run.drawn)
+                drawn = ("nocaps",) if options.trials else tuple(pictures) if run.drawn else ()
+                perform(run, config, folder / run.name, pictures, drawn)
     except (ValueError, FloatingPointError, registry.RegistryError) as error:
         parser.error(str(error))
     print(f"{folder}: {sum(1 for _ in folder.glob('*/result.json'))} of {len(wanted)} runs")

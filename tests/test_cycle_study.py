@@ -1,7 +1,9 @@
 """The study: its queue, a run that goes on, and what is made of the runs, on numbers whose answer is known."""
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ import tiny
 import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
+from PIL import Image
 
 from dalleflamingo import cycle, cycle_comparison, cycle_results, cycle_show, cycle_study, profiles, registry
 from dalleflamingo.cycle import CHOSEN
@@ -62,9 +65,9 @@ def small(tmp_path, monkeypatch):
 def test_a_run_that_is_done_is_not_made_again(small):
     folder, prepared = small
     run = Run("cycle", BLIP, 2)
-    first = cycle_study.perform(run, run.config, folder / "a", {}, False)
+    first = cycle_study.perform(run, run.config, folder / "a", {}, ())
     assert first["arm"] == "cycle" and prepared == [ARMS["cycle"].config(BLIP, 2)]
-    assert cycle_study.perform(run, run.config, folder / "a", {}, False) == json.loads(json.dumps(first))
+    assert cycle_study.perform(run, run.config, folder / "a", {}, ()) == json.loads(json.dumps(first))
     assert len(prepared) == 1 and not list((folder / "a").glob("*.part"))
 
 
@@ -76,6 +79,34 @@ def test_what_another_process_is_at_is_left_to_it(small, monkeypatch, capsys):
     assert [config.seed for config in prepared] == [1] and "1 of 2 runs" in capsys.readouterr().out
     assert cycle_study.main(["--runs", str(folder)]) == 0
     assert [config.seed for config in prepared] == [1, 0]
+
+
+def test_drawings_are_kept_and_measured_against_the_picture_whose_caption_they_are_of(tmp_path, monkeypatch):
+    for i, picture in enumerate(tiny.pictures(3)):
+        picture.save(tmp_path / f"{i}.png")
+    dataset = Dataset("some", tuple(Example(i, tmp_path / f"{i}.png", (f"caption {i}",)) for i in range(3)))
+
+    class Copies:
+        """Draws "caption 0" and "caption 1" as pictures 0 and 1, and "caption 2" as picture 0."""
+
+        def render(self, captions, seeds, steps, guidance_scale, batch_size):
+            assert captions == ["caption 0", "caption 1", "caption 2"] and seeds == [0, 1, 2]
+            return [dataset.open(dataset.examples[i]) for i in (0, 1, 0)]
+
+    def embed(pictures):
+        return torch.stack([torch.from_numpy(np.asarray(picture, dtype=np.float32)).flatten() for picture in pictures])
+
+    monkeypatch.setattr(cycle_study.ClipImage, "from_pretrained", lambda *_: SimpleNamespace(embed=embed))
+    looks = SimpleNamespace(look=lambda drawn: SimpleNamespace(features=torch.arange(len(drawn))[:, None].float()))
+    monkeypatch.setattr(cycle_study.FeatureExtractor, "of", lambda *_: looks)
+    found = cycle_study.judged(Copies(), dataset, tmp_path / "drawn")
+    first, _, third = embed([dataset.open(example) for example in dataset])
+    other = 100 * (1 - torch.cosine_similarity(first, third, dim=0).item())
+    assert found["clip_distance"] == pytest.approx([0, 0, other], abs=1e-3) and other > 1
+    assert found["image_id"] == [0, 1, 2] and found["features"] == [[0.0], [1.0], [2.0]]
+    for i, copied in enumerate((0, 1, 0)):
+        kept, original = tmp_path / f"drawn/{i}.png", tmp_path / f"{copied}.png"
+        assert np.array_equal(Image.open(kept), Image.open(original))
 
 
 def test_settings_are_chosen_on_pictures_that_the_test_has_not():
@@ -133,7 +164,7 @@ def test_a_domain_is_its_own_pictures_and_seeds_that_one_arm_lacks_are_left_out(
 def found(levels: dict[str, float]) -> cycle_comparison.Study:
     runs = arms(levels)
     pictures = Examined(runs.runs, runs.domain, {name: runs.scores["cider"] for name in ("clip_distance", "fid")})
-    return cycle_comparison.Study({BLIP: runs}, {BLIP: runs}, {BLIP: pictures})
+    return cycle_comparison.Study({BLIP: runs}, {BLIP: runs}, {BLIP: pictures}, {BLIP: pictures})
 
 
 PAPER = dict(zip(TABLE_9, (111.8, 110.9, 110.2, 109.7, 102.3), strict=True)) | {START: 108.0, "labels-longer": 109.0}
@@ -192,7 +223,7 @@ def test_pictures_are_judged_run_by_run(tmp_path):
 
 def test_tables_have_a_row_an_arm_and_the_papers_figures():
     study = found(PAPER)
-    first = cycle_results.table_9(cycle_comparison.Study(_with_f1(study.nocaps), study.coco, study.pictures))
+    first = cycle_results.table_9(dataclasses.replace(study, nocaps=_with_f1(study.nocaps)))
     assert first["the paper"].tolist() == ["111.8", "110.9", "110.2", "109.7", "102.3"]
     assert first["CIDEr × 100"].str.startswith("11").tolist() == [True, True, True, False, False]
     fourth = cycle_results.table_4(study)
@@ -231,13 +262,17 @@ def test_everything_is_written_from_the_runs_that_are_done(tmp_path, monkeypatch
     for run in queue()[:20]:
         captions = {corpus: {one.image_id: one.references[run.seed] for one in few[corpus]} for corpus in few}
         found = {"arm": run.arm, "captioner": run.captioner, "seed": run.seed, "captions": captions}
-        (runs / run.name / "pictures").mkdir(parents=True)
+        (runs / run.name / "pictures/nocaps").mkdir(parents=True)
         if run.drawn:
-            ids = [one.image_id for one in few["nocaps"]]
-            found["pictures"] = {"image_id": ids, "clip_distance": [20 + run.seed] * 9,
-                                 "features": rng.random((9, 64)).tolist()}  # fmt: skip
+            found["pictures"] = {}
+            for corpus, dataset in few.items():
+                found["pictures"][corpus] = {
+                    "image_id": [one.image_id for one in dataset],
+                    "clip_distance": [{"nocaps": 20, "coco": 30}[corpus] + run.seed] * len(dataset),
+                    "features": rng.random((len(dataset), 64)).tolist(),
+                }
             for one, picture in zip(few["nocaps"], tiny.pictures(9), strict=True):
-                picture.save(runs / run.name / f"pictures/{one.image_id}.png")
+                picture.save(runs / run.name / f"pictures/nocaps/{one.image_id}.png")
         (runs / run.name / "result.json").write_text(json.dumps(found))
     assert cycle_results.main(["--runs", str(runs), "--docs", str(tmp_path / "docs")]) == 0
     page = (results / "cycle.md").read_text(encoding="utf-8")
@@ -246,6 +281,9 @@ def test_everything_is_written_from_the_runs_that_are_done(tmp_path, monkeypatch
     assert {row["claim"]: row["seeds"] for row in board if row["claim"] == 12} == {12: [0]}
     assert (tmp_path / "docs/figures/cycle_pictures.png").stat().st_size > 10_000
     assert len(pd.read_parquet(results / "cycle-captions.parquet")) == 20 * 15
+    fourth = pd.read_csv(results / "cycle-table-4.csv")
+    assert fourth["all"].str.startswith("20.").all() and fourth["coco"].str.startswith("30.").all()
+    assert fourth.loc[fourth["taught with"] == "BLIP", "COCO"].tolist()[0] == "42.48 / 27.08"
     assert "Claim 11: " in capsys.readouterr().out
 
 
