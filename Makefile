@@ -58,6 +58,7 @@ reproduce: data
 	$(BIN)/python -m dalleflamingo.variants
 	$(BIN)/python -m dalleflamingo.stability --images 200
 	$(BIN)/python -m dalleflamingo.cycle_study
+	$(BIN)/python -m dalleflamingo.cycle_study --trials
 	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/cycle.py
 	$(BIN)/python -m dalleflamingo.cycle_results

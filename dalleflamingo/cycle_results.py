@@ -228,8 +228,7 @@ def page(found: Study, claims: Sequence[Claim], command: str) -> str:
         "drawn anew, then pictures; differences are paired by both. Three hundred pictures of nocaps, as many of coco.",
         f"Settings: {CHOSEN.pictures} labelled pictures of coco, {CHOSEN.steps} steps of {CHOSEN.batch_size} pairs, "
         f"{CHOSEN.schedule}, learning rate {CHOSEN.learning_rate:g}, (4) below {losses.latest:.0%} of the timesteps; "
-        "chosen on other pictures of the same sort; `python -m dalleflamingo.cycle_study --trials` trains what was "
-        "tried.",
+        "chosen on other pictures of the same sort, of [what was tried](cycle-trials.md).",
         "\n".join(lines),
         "## Captions (Table 3): CIDEr × 100",
         _markdown(table_3(found)),
