@@ -208,17 +208,27 @@ def test_captions_are_judged_run_by_run(tmp_path):
     assert runs.value("cider", "cycle").value == pytest.approx((alone + best) / 2)
 
 
+def drawn(shifts: list[float], real: torch.Tensor, own: torch.Tensor) -> pd.DataFrame:
+    """A run for each shift, its rows in another order than the pictures: features moved along the first axis."""
+    return pd.DataFrame([
+        {"arm": "cycle", "seed": seed, "image_id": i, "clip_distance": 10.0 * seed + i, "features": row.tolist()}
+        for seed, shift in enumerate(shifts)
+        for i, row in reversed(list(enumerate(own + shift * torch.eye(real.shape[1])[0])))
+    ])  # fmt: skip
+
+
 def test_pictures_are_judged_run_by_run(tmp_path):
-    dataset = Dataset("some", tuple(Example(i, tmp_path, ("a",)) for i in range(200)))
-    features = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
-    rows = [
-        {"arm": "cycle", "seed": seed, "image_id": i, "clip_distance": 10.0 * seed + i, "features": moved.tolist()}
-        for seed, shift in ((0, 0.0), (1, 3.0))
-        for i, moved in reversed(list(enumerate(features + torch.tensor([shift, 0.0]))))
-    ]
-    runs = cycle_comparison.of_pictures(pd.DataFrame(rows), dataset, features)
+    half = ["in-domain"] * 100 + ["out-domain"] * 100
+    dataset = Dataset("some", tuple(Example(i, tmp_path, ("a",), domain) for i, domain in enumerate(half)))
+    real, other = torch.randn(2, 200, 8, generator=torch.Generator().manual_seed(0))
+    runs = cycle_comparison.of_pictures(drawn([0.0, 3.0], real, real), dataset, real)
     assert runs.value("clip_distance", "cycle").value == pytest.approx(99.5 + 5)
+    assert runs.value("clip_distance", "cycle", domain="out-domain").value == pytest.approx(149.5 + 5)
     assert runs.value("fid", "cycle").value == pytest.approx(9 / 2, abs=1e-3)  # the squared distance of the means
+    moved = cycle_comparison.of_pictures(drawn([3.0], real, real), dataset, real).value("fid", "cycle")
+    assert (moved.low, moved.high) == pytest.approx((9, 9), abs=1e-2)  # drawn anew with the pictures that they are of
+    alike = cycle_comparison.of_pictures(drawn([0.0], real, other), dataset, real).value("fid", "cycle")
+    assert alike.low < alike.value < alike.high  # fewer pictures, drawn twice, have a greater FID
 
 
 def test_tables_have_a_row_an_arm_and_the_papers_figures():
@@ -276,7 +286,8 @@ def test_everything_is_written_from_the_runs_that_are_done(tmp_path, monkeypatch
         (runs / run.name / "result.json").write_text(json.dumps(found))
     assert cycle_results.main(["--runs", str(runs), "--docs", str(tmp_path / "docs")]) == 0
     page = (results / "cycle.md").read_text(encoding="utf-8")
-    assert page.count("Claim 9: ") == 3 and "Claim 14: " in page and "| larger BLIP | cycle: (1) to (4) | 1 |" in page
+    assert [page.count(f"Claim {n}: ") for n in (9, 10, 14)] == [3, 2, 1]
+    assert "| larger BLIP | cycle: (1) to (4) | 1 |" in page
     board = json.loads((results / "claims.json").read_text())["claims"]
     assert {row["claim"]: row["seeds"] for row in board if row["claim"] == 12} == {12: [0]}
     assert (tmp_path / "docs/figures/cycle_pictures.png").stat().st_size > 10_000
