@@ -26,7 +26,8 @@ class Profile:
         dtype: "float32" or "float16", the weights' type on a GPU; see `torch_dtype`.
         captioner, generator, clip, dino, inception, dataset: names in `registry.ENTRIES`.
         coco: likewise; the data set that Table 1 has beside it, its split "test".
-        other_captioner: likewise; the captioner that Table 8 has instead.
+        other_captioner, other_generator: likewise; what Table 8 has instead. The authors' LAFITE is on no hub, so the
+            real profiles have no other generator.
         batch_size: pictures drawn at once; bounded by memory, without influence on any picture.
         cycle_steps: of cycle finetuning, live; the paper's five epochs of COCO are 70,785 steps of 8.
     """
@@ -46,6 +47,7 @@ class Profile:
     dataset: str
     coco: str
     other_captioner: str
+    other_generator: str | None
     batch_size: int
     cycle_steps: int
 
@@ -72,6 +74,7 @@ _MINIATURE = dict(
     dataset="miniature/nocaps",
     coco="miniature/coco",
     other_captioner="miniature/blip2",
+    other_generator="miniature/lafite",
 )
 _REAL = dict(
     guidance_scale=7.5,
@@ -85,6 +88,7 @@ _REAL = dict(
     dataset="nocaps",
     coco="coco",
     other_captioner="blip2-opt-2.7b",
+    other_generator=None,
 )
 
 PROFILES: dict[str, Profile] = {

@@ -76,6 +76,7 @@ _ALL = (
     _shipped("miniature/blip-large", "captioner", "The same with six layers on each side, where that has 4 and 3."),
     _shipped("miniature/blip2", "captioner", "A small BLIP-2: BLIP's image encoder, a Q-Former and an OPT."),
     _shipped("miniature/sd", "generator", "A small Stable Diffusion, 64 px, pretrained on miniature/web."),
+    _shipped("miniature/lafite", "generator", "A small GAN after LAFITE, behind CLIP; draws latents of miniature/sd."),
     _shipped("miniature/clip", "image similarity", "A small CLIP, an open_clip folder."),
     _shipped("miniature/dino", "image similarity", "A small ViT, self-distilled without labels."),
     _shipped("miniature/recogniser", "judge", "Finds the things, colours and relations of a picture, or nothing."),

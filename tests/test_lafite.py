@@ -203,6 +203,27 @@ def test_at_first_there_is_no_discriminator(recipe, monkeypatch):
     assert start["code"] == 0
 
 
+def test_near_the_picture_from_its_code_and_judged_from_noise(recipe, monkeypatch):
+    given = []
+
+    class Listens(Twice):
+        def forward(self, noise, features):
+            given.append(noise)
+            return super().forward(noise, features)
+
+    recipe.batch_size = 500
+    batch = recipe.batch(np.random.default_rng(0), 0)
+    recipe.batch_size = 6
+    batch = {name: value[:1].expand(500, *value.shape[1:]) for name, value in batch.items()}
+    monkeypatch.setattr(recipe, "generator", Listens())
+    monkeypatch.setattr(recipe, "encoder", lambda pictures, captions: (torch.full((500, 4), 5.0),
+                                                                       torch.full((500, 4), -2.0)))  # fmt: skip
+    recipe.loss(batch, lafite.ALONE + 1)
+    code, noise = given
+    assert (code.mean().item(), code.std().item()) == pytest.approx((5, np.exp(-1)), abs=0.05)
+    assert (noise.mean().item(), noise.std().item()) == pytest.approx((0, 1), abs=0.1)
+
+
 def test_a_drawn_picture_is_judged_against_the_real_one(recipe, monkeypatch):
     """Huang et al. 2024, Eq. 2: log(1 + exp(D(x̂) − D(x))) for the discriminator, the other way for the generator."""
     batch = recipe.batch(np.random.default_rng(0), 1)

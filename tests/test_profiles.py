@@ -40,6 +40,8 @@ def test_every_name_in_a_profile_is_registered_as_what_it_is_used_for(profile):
         "dataset": "data set",
         "coco": "data set",
     }
+    if profile.other_generator:
+        kinds["other_generator"] = "generator"
     for attribute, kind in kinds.items():
         assert registry.ENTRIES[getattr(profile, attribute)].kind == kind
 

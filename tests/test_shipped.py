@@ -20,7 +20,7 @@ from dalleflamingo.recogniser import Recogniser
 from dalleflamingo.scene_graph import f1
 from dalleflamingo.vocabulary import VocabularyMap
 
-MODELS = ("blip", "blip-large", "blip2", "sd", "clip", "dino", "recogniser", "inception")
+MODELS = ("blip", "blip-large", "blip2", "sd", "lafite", "clip", "dino", "recogniser", "inception")
 
 
 def manifest():

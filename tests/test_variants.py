@@ -27,8 +27,8 @@ def measured() -> pd.DataFrame:
 
 @pytest.mark.parametrize(("name", "changed"), [
     ("top-k", {"strategy": TopK(10)}), ("temperature", {"strategy": Temperature(0.7)}),
-    ("blip2", {"captioner": "other"}), ("seed-2", {"seed": 2, "n": 15}),
-    ("coco", {"dataset": ("miniature/coco", "test")}),
+    ("blip2", {"captioner": "other"}), ("lafite", {"generator": "miniature/lafite"}),
+    ("seed-2", {"seed": 2, "n": 15}), ("coco", {"dataset": ("miniature/coco", "test")}),
 ])  # fmt: skip
 def test_a_variant_changes_one_thing(monkeypatch, tmp_path, name, changed):
     asked, opened = [], []
@@ -41,6 +41,8 @@ def test_a_variant_changes_one_thing(monkeypatch, tmp_path, name, changed):
 
     monkeypatch.setattr(variants, "load_models", lambda profile: ("usual", "generator", ["clip", "dino"]))
     monkeypatch.setattr(variants, "load_captioner", lambda profile, name: "other")
+    monkeypatch.setattr(variants.LafiteGenerator, "from_pretrained", lambda name, device: name)
+    monkeypatch.setattr(variants.registry, "locate", lambda name: name)
     monkeypatch.setattr(variants.registry, "dataset", lambda *name: opened.append(name) or world())
     monkeypatch.setattr(variants, "image_text_image", trip)
     if variant.images:
@@ -48,9 +50,10 @@ def test_a_variant_changes_one_thing(monkeypatch, tmp_path, name, changed):
     judged = variants.finding_1_again(variant, 20, tmp_path)
     [(models, settings)] = asked
     profile = profiles.current()
-    usual = {"strategy": PAPER, "captioner": "usual", "seed": 0, "n": 20, "dataset": ("miniature/nocaps",)}
+    usual = {"strategy": PAPER, "captioner": "usual", "generator": "generator", "seed": 0, "n": 20}
+    usual |= {"dataset": ("miniature/nocaps",)}
     wanted = usual | changed
-    assert models == (wanted.pop("captioner"), "generator", ["clip", "dino"], tmp_path)
+    assert models == (wanted.pop("captioner"), wanted.pop("generator"), ["clip", "dino"], tmp_path)
     assert opened == [wanted.pop("dataset")] and len(judged.rows) == wanted.pop("n")
     assert settings == wanted | {
         "candidates": 10, "steps": profile.steps, "guidance_scale": profile.guidance_scale,

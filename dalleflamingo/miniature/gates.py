@@ -21,6 +21,7 @@ from ..datasets import Dataset
 from ..generator import Generator
 from ..image_features import FeatureExtractor
 from ..intervals import Interval, derive_seed, paired_bootstrap, proportion
+from ..lafite import LafiteGenerator
 from ..picture_score import PictureScore, score_in_place, score_prompt, total
 from ..profiles import PROFILES
 from ..recogniser import Recogniser
@@ -33,7 +34,7 @@ from .world import draw, sample_scene
 
 SEED = 20  # of held-out scenes; no recipe draws from it
 MINI = PROFILES["mini"]
-MODELS = ("recogniser", "vae", "blip", "blip-large", "blip2", "sd", "clip", "dino", "inception")
+MODELS = ("recogniser", "vae", "blip", "blip-large", "blip2", "sd", "lafite", "clip", "dino", "inception")
 
 
 @dataclass(frozen=True)
@@ -188,26 +189,35 @@ def _sampling_gates(name: str, captioner: Captioner, data: Dataset, where: str, 
     ]
 
 
-def sd_gates(recogniser: Recogniser, generator: Generator, n: int) -> list[Gate]:
+# floor and goal: the things of one-thing prompts, those of two-thing prompts, the relations of two-thing prompts
+_DRAWN = {
+    "sd": ((0.80, 0.90), (0.55, 0.80), (0.60, 0.75)),
+    "lafite": ((0.40, 0.60), (0.25, 0.45), (None, None)),
+}
+
+
+def generator_gates(name: str, recogniser: Recogniser, generator: Generator | LafiteGenerator, n: int) -> list[Gate]:
     """Prompts by the world's first annotator, 20 steps; things count wherever they stand."""
-    gates = []
+    gates, of_relations = [], _DRAWN[name][2]
     rng = np.random.default_rng(SEED)
     for count in (1, 2):
         scenes = held_out(n, count)
         captions = [describe(scene, ANNOTATORS[0], rng) for scene in scenes]
-        with tqdm(total=n, desc=f"SD, {count} thing{'s'[: count - 1]}", mininterval=5) as bar:
+        with tqdm(total=n, desc=f"{name}, {count} thing{'s'[: count - 1]}", mininterval=5) as bar:
             drawn = generator.render(captions, list(range(n)), MINI.steps, MINI.guidance_scale, 25, progress=bar.update)
         score = total(map(score_prompt, recogniser.find(drawn), scenes))
         named = "one-thing prompts: kind and colour" if count == 1 else "two-thing prompts: each thing"
-        chance, floor, goal = 1 / len(KINDS) / len(COLOURS), (0.80, 0.55)[count - 1], (0.90, 0.80)[count - 1]
-        gates.append(Gate("sd", f"{named} found", proportion(score.right, score.things), chance, floor, goal))
+        chance = 1 / len(KINDS) / len(COLOURS)
+        found = proportion(score.right, score.things)
+        gates.append(Gate(name, f"{named} found", found, chance, *_DRAWN[name][count - 1]))
         gates.append(
-            Gate("sd", f"{named[:9]} prompts: ground right", proportion(score.grounds_right, score.grounds), 0.2)
+            Gate(name, f"{named[:9]} prompts: ground right", proportion(score.grounds_right, score.grounds), 0.2)
         )
         if count == 2:
             both = score.relations  # where no picture shows both things, anything from 0 to 1 may be true
             value = proportion(score.relations_right, both) if both else Interval(0.0, 0.0, 1.0, 0, None)
-            gates.append(Gate("sd", "two-thing prompts: relation right where both are found", value, 0.25, 0.60, 0.75))
+            what = "two-thing prompts: relation right where both are found"
+            gates.append(Gate(name, what, value, 0.25, *of_relations))
     return gates
 
 
@@ -265,12 +275,15 @@ def inception_gates(extractor: FeatureExtractor) -> list[Gate]:
 
 
 def measure(name: str, n: int) -> list[Gate]:
-    """The gates of one model; n prompts for each of SD's."""
+    """The gates of one model; n prompts of each sort for a generator."""
     recogniser = Recogniser.from_pretrained(registry.locate("miniature/recogniser")).eval()
     test, nocaps = registry.dataset("miniature/coco", "test"), registry.dataset("miniature/nocaps")
 
     def captioner() -> list[Gate]:
         return captioner_gates(name, Captioner.from_pretrained(registry.locate(f"miniature/{name}")), test, nocaps)
+
+    def drawn(kind: type[Generator] | type[LafiteGenerator]) -> list[Gate]:
+        return generator_gates(name, recogniser, kind.from_pretrained(registry.locate(f"miniature/{name}")), n)
 
     of: dict[str, Callable[[], list[Gate]]] = {
         "recogniser": lambda: recogniser_gates(recogniser),
@@ -278,7 +291,8 @@ def measure(name: str, n: int) -> list[Gate]:
         "blip": captioner,
         "blip-large": captioner,
         "blip2": captioner,
-        "sd": lambda: sd_gates(recogniser, Generator.from_pretrained(registry.locate("miniature/sd")), n),
+        "sd": lambda: drawn(Generator),
+        "lafite": lambda: drawn(LafiteGenerator),
         "clip": clip_gates,
         "dino": lambda: dino_gates(Dino.from_pretrained(registry.locate("miniature/dino"))),
         "inception": lambda: inception_gates(FeatureExtractor.of("miniature/inception")),
@@ -343,7 +357,7 @@ def _in_parts(work: Callable[[list], list], items: list, what: str, size: int = 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help=f"which of {', '.join(MODELS)} (default: all)", metavar="MODEL")
-    parser.add_argument("--prompts", type=int, default=200, help="prompts of one and of two things that SD draws (200)")
+    parser.add_argument("--prompts", type=int, default=200, help="of one thing, and of two, to be drawn (200)")
     arguments = parser.parse_args()
     for name in arguments.models or MODELS:
         gates = measure(name, arguments.prompts)

@@ -136,7 +136,7 @@ class LafiteRecipe:
     """
 
     name = "lafite"
-    steps, batch_size, learning_rate = 17_000, 64, 1e-3
+    steps, batch_size, learning_rate = 20_000, 64, 1e-3
     weight_decay, warmup, average, betas, max_grad_norm = 0.0, 100, 0.998, (0.0, 0.99), 100.0
 
     def __init__(
