@@ -9,6 +9,9 @@ picture's feature in training: a variational autoencoder and a GAN in one (Larse
 At first autoencoder alone: near the picture, and the noise near the normal distribution that is drawn from later. Then
 a discriminator judges what is drawn from such noise, against the real picture (Huang et al. 2024), and learns, as
 LAFITE's does (Eq. 7), which of a batch's captions a picture belongs to.
+
+From the noise that is read it draws nine kinds of ten, of single things; from noise that is drawn, six: the two are not
+distributed alike yet. Of two things it draws places and colours.
 """
 
 from collections.abc import Callable, Iterable
@@ -93,8 +96,8 @@ def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 def whitening(features: Tensor) -> tuple[Tensor, Tensor]:
     """Centre (D,) and symmetric matrix (D, D) for `(features − centre) @ matrix`, which has about unit covariance.
 
-    CLIP's features differ most by ground and colour. What tells a kind from another has a tenth of their spread, and a
-    generator that is given them as they are has learned no kind in as many steps.
+    CLIP's features differ most by ground and colour. What tells a kind from another has a tenth of their spread; of
+    features as they are, no generator of this size had learned a kind.
     """
     centre = features.mean(0)
     variances, axes = torch.linalg.eigh((features - centre).T @ (features - centre) / len(features))
