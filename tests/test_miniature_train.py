@@ -88,8 +88,8 @@ def test_what_is_shipped_is_the_moving_average(tmp_path):
 
 def test_a_stage_that_is_neither_trained_nor_shipped_says_how_to_train_it(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "RUNS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="neither trained, .* nor shipped, .*train lafite`"):
-        recipes.trained(None, "lafite")
+    with pytest.raises(FileNotFoundError, match="neither trained, .* nor shipped, .*train a-new-one`"):
+        recipes.trained(None, "a-new-one")
 
 
 def test_a_run_that_was_never_trained_says_how_to_train_it(tmp_path):
