@@ -16,6 +16,7 @@ them.
 """
 
 import argparse
+import base64
 import html
 import json
 import os
@@ -147,10 +148,25 @@ def execute(path: Path, out: Path, variables: dict[str, str]) -> Outcome:
             child.kill()
         raise
     outcome = Outcome(path.stem, _title(notebook) or path.stem, time.monotonic() - began, peak, run.failure)
-    page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+    page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
     _write(out / f"{path.stem}.ipynb", nbformat.writes(notebook))
-    _write(out / f"{path.stem}.html", page)
+    _write(out / f"{path.stem}.html", with_pictures(page, path.parent))
     return outcome
+
+
+def with_pictures(page: str, folder: Path) -> str:
+    """The page with the PNG files inside that its text shows, named as seen from `folder`.
+
+    nbconvert's own `embed_images` closes every <details> before its content, and so shows what it is to hide.
+    """
+
+    def inside(image: re.Match) -> str:
+        picture = folder / image[2]
+        if not picture.is_file():
+            return image[0]
+        return f'{image[1]}data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"'
+
+    return re.sub(r'(<img[^>]*? src=")([^":]+\.png)"', inside, page)
 
 
 def index(outcomes: list[Outcome], profile: str) -> str:

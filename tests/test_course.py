@@ -1,7 +1,9 @@
 """`python -m dalleflamingo.course` on three small notebooks of our own."""
 
+import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,8 +43,14 @@ def course_run(tmp_path_factory):
     child = 'subprocess.run([sys.executable, "-c", "import time; x = bytes(b\'1\') * 400_000_000; time.sleep(1.5)"])'
     names = ("DALLEFLAMINGO_PROFILE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
     save = 'open(os.environ["DALLEFLAMINGO_OUTPUT"] + "/figures/one.png", "w").close()'
+    (folder / "pictures").mkdir()
+    (folder / "pictures/one.png").write_bytes(b"no more than bytes")
+    text = "\n\n".join([
+        "# A <i>title</i>", "![one](pictures/one.png) ![none](pictures/missing.png)",
+        "<details><summary>Solution</summary>", "```python\nreturn answer\n```\n</details>",
+    ])  # fmt: skip
     notebooks = [
-        write_notebook(folder / "0_good.ipynb", "# A <i>title</i>", f"import os, subprocess, sys; {child}", save,
+        write_notebook(folder / "0_good.ipynb", text, f"import os, subprocess, sys; {child}", save,
                        f"[os.environ[name] for name in {names}]"),
         write_notebook(folder / "1_fails.ipynb", "# Fails", "x = 1", "print('before')", "y = x / 0", "z = 1"),
         write_notebook(folder / "2_dies.ipynb", "# Dies", "import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"),
@@ -76,6 +84,15 @@ def test_peak_memory_counts_the_children_of_the_kernel(course_run):
     _, out = course_run
     good, fails, _ = json.loads((out / "course.json").read_text())["notebooks"]
     assert good["peak_bytes"] - fails["peak_bytes"] > 350e6
+
+
+def test_a_page_hides_what_is_to_be_opened_and_has_its_pictures_inside(course_run):
+    _, out = course_run
+    page = (out / "0_good.html").read_text()
+    [hidden] = re.findall(r"<details><summary>Solution</summary>(.*?)</details>", page, re.DOTALL)
+    assert "return" in hidden and "answer" in hidden
+    picture = base64.b64encode((out.parent / "pictures/one.png").read_bytes()).decode()
+    assert f'src="data:image/png;base64,{picture}"' in page and 'src="pictures/missing.png"' in page
 
 
 def test_what_a_notebook_says_is_escaped_on_the_index_page(course_run):
