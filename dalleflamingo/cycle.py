@@ -1,7 +1,7 @@
 """Cycle finetuning: a captioner and a generator taught through each other (§4.2, App. H).
 
-    accelerate launch -m dalleflamingo.cycle --run build/runs/cycle              one process, or several GPUs
-    torchrun --nproc-per-node 2 -m -- dalleflamingo.cycle --run build/runs/cycle     two processes, also on a CPU
+    accelerate launch -m dalleflamingo.cycle --run build/runs/cycle                 one process, or several GPUs
+    torchrun --nproc-per-node 2 -m -- dalleflamingo.cycle --run build/runs/cycle    two processes, also on a CPU
 
 A step's pairs, noise and timesteps follow from the seed and the step's number. So a run that was killed goes on where
 its last checkpoint stands and ends with the same weights, bit for bit on a CPU with as many threads; and several

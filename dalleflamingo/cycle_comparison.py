@@ -139,7 +139,7 @@ def gather(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         FileNotFoundError: no run with pictures is.
     """
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("*/result.json"))]
-    if not any("pictures" in run for run in found):
+    if not any(run.get("pictures") for run in found):
         raise FileNotFoundError(f"{runs} has no run that is done: `python -m dalleflamingo.cycle_study` makes them")
     captions, pictures = [], []
     for run in found:

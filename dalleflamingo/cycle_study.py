@@ -189,7 +189,7 @@ def examine(made: Cycle, folder: Path, pictures: Mapping[str, Dataset], drawn: C
     """
     captions = {name: describe(made.captioner, dataset) for name, dataset in pictures.items()}
     found = {name: judged(made.generator, pictures[name], folder / "pictures" / name) for name in drawn}
-    return {"captions": captions} | ({"pictures": found} if found else {})
+    return {"captions": captions, "pictures": found}
 
 
 def judged(generator: Generator, dataset: Dataset, folder: Path) -> dict[str, list]:

@@ -70,6 +70,7 @@ class Lafite(ModelMixin, ConfigMixin):
         autoencoder: str = "miniature/sd",
     ):
         super().__init__()
+        # of captions' features; `miniature.lafite.whitening` makes both
         self.register_buffer("centre", torch.zeros(feature_size))
         self.register_buffer("matrix", torch.eye(feature_size))
         read = feature_size + noise_size
