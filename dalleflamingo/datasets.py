@@ -147,7 +147,6 @@ def open_picture(path: Path) -> Image.Image:
         raise UnreadableImage(path, reason, "fetch or draw it again, or leave the example out") from error
 
 
-
 def read_coco(annotations: Path, images: Path, name: str | None = None) -> Dataset:
     """COCO captions: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
 
@@ -358,7 +357,6 @@ def _unique(ids: list, where: str, what: str) -> set:
         twice, times = counts.most_common(1)[0]
         raise DatasetError(f"{where}: {what} {twice} occurs {times} times: an id names one thing, remove the copies")
     return set(counts)
-
 
 
 def _shape(payload) -> str:
