@@ -1,11 +1,12 @@
 """How fast the journey image → text → image is, against the stock libraries called item by item, in one run.
 
-    python benchmarks/engine.py --images 8
+    python benchmarks/engine.py --images 8 --agreement 100
 
 Both sides make K = 10 captions of each picture and draw each caption in 20 steps of the shipped scheduler, from the
-same captions and seeds; the pictures must be equal. Then what is gained by drawing equal captions once, from shared
-noise, and by schedulers of fewer steps, beside how far these keep the order of the candidates; and the memory of a
-run over few and many images. Writes docs/results/engine.json and engine.md.
+same captions and seeds; the pictures must be equal. Beside it stands what the machine's arithmetic allows. Then what is
+gained by drawing equal captions once, from shared noise, with schedulers of fewer steps, and how far these keep the
+order of the candidates; and the memory of a run over few and many images. The pictures whose order is compared are kept
+in a run folder, so that an interrupted run goes on. Writes docs/results/engine.json and engine.md.
 """
 
 import argparse
@@ -15,79 +16,138 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
+from PIL.Image import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from dalleflamingo import profiles, registry
 from dalleflamingo.captioner import Captioner, Nucleus
 from dalleflamingo.generator import Generator
-from dalleflamingo.intervals import Interval, derive_seed, mean_interval, within_group_spearman
+from dalleflamingo.intervals import derive_seed, mean_interval, within_group_spearman
+from dalleflamingo.profiles import Profile
 from dalleflamingo.reconstruct import image_text_image, load_models
 from dalleflamingo.results import SHIPPED, current_commit, table
-from dalleflamingo.similarity import ClipImage
 
-K, STEPS = 10, 20
-QUICK = (("DDPM", 50), ("DDPM", 20), ("DDIM", 20), ("DPMSolverMultistep", 10), ("DPMSolverMultistep", 6))
+K, STEPS, MATRIX = 10, 20, 2048
+# Many steps, and what draws in fewer. DDPM throws new noise in at every step; the others have the first noise only.
+QUICK = {
+    ("DDPM", 50): (("DDPM", 20),),
+    ("DDIM", 50): (
+        ("DDIM", 20),
+        ("DPMSolverMultistep", 20),
+        ("DPMSolverMultistep", 15),
+        ("DPMSolverMultistep", 10),
+    ),
+}
+Result = TypeVar("Result")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=8, help="pictures captioned and drawn by both sides (8)")
-    parser.add_argument("--agreement", type=int, default=20, help="pictures whose order is compared (20)")
+    parser.add_argument("--agreement", type=int, default=100, help="pictures whose order is compared (100)")
+    parser.add_argument("--runs", type=Path, default=Path("build/runs/engine"), help="default: %(default)s")
     arguments = parser.parse_args()
-    commit = current_commit()
-    profile = profiles.PROFILES["mini"]
-    dataset = registry.dataset(profile.dataset)
-    captioner = Captioner.from_pretrained(registry.locate(profile.captioner))
-    generator = Generator.from_pretrained(registry.locate(profile.generator))
-    images = [dataset.open(example) for example in dataset.subset(arguments.images)]
-    seeds = [[derive_seed(0, i, k) for k in range(K)] for i in range(len(images))]
-    for _ in range(2):  # the first round warms up
-        found = {"commit": commit, "images": len(images), "threads": torch.get_num_threads()}
-        found |= speed(captioner, generator, images, seeds, profile)
-    more = dataset.subset(arguments.agreement)
-    found["quick"] = agreement(captioner, [more.open(example) for example in more], profile)
+    commit, profile = current_commit(), profiles.PROFILES["mini"]
+    rho = agreement(profile, arguments.agreement, arguments.runs)
+    found = {"commit": commit, "images": arguments.images, "threads": torch.get_num_threads()}
+    found |= speed(profile, arguments.images)
+    for row in found["quick"]:
+        row |= rho[row["scheduler"], row["steps"]]
     found["memory"] = {images: in_a_process_of_its_own(images) for images in (100, 1000)}
-    file = SHIPPED / "engine.json"
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    (SHIPPED / "engine.json").write_text(json.dumps(found, indent=1) + "\n")
     (SHIPPED / "engine.md").write_text(page(found), encoding="utf-8")
     print(page(found))
 
 
-def timed(work: Callable[[], object]) -> tuple[object, float]:
+def timed(work: Callable[..., Result], *arguments: object) -> tuple[Result, float]:
     began = time.perf_counter()
-    return work(), time.perf_counter() - began
+    return work(*arguments), time.perf_counter() - began
 
 
-def speed(captioner: Captioner, generator: Generator, images: list, seeds: list[list[int]], profile) -> dict:
-    """Seconds of both sides, and how far their pictures lie apart."""
+def speed(profile: Profile, count: int) -> dict:
+    """Seconds of both sides for so many pictures, how far their drawings lie apart, and the least time possible."""
+    dataset = registry.dataset(profile.dataset)
+    images = [dataset.open(example) for example in dataset.subset(count)]
+    captioner = Captioner.from_pretrained(registry.locate(profile.captioner))
+    generator = Generator.from_pretrained(registry.locate(profile.generator))
     guidance = profile.guidance_scale
-    said, ours_say = timed(lambda: captioner.sample(images, seeds, Nucleus(0.9)))
-    _, stock_says = timed(lambda: stock_captions(images, registry.locate(profile.captioner)))
-    captions, flat = [text for row in said for text in row], [seed for row in seeds for seed in row]
-    drawn, ours_draw = timed(lambda: generator.render(captions, flat, STEPS, guidance, 32))
-    stock, stock_draws = timed(lambda: stock_pictures(generator, captions, flat, guidance))
-    shared = [row[0] for row in seeds for _ in row]
-    _, once = timed(lambda: generator.render(captions, shared, STEPS, guidance, 32))
+    seeds = [[derive_seed(0, i, k) for k in range(K)] for i in range(count)]
+    flat, shared = [seed for row in seeds for seed in row], [row[0] for row in seeds for _ in row]
+
+    def say() -> list[str]:
+        return [text for row in captioner.sample(images, seeds, Nucleus(0.9)) for text in row]
+
+    def draw(noise: list[int] = flat) -> list[Image]:
+        return generator.render(captions, noise, STEPS, guidance, 32)
+
+    captions = say()
+    draw()  # both have warmed up
+    _, ours_say = timed(say)
+    folder = registry.locate(profile.captioner)
+    stock_captioner = BlipForConditionalGeneration.from_pretrained(folder).eval(), BlipProcessor.from_pretrained(folder)
+    _, stock_says = timed(stock_captions, *stock_captioner, images)
+    drawn, ours_draw = timed(draw)
+    stock, stock_draws = timed(stock_pictures, generator, captions, flat, STEPS, guidance)
+    _, once = timed(draw, shared)
     pairs = zip(drawn, stock, strict=True)
-    apart = max(float(np.abs(np.asarray(a, float) - np.asarray(b, float)).max()) for a, b in pairs)
     return {
         "captions": {"ours": ours_say, "stock": stock_says},
         "pictures": {"ours": ours_draw, "stock": stock_draws, "shared noise": once},
-        "apart": apart / 255,
+        "apart": max(float(np.abs(np.asarray(a, float) - np.asarray(b, float)).max()) for a, b in pairs) / 255,
         "distinct": len(set(zip(captions, shared, strict=True))) / len(captions),
+        "quick": list(quick(profile, captions, shared, stock_says, ours_say)),
+        "rate": matrix_rate(),
+        "multiply-adds": {"captions": counted(say), "pictures": counted(draw)},
     }
 
 
-def stock_captions(images: list, folder: str) -> list[str]:
+def matrix_rate() -> float:
+    """Multiply-adds a second of a product of two large matrices, the best of twenty: as fast as this machine gets."""
+    one, other = torch.randn(2, MATRIX, MATRIX)
+    return MATRIX**3 / min(timed(torch.mm, one, other)[1] for _ in range(20))
+
+
+def counted(work: Callable[[], object]) -> int:
+    """Multiply-adds; attention by plain products, as the counter knows no others on a CPU."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() // 2
+
+
+def quick(
+    profile: Profile, captions: list[str], seeds: list[int], stock_says: float, ours_say: float
+) -> Iterator[dict]:
+    """A row for each scheduler: seconds end to end, and those of the stock library with the many steps it stands for.
+
+    Yields:
+        "scheduler" and "steps"; "for", the scheduler with many steps; "stock", item by item by that one; "ours".
+    """
+    for many, fewer in QUICK.items():
+        generator = with_scheduler(profile, many[0])
+        _, stock = timed(stock_pictures, generator, captions, seeds, many[1], profile.guidance_scale)
+        for name, steps in (many, *fewer):
+            generator = with_scheduler(profile, name)
+            _, ours = timed(generator.render, captions, seeds, steps, profile.guidance_scale, 32)
+            sides = {"stock": stock_says + stock, "ours": ours_say + ours}
+            yield {"scheduler": name, "steps": steps, "for": list(many)} | sides
+
+
+def with_scheduler(profile: Profile, name: str) -> Generator:
+    return Generator.from_pretrained(registry.locate(profile.generator), scheduler=name)
+
+
+def stock_captions(model: BlipForConditionalGeneration, processor: BlipProcessor, images: list[Image]) -> list[str]:
     """Every caption by a call of its own, as the model's page shows it."""
-    model = BlipForConditionalGeneration.from_pretrained(folder).eval()
-    processor = BlipProcessor.from_pretrained(folder)
     said = []
     with torch.no_grad():
         for image in images:
@@ -98,40 +158,39 @@ def stock_captions(images: list, folder: str) -> list[str]:
     return said
 
 
-def stock_pictures(generator: Generator, captions: list[str], seeds: list[int], guidance: float) -> list:
+def stock_pictures(
+    generator: Generator, captions: list[str], seeds: list[int], steps: int, guidance: float
+) -> list[Image]:
     """Every picture by a call of its own."""
     return [
         generator.pipeline(
             caption,
             generator=torch.Generator().manual_seed(seed),
-            num_inference_steps=STEPS,
+            num_inference_steps=steps,
             guidance_scale=guidance,
         ).images[0]
         for caption, seed in zip(captions, seeds, strict=True)
     ]
 
 
-def agreement(captioner: Captioner, images: list, profile) -> list[dict]:
-    """Spearman's ρ, within a picture, of CLIP's order by each scheduler with that by the first; equal noise."""
-    clip = ClipImage.from_pretrained(registry.locate(profile.clip))
-    seeds = [[derive_seed(1, i, k) for k in range(K)] for i in range(len(images))]
-    captions = captioner.sample(images, seeds, Nucleus(0.9))
-    flat, noise = [text for row in captions for text in row], [row[0] for row in seeds for _ in row]
-    frame, rows = pd.DataFrame({"image_id": np.repeat(range(len(images)), K)}), []
-    for name, steps in QUICK:
-        generator = Generator.from_pretrained(registry.locate(profile.generator), scheduler=name)
-        drawn, seconds = timed(
-            lambda generator=generator, steps=steps: generator.render(flat, noise, steps, profile.guidance_scale, 32)
-        )
-        column = f"{name} {steps}"
-        frame[column] = clip.compare(images, [drawn[i : i + K] for i in range(0, len(drawn), K)]).flatten().tolist()
-        rho = within_group_spearman(frame, "image_id", f"{QUICK[0][0]} {QUICK[0][1]}", column).dropna()
-        known: Interval = mean_interval(rho.to_numpy())
-        rows.append({
-            "scheduler": name, "steps": steps, "seconds": seconds,
-            "rho": known.value, "low": known.low, "high": known.high, "n": known.n,
-        })  # fmt: skip
-    return rows
+def agreement(profile: Profile, count: int, runs: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """Spearman's ρ, within a picture, of CLIP's order by each scheduler with that by many steps; equal first noise."""
+    pictures = registry.dataset(profile.dataset).subset(count)
+    captioner, _, encoders = load_models(profile)
+    found = {}
+    for many, fewer in QUICK.items():
+        orders = {
+            (name, steps): image_text_image(
+                pictures, captioner, with_scheduler(profile, name), encoders[:1], runs / f"{name}-{steps}",
+                candidates=K, steps=steps, guidance_scale=profile.guidance_scale, batch_size=32, seed=1,
+            )
+            for name, steps in (many, *fewer)
+        }  # fmt: skip
+        for which, order in orders.items():
+            both = pd.DataFrame({"image_id": order.image_id, "many": orders[many]["clip"], "few": order["clip"]})
+            rho = mean_interval(within_group_spearman(both, "image_id", "many", "few").dropna().to_numpy())
+            found[which] = {"rho": rho.value, "low": rho.low, "high": rho.high, "n": rho.n}
+    return found
 
 
 def in_a_process_of_its_own(images: int) -> float:
@@ -150,7 +209,7 @@ def peak_memory(images: int) -> float:
 
 def page(found: dict) -> str:
     captions, pictures = found["captions"], found["pictures"]
-    both = [sum(side[name] for side in (captions, pictures)) for name in ("stock", "ours")]
+    both = [captions[side] + pictures[side] for side in ("stock", "ours")]
     once = captions["ours"] + pictures["shared noise"]
     sides = [
         ("captions", captions["stock"], captions["ours"]),
@@ -159,17 +218,7 @@ def page(found: dict) -> str:
         ("end to end, equal captions drawn once", both[0], once),
     ]
     rows = [[what, f"{stock:.1f} s", f"{ours:.1f} s", _times(ours, stock)] for what, stock, ours in sides]
-    first = found["quick"][0]
-    quick = [
-        [
-            f"{row['scheduler']}, {row['steps']} steps",
-            f"{row['seconds']:.1f} s",
-            _times(row["seconds"], first["seconds"]),
-            f"{row['rho']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
-            str(row["n"]),
-        ]
-        for row in found["quick"]
-    ]
+    small, large = found["memory"].items()
     parts = [
         "# The engine, measured",
         f"Made by `python benchmarks/engine.py` at commit `{found['commit']}`, on {found['threads']} CPU threads: the "
@@ -177,19 +226,45 @@ def page(found: dict) -> str:
         table(["", "stock, item by item", "ours", "ratio"], rows),
         f"The pictures of both sides differ by at most {found['apart']:.4f} (of 1). Of the candidates "
         f"{found['distinct']:.0%} are distinct captions.",
+        "## What the machine allows",
+        f"The same machine multiplies two matrices of {MATRIX} × {MATRIX} numbers at {found['rate'] / 1e9:.0f} · 10⁹ "
+        "multiply-adds a second. At that rate our work, convolutions and attention included, would take *at least*:",
+        table(["", "multiply-adds", "least time", "ours", "least ÷ ours"], _limits(found)),
         "## Fewer steps",
-        f"The same captions from the same noise. ρ: Spearman's correlation, within a picture, of CLIP's order of the "
-        f"candidates with the order by {first['scheduler']} in {first['steps']} steps; mean over pictures, 95 % "
+        "The same captions from the same first noise, equal captions drawn once. *End to end*: the stock libraries, "
+        "item by item, in the many steps that the scheduler stands for, against ours. ρ: Spearman's correlation, in "
+        "a picture, of CLIP's order of the candidates with the order by those many steps; mean over pictures, 95 % "
         "interval.",
-        table(["scheduler", "time", "ratio", "ρ", "n"], quick),
-    ]
-    small, large = found["memory"].items()
-    parts += [
+        table(["scheduler", "stands for", "stock", "ours", "end to end", "ρ", "n"], map(_quick_row, found["quick"])),
+        "DDPM throws new noise in at every step, so that fewer steps are other noise, and other noise alone changes "
+        "most of the order ([several pictures of each caption](stability.md)). DDIM and DPM-Solver follow one path "
+        "from the first noise on: in fewer steps they draw the same picture, less exactly.",
         "## Memory",
         f"Peak of a whole run, models included: over {small[0]} images {small[1]:,.0f} MiB, over {large[0]} images "
         f"{large[1]:,.0f} MiB.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _limits(found: dict) -> list[list[str]]:
+    rows = []
+    for what, count in found["multiply-adds"].items():
+        least, ours = count / found["rate"], found[what]["ours"]
+        rows.append([what, f"{count / 1e9:,.1f} · 10⁹", f"{least:.2f} s", f"{ours:.2f} s", f"{least / ours:.0%}"])
+    return rows
+
+
+def _quick_row(row: dict) -> list[str]:
+    many, steps = row["for"]
+    return [
+        f"{row['scheduler']}, {row['steps']} steps",
+        f"{many}, {steps} steps",
+        f"{row['stock']:.1f} s",
+        f"{row['ours']:.1f} s",
+        _times(row["ours"], row["stock"]),
+        f"{row['rho']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+        str(row["n"]),
+    ]
 
 
 def _times(ours: float, stock: float) -> str:
