@@ -67,7 +67,7 @@ def image_text_image(
     Raises:
         RunFolderError: run_folder was made with other settings or other models.
         DatasetError: not one image could be read.
-        ValueError: candidates < 1, or the similarities' names are not usable as columns.
+        ValueError: candidates or steps < 1, or the similarities' names are not usable as columns.
     """
     models = captioner, generator, similarities, candidates, steps, guidance_scale, seed, batch_size
     return travel(ImageTrip(*models, strategy, shared_noise), dataset, run_folder, chunk)
@@ -162,11 +162,18 @@ def select(table: pd.DataFrame, by: str) -> pd.DataFrame:
     return rank(table, by).query("rank == 1").drop(columns="rank").reset_index(drop=True)
 
 
-def load_models(profile: profiles.Profile) -> tuple[Captioner, Generator, list[Similarity]]:
-    """The profile's captioner, generator, and CLIP and DINO. Errors as `registry.locate`."""
+def load_models(
+    profile: profiles.Profile, scheduler: str | None = None
+) -> tuple[Captioner, Generator, list[Similarity]]:
+    """The profile's captioner, generator, and CLIP and DINO. Errors as `registry.locate`.
+
+    Args:
+        scheduler: the generator's; as `Generator.from_pretrained`, with its error.
+    """
+    generator = _found(profile, profile.generator)
     return (
         load_captioner(profile, profile.captioner),
-        Generator.from_pretrained(**_found(profile, profile.generator), dtype=profile.torch_dtype),
+        Generator.from_pretrained(**generator, dtype=profile.torch_dtype, scheduler=scheduler),
         [
             ClipImage.from_pretrained(**_found(profile, profile.clip)),
             Dino.from_pretrained(**_found(profile, profile.dino)),
@@ -202,16 +209,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dalleflamingo.reconstruct", description=main.__doc__)
     parser.add_argument("source", type=Path, help="a folder of pictures, or a text file of captions")
     parser.add_argument("--out", type=Path, required=True, help="run folder; an interrupted run goes on in its own")
+    parser.add_argument("--scheduler", help="that draws, DPMSolverMultistep for example; default: the model's own")
+    parser.add_argument("--steps", type=int, help="of drawing; default: the profile's")
     options = parser.parse_args(arguments)
     try:
         profile = profiles.current()
         settings = dict(
             candidates=profile.candidates,
-            steps=profile.steps,
+            steps=profile.steps if options.steps is None else options.steps,
             guidance_scale=profile.guidance_scale,
             batch_size=profile.batch_size,
         )
-        captioner, generator, similarities = load_models(profile)
+        captioner, generator, similarities = load_models(profile, options.scheduler)
         if options.source.is_file():
             texts = read_captions(options.source)
             similarities = load_text_similarities(profile, {text.image_id: text.references for text in texts})

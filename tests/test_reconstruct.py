@@ -410,7 +410,8 @@ def test_own_pictures_and_captions_by_command(tmp_path, monkeypatch, capsys):
     fakes.dataset(tmp_path / "mine", 3)
     monkeypatch.setenv(profiles.VARIABLE, "smoke")
     models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()]
-    monkeypatch.setattr(reconstruct, "load_models", lambda profile: models)
+    asked = []
+    monkeypatch.setattr(reconstruct, "load_models", lambda profile, scheduler: asked.append(scheduler) or models)
     assert reconstruct.main([str(tmp_path / "mine"), "--out", str(tmp_path / "run")]) == 0
     assert len(pd.read_parquet(tmp_path / "run/candidates.parquet")) == 3 * 2
     assert "6 candidates of 3 images (0 were there already, 0 skipped)" in capsys.readouterr().out
@@ -422,6 +423,14 @@ def test_own_pictures_and_captions_by_command(tmp_path, monkeypatch, capsys):
     table = pd.read_parquet(tmp_path / "texts/candidates.parquet")
     assert table.caption.tolist() == ["a red thing"] * 2 + ["a blue thing"] * 2
     assert table.image_id.tolist() == [1, 1, 3, 3]  # the numbers of the lines
+
+    quick = ["--scheduler", "DPMSolverMultistep", "--steps", "15"]
+    assert reconstruct.main([str(tmp_path / "mine.txt"), "--out", str(tmp_path / "quick"), *quick]) == 0
+    assert asked == [None, None, "DPMSolverMultistep"]
+    assert [models[1].calls[i]["steps"] for i in (0, -1)] == [profiles.PROFILES["smoke"].steps, 15]
+    with pytest.raises(SystemExit):
+        reconstruct.main([str(tmp_path / "mine"), "--out", str(tmp_path / "none"), "--steps", "0"])
+    assert "steps = 0" in capsys.readouterr().err
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as stopped:
