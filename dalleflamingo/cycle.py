@@ -92,6 +92,11 @@ class CycleConfig:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average = {self.average}: a decay is at least 0, for none, and below 1")
+        if self.checkpointing and self.losses.image_moves == "captioner":
+            raise ValueError(
+                "checkpointing computes the U-Net again when it is held still no longer: set checkpointing false, or "
+                "image_moves to another than 'captioner'"
+            )
         if not self.halves:
             raise ValueError("all four losses have the weight 0, and nothing would be learned: give one a weight")
 
@@ -132,12 +137,11 @@ class Learner:
 
 def prepare(config: CycleConfig, device: torch.device) -> tuple[Cycle, Pairs, Learner]:
     """Models, bridge, data and what is trained, as a configuration says."""
+    who, draws = (registry.ENTRIES[name] for name in (config.captioner, config.generator))
     captioner = Captioner.from_pretrained(
-        registry.locate(config.captioner), str(device), revision=registry.ENTRIES[config.captioner].revision
+        registry.locate(who.name), str(device), revision=who.revision, prompt=who.prompt
     )
-    generator = Generator.from_pretrained(
-        registry.locate(config.generator), str(device), revision=registry.ENTRIES[config.generator].revision
-    )
+    generator = Generator.from_pretrained(registry.locate(draws.name), str(device), revision=draws.revision)
     dataset = registry.dataset(config.dataset, config.split)
     dataset = dataset.subset(config.pictures) if config.pictures else dataset
     return assemble(config, captioner, generator, dataset)
@@ -311,13 +315,13 @@ def card(config: CycleConfig, base: str, log: Sequence[Mapping[str, float]]) -> 
     settings = "\n".join(f"* {name}: {value}" for name, value in dataclasses.asdict(config).items() if name != "losses")
     figures = "\n".join(_figures(log))
     return f"""---
-license: {entry.licence.lower()}
+license: {entry.licence_id}
 base_model: {entry.source}
 ---
 # {base}, cycle finetuned
 
 After *Do DALL-E and Flamingo Understand Each Other?* (Li et al., ICCV 2023), by dalleflamingo, on {config.dataset}
-({data.licence}). Weights of the losses: {weights}.
+({data.licence}); the weights it began with: {entry.licence}. Weights of the losses: {weights}.
 
 {settings}
 
@@ -352,7 +356,9 @@ def main(arguments: list[str] | None = None) -> int:
         profile, validate = profiles.current(), None
         if config.validate_every:
             seen = validation_set(config)
-            validate = Validation(cycle, seen, options.run, profile.steps, profile.guidance_scale)
+            validate = Validation(
+                cycle, seen, options.run, profile.steps, profile.guidance_scale, batch_size=profile.batch_size
+            )
         train(config, cycle, pairs, learner, options.run, accelerator, validate)
         accelerator.end_training()
     except (ValueError, FloatingPointError, registry.RegistryError) as error:

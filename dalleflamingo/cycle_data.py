@@ -22,7 +22,7 @@ class Pairs:
     """Batches of a data set, each epoch in another order and with other captions.
 
     Args:
-        remember: keep every picture's pixel values and latents in memory once they are computed.
+        memory: bytes for pictures' pixel values and latents, which are kept once they are computed, as many as fit.
     Raises:
         ValueError: a picture has no caption, or there are fewer pictures than a batch has.
     """
@@ -32,7 +32,7 @@ class Pairs:
     generator: Generator
     batch_size: int
     seed: int = 0
-    remember: bool = True
+    memory: int = 2**30
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -75,19 +75,20 @@ class Pairs:
         seen = [self._see(example) for example, _ in own]
         captions = [caption for _, caption in own]
         pixel_values, latents = (torch.stack(column) for column in zip(*seen, strict=True))
-        pipeline = self.generator.pipeline
+        pipeline, model = self.generator.pipeline, self.captioner.model
+        pixel_values, latents = pixel_values.to(model.device, model.dtype), latents.to(pipeline.device)
         states, _ = pipeline.encode_prompt(captions, pipeline.device, 1, do_classifier_free_guidance=False)
         pieces = self.captioner.count_pieces([caption for _, caption in chosen])
         return Batch(pixel_values, captions, latents, states, pieces, part * size)
 
     def _see(self, example: Example) -> tuple[Tensor, Tensor]:
-        """(3, H, W) pixel values and (4, h, w) latents of a picture."""
+        """(3, H, W) pixel values and (4, h, w) latents of a picture, in main memory."""
         if example.image_id in self._kept:
             return self._kept[example.image_id]
-        picture, model = self.dataset.open(example), self.captioner.model
+        picture = self.dataset.open(example)
         pixel_values = self.captioner.processor(images=[picture], return_tensors="pt").pixel_values[0]
         latents = self.generator.latents([picture], next(self.generator.pipeline.unet.parameters()))[0]
-        seen = pixel_values.to(model.device, model.dtype), latents
-        if self.remember:
+        seen = pixel_values, latents.cpu()
+        if (len(self._kept) + 1) * sum(tensor.nbytes for tensor in seen) <= self.memory:
             self._kept[example.image_id] = seen
         return seen

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from dalleflamingo.bridge import Bridge, relax
@@ -146,9 +147,18 @@ class Cycle:
         weights = self.weights
         logits = logits if weights.image_moves != "generator" else logits.detach()
         noised = self.noised(batch, draw)
-        states = self.bridge(relax(logits, weights.mode, weights.temperature, draw), ids, batch.captions)
+        states = self.bridge(self._relaxed(logits, batch, draw), ids, batch.captions)
         with still(self.learns["generator"] if weights.image_moves == "captioner" else []):
             return noised.loss(self.generator.predict(noised, states))
+
+    def _relaxed(self, logits: Tensor, batch: Batch, draw: torch.Generator) -> Tensor:
+        """(B, T, V) distributions; a picture's sample is its own, whichever part of the whole batch this is."""
+        mode, temperature = self.weights.mode, self.weights.temperature
+        if mode != "gumbel":
+            return relax(logits, mode, temperature)
+        seeds = torch.randint(2**62, (len(batch.pieces),), generator=draw)[batch.first :].tolist()
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds[: len(logits)]]
+        return torch.stack([relax(row, mode, temperature, one) for row, one in zip(logits, draws, strict=True)])
 
     def caption_reconstruction(self, predicted: Tensor, noised: Noised, batch: Batch) -> Tensor:
         """Eq. 4, from what the generator predicts; 0 where every timestep of the batch is too late."""
@@ -170,8 +180,8 @@ class Cycle:
         """The latents of x̂: ẑ_0, or what the released code takes for it."""
         if not self.weights.previous_sample:
             return noised.estimate(predicted)
-        own = self.generator.pipeline.scheduler
-        scheduler = type(own).from_config(own.config)  # a new one goes from t to t − 1, whatever the own was set to
+        # a new one goes from t to t − 1, whatever the own was set to; and not every scheduler can
+        scheduler = DDPMScheduler.from_config(self.generator.pipeline.scheduler.config)
         parts = zip(predicted, noised.timesteps, noised.clean, strict=True)  # `step` takes one timestep at a time
         return torch.stack([scheduler.step(answer, int(t), clean).prev_sample for answer, t, clean in parts])
 

@@ -21,7 +21,7 @@ from dalleflamingo.cycle_study import ARMS, DEVIATIONS, MODES, START, TABLE_3, T
 from dalleflamingo.datasets import open_picture
 from dalleflamingo.intervals import Interval
 from dalleflamingo.picks import ALL
-from dalleflamingo.reproduce import Claim
+from dalleflamingo.reproduce import Claim, weakest_of
 
 BLIP, LARGE, BLIP2 = "miniature/blip", "miniature/blip-large", "miniature/blip2"
 CALLED = {BLIP: "BLIP", LARGE: "larger BLIP", BLIP2: "BLIP-2"}
@@ -86,8 +86,10 @@ def claim_10(found: Study) -> list[Claim]:
             "than the start": runs.value("clip_distance", START, "cycle", out),
             "than labels only": runs.value("clip_distance", "labels", "cycle", out),
         }
-        weaker = min(nearer, key=lambda name: nearer[name].value)
+        weaker = weakest_of(nearer)
         apart = {name: effect for name, effect in nearer.items() if name != weaker}
+        if runs.seeds(TABLE_3[1]):
+            apart[f"than {ARMS[TABLE_3[1]].what}"] = runs.value("clip_distance", TABLE_3[1], "cycle", out)
         apart["labels only, than the start, out of domain"] = runs.value("clip_distance", START, "labels", out)
         apart["labels only, than the start, in domain"] = runs.value("clip_distance", START, "labels", DOMAINS[0])
         apart["labels only, than the start, on coco"] = found.coco_pictures[captioner].value(
@@ -105,7 +107,7 @@ def claim_11(found: Study) -> list[Claim]:
     if not all(runs.seeds(arm) for arm in (*without.values(), "cycle")):
         return []
     effects = {what: runs.value("cider", "cycle", arm) for what, arm in without.items()}
-    weaker = min(effects, key=lambda name: effects[name].value)
+    weaker = weakest_of(effects)
     text = f"the cycle's captions beat those without {weaker}, CIDEr × 100, overall"
     apart = {f"without {what}": effect for what, effect in effects.items() if what != weaker}
     return [Claim(11, text, ALL, effects[weaker], 1, apart, seeds=runs.shared(["cycle", *without.values()]))]

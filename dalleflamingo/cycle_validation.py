@@ -25,7 +25,7 @@ class Validation:
     Args:
         dataset: pictures with human captions; n-grams are weighed by these.
         steps, guidance_scale: of the generator.
-        drawn: of how many pictures a caption is drawn.
+        drawn: of how many pictures a caption is drawn. batch_size: pictures drawn at once.
     """
 
     cycle: Cycle
@@ -34,11 +34,15 @@ class Validation:
     steps: int
     guidance_scale: float
     drawn: int = 8
+    batch_size: int = 16
 
     def __call__(self, step: int) -> dict[str, float]:
         captions = describe(self.cycle.captioner, self.dataset)
         shown = list(self.dataset)[: self.drawn]
-        pictures = draw(self.cycle.generator, shown, self.steps, self.guidance_scale)
+        vae = self.cycle.generator.pipeline.vae
+        vae.enable_slicing()  # off while gradients are kept, but these decode in full size
+        pictures = draw(self.cycle.generator, shown, self.steps, self.guidance_scale, self.batch_size)
+        vae.disable_slicing()
         path = Path(self.folder) / "pictures" / f"{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         real = [self.dataset.open(example) for example in shown]

@@ -241,6 +241,8 @@ def write_coco(path: Path, examples: Iterable[Example], images: Path | None = No
 def read_captions(path: str | Path) -> Dataset:
     """A text file of one's own captions, one a line, each as an example without a picture; blank lines are passed over.
 
+    An image id is a hash of the caption, and of how often it stood there before, so that it stays when lines are added.
+
     Raises:
         DatasetError: there is no such file, it is not text, or it holds no caption.
     """
@@ -249,10 +251,15 @@ def read_captions(path: str | Path) -> Dataset:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} is no text file ({error}): give one with a caption on each line") from error
-    captions = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    captions = [line.strip() for line in lines if line.strip()]
     if not captions:
         raise DatasetError(f"{path} holds no caption: write one on each line")
-    return Dataset(path.stem, tuple(Example(number, path, (caption,)) for number, caption in captions))
+    before: Counter[str] = Counter()
+    examples = []
+    for caption in captions:
+        examples.append(Example(derive_seed("caption", caption, before[caption]), path, (caption,)))
+        before[caption] += 1
+    return Dataset(path.stem, tuple(examples))
 
 
 def read_results(path: Path) -> dict[int, str]:

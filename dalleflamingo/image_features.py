@@ -7,6 +7,7 @@ miniature a small one of our own. Figures by the two do not compare.
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -74,16 +75,18 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def look(self, images: Sequence[Image]) -> Looks:
-        """Features and logits of N pictures of one size, float32 on the CPU.
+        """Features and logits of N pictures, float32 on the CPU; Inception-v3 resizes each by itself.
 
         Raises:
-            ValueError: no picture, or pictures of different sizes, or for the miniature's one that is not 64 × 64.
+            ValueError: no picture, or for the miniature's one that is not 64 × 64.
         """
         if not images:
             raise ValueError("no picture to look at: give at least one")
         device = next(self.model.parameters()).device
-        parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-        seen = [self.model(self.pixels(part).to(device)) for part in parts]
+        seen = []
+        for start in range(0, len(images), BATCH):
+            for _, alike in groupby(images[start : start + BATCH], key=lambda image: image.size):
+                seen.append(self.model(self.pixels(list(alike)).to(device)))
         return Looks(*(torch.cat(tensors).float().cpu() for tensors in zip(*seen, strict=True)))
 
 
@@ -106,8 +109,5 @@ def _inception_v3(weights: dict[str, Tensor]) -> FeatureExtractorInceptionV3:
 
 
 def _bytes(images: Sequence[Image]) -> Tensor:
-    """(B, 3, H, W) uint8; torch-fidelity resizes by itself, as the published FID does."""
-    sizes = {image.size for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"pictures of the sizes {sorted(sizes)[:3]}: FID compares pictures of one size, resize them")
+    """(B, 3, H, W) uint8 of pictures of one size; torch-fidelity resizes by itself, as the published FID does."""
     return torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)

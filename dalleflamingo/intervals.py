@@ -10,10 +10,12 @@ import json
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
+from tqdm.auto import tqdm
 
 _DRAWN_AT_ONCE = 1 << 20  # indices held in memory by one block of resamples
 
@@ -119,7 +121,9 @@ def resampled(
         ValueError: there are no items.
     """
     sample = np.asarray(statistics(np.arange(_at_least_one(n))), dtype=float)
-    drawn = [statistics(indices) for block in _resamples(n, resamples, seed) for indices in block]
+    every = chain.from_iterable(_resamples(n, resamples, seed))
+    with tqdm(every, "bootstrap", resamples, leave=False, delay=10) as shown:  # FID takes its time
+        drawn = [statistics(indices) for indices in shown]
     return sample, np.array(drawn, dtype=float)
 
 

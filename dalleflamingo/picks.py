@@ -194,45 +194,64 @@ def measure(judged: Judged, seed: int = 0, resamples: int = RESAMPLES) -> pd.Dat
     return pd.concat(tables, ignore_index=True)
 
 
-def first_of_any(table: pd.DataFrame, by: str, metric: str, k: int) -> np.ndarray:
-    """(n,) an image's score by a column of the table, of the candidate ranked first among any k of its K: the mean
-    over all choices of k.
+def of_columns(table: pd.DataFrame, metrics: Sequence[str]) -> Judged:
+    """A table that was judged before: its columns, whose means over images are the metrics."""
+    rows, _ = rows_of(table)
+
+    def mean_of(metric: str) -> CorpusMetric:
+        values = table[metric].to_numpy(float)
+        return lambda pick: values[pick].mean(axis=-1)
+
+    return Judged(table, rows, table["domain"].to_numpy()[rows[:, 0]], {name: mean_of(name) for name in metrics})
+
+
+def first_of_any(judged: Judged, metric: str, numbers: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
+    """What the candidate ranked first among any k of the K scores, mean over all choices of k.
 
     The one ranked rth of K is first if the other k − 1 are among the K − r behind it.
 
+    Args:
+        metric: a mean over the images of a corpus, so not BLEU. numbers: those k.
+    Returns:
+        images, as positions -> (similarities, numbers), of the corpus that they make.
     Raises:
-        ValueError: k is not between 1 and K.
+        ValueError: a k is not between 1 and K.
     """
-    rows, _ = rows_of(table)
-    count = rows.shape[1]
-    if not 1 <= k <= count:
-        raise ValueError(f"the first of any {k} of {count} candidates: take between 1 and {count}")
-    chance = [comb(count - rank, k - 1) / comb(count, k) for rank in range(1, count + 1)]
-    likeness, scores = (table[column].to_numpy(float)[rows] for column in (by, metric))
-    return np.take_along_axis(scores, _order(likeness, by), axis=1) @ chance
+    count = judged.rows.shape[1]
+    for k in numbers:
+        if not 1 <= k <= count:
+            raise ValueError(f"the first of any {k} of {count} candidates: take between 1 and {count}")
+    chance = np.array([[comb(count - rank, k - 1) / comb(count, k) for k in numbers] for rank in range(1, count + 1)])
+    ranked = [np.take_along_axis(judged.rows, judged.order(by), axis=1).T for by in similarities(judged.table)]
+    every = np.stack(ranked)  # (similarities, K, n)
+    return lambda images: judged.metrics[metric](every[..., images]) @ chance
 
 
 def growth(
-    table: pd.DataFrame, numbers: Sequence[int], metrics: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
+    judged: Judged, numbers: Sequence[int], metrics: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
 ) -> pd.DataFrame:
     """Fig. 9: "clip of 5", the score of the candidate ranked first among any 5 of the K, for each of `numbers`; and its
     gain over a random one, which has the same expectation whatever their number.
 
     Args:
-        table: of judged candidates. metrics: columns of it whose mean over images is the score.
+        metrics: as `first_of_any` takes them.
     Returns:
         as `score_picks`.
     """
-    rows, _ = rows_of(table)
-    found = []
+    ranked_by, found = similarities(judged.table), []
+    names = [f"random of {k}" for k in numbers] + [f"{by} of {k}" for by, k in product(ranked_by, numbers)]
     for metric in metrics:
-        random = table[metric].to_numpy(float)[rows].mean(axis=1)
-        chosen = {f"random of {k}": random for k in numbers}
-        pairs = product(similarities(table), numbers)
-        chosen |= {f"{by} of {k}": first_of_any(table, by, metric, k) for by, k in pairs}
-        for pick, values in chosen.items():
-            score, gain = (mean_interval(column, resamples, seed) for column in (values, values - random))
-            found.append(_row(ALL, metric, pick, score, gain))
+        first = first_of_any(judged, metric, (1, *numbers))
+
+        def statistics(images: np.ndarray, first: Callable[[np.ndarray], np.ndarray] = first) -> np.ndarray:
+            scores = first(images)
+            random = scores[0, 0]  # the first of any one
+            values = np.concatenate([np.full(len(numbers), random), scores[:, 1:].ravel()])
+            return np.concatenate([values, values - random])
+
+        intervals = paired_bootstraps(statistics, len(judged.rows), resamples, seed)
+        together = zip(names, intervals[: len(names)], intervals[len(names) :], strict=True)
+        found += [_row(ALL, metric, name, score, gain) for name, score, gain in together]
     return pd.DataFrame(found)
 
 

@@ -21,23 +21,28 @@ class Profile:
         images: input images of an experiment.
         candidates: K captions sampled for each image, hence pictures drawn for each image.
         steps: denoising steps of the generator.
+        scheduler: that draws, as `Generator.from_pretrained` takes it; None is the model's own, for the miniature DDPM
+            (§3.1), which Stable Diffusion v1-4 is not shipped with.
         guidance_scale: of classifier-free guidance; 1 turns it off.
         image_size: side of a generated picture, in pixels.
+        dino_size: side in pixels at which DINO looks (App. A: 384); None is the model's own.
         dtype: "float32" or "float16", the weights' type on a GPU; see `torch_dtype`.
         captioner, generator, clip, dino, inception, dataset: names in `registry.ENTRIES`.
         coco: likewise; the data set that Table 1 has beside it, its split "test".
         other_captioner, other_generator: likewise; what Table 8 has instead. The authors' LAFITE is on no hub, so the
             real profiles have no other generator.
         batch_size: pictures drawn at once; bounded by memory, without influence on any picture.
-        cycle_steps: of cycle finetuning, live; the paper's five epochs of COCO are 70,785 steps of 8.
+        cycle_steps: of cycle finetuning, live; the paper's five epochs of COCO are 70,804 steps of 8.
     """
 
     name: str
     images: int
     candidates: int
     steps: int
+    scheduler: str | None
     guidance_scale: float
     image_size: int
+    dino_size: int | None
     dtype: str
     captioner: str
     generator: str
@@ -63,8 +68,10 @@ class Profile:
 
 
 _MINIATURE = dict(
+    scheduler=None,
     guidance_scale=3.0,
     image_size=64,
+    dino_size=None,
     dtype="float32",
     captioner="miniature/blip",
     generator="miniature/sd",
@@ -77,8 +84,10 @@ _MINIATURE = dict(
     other_generator="miniature/lafite",
 )
 _REAL = dict(
+    scheduler="DDPM",
     guidance_scale=7.5,
     image_size=512,
+    dino_size=384,
     dtype="float16",
     captioner="blip-large",
     generator="sd-v1-4",
@@ -97,7 +106,7 @@ PROFILES: dict[str, Profile] = {
         Profile(name="smoke", images=4, candidates=2, steps=4, batch_size=8, cycle_steps=8, **_MINIATURE),
         Profile(name="mini", images=24, candidates=5, steps=20, batch_size=16, cycle_steps=160, **_MINIATURE),
         Profile(name="colab", images=24, candidates=5, steps=50, batch_size=4, cycle_steps=100, **_REAL),
-        Profile(name="paper", images=4500, candidates=10, steps=50, batch_size=8, cycle_steps=70_785, **_REAL),
+        Profile(name="paper", images=4500, candidates=10, steps=50, batch_size=8, cycle_steps=70_804, **_REAL),
     )
 }
 

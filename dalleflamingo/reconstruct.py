@@ -168,22 +168,23 @@ def load_models(
     """The profile's captioner, generator, and CLIP and DINO. Errors as `registry.locate`.
 
     Args:
-        scheduler: the generator's; as `Generator.from_pretrained`, with its error.
+        scheduler: the generator's, in place of the profile's; as `Generator.from_pretrained`, with its error.
     """
-    generator = _found(profile, profile.generator)
+    drawn = dict(dtype=profile.torch_dtype, scheduler=scheduler or profile.scheduler)
     return (
         load_captioner(profile, profile.captioner),
-        Generator.from_pretrained(**generator, dtype=profile.torch_dtype, scheduler=scheduler),
+        Generator.from_pretrained(**source_of(profile, profile.generator), **drawn),
         [
-            ClipImage.from_pretrained(**_found(profile, profile.clip)),
-            Dino.from_pretrained(**_found(profile, profile.dino)),
+            ClipImage.from_pretrained(**source_of(profile, profile.clip)),
+            Dino.from_pretrained(**source_of(profile, profile.dino), image_size=profile.dino_size),
         ],
     )
 
 
 def load_captioner(profile: profiles.Profile, name: str) -> Captioner:
     """A captioner by its name in the registry, for the profile's device. Errors as `registry.locate`."""
-    return Captioner.from_pretrained(**_found(profile, name), dtype=profile.torch_dtype)
+    prompt = registry.ENTRIES[name].prompt
+    return Captioner.from_pretrained(**source_of(profile, name), dtype=profile.torch_dtype, prompt=prompt)
 
 
 def load_text_similarities(profile: profiles.Profile, corpus: Mapping[int, Sequence[str]]) -> list[Similarity]:
@@ -193,14 +194,15 @@ def load_text_similarities(profile: profiles.Profile, corpus: Mapping[int, Seque
         corpus: image id -> captions; says how rare an n-gram is, for CIDEr.
     """
     return [
-        ClipText.from_pretrained(**_found(profile, profile.clip)),
-        Sbert.from_pretrained(**_found(profile, "sbert")),
+        ClipText.from_pretrained(**source_of(profile, profile.clip)),
+        Sbert.from_pretrained(**source_of(profile, "sbert")),
         CiderOverlap(Cider(corpus)),
         WordMovers(WordVectors.at_hand()),
     ]
 
 
-def _found(profile: profiles.Profile, name: str) -> dict:
+def source_of(profile: profiles.Profile, name: str) -> dict:
+    """A registry name as arguments of `from_pretrained`: where it is, its revision, the profile's device."""
     return dict(name_or_path=registry.locate(name), revision=registry.ENTRIES[name].revision, device=profile.device)
 
 
@@ -220,15 +222,15 @@ def main(arguments: list[str] | None = None) -> int:
             guidance_scale=profile.guidance_scale,
             batch_size=profile.batch_size,
         )
+        described = options.source.suffix.lower() == ".txt" or options.source.is_file()
+        source = read_captions(options.source) if described else read_folder(options.source)
         captioner, generator, similarities = load_models(profile, options.scheduler)
-        if options.source.is_file():
-            texts = read_captions(options.source)
-            similarities = load_text_similarities(profile, {text.image_id: text.references for text in texts})
-            text_image_text(texts, captioner, generator, similarities, options.out, **settings)
+        if described:
+            similarities = load_text_similarities(profile, {text.image_id: text.references for text in source})
+            text_image_text(source, captioner, generator, similarities, options.out, **settings)
         else:
-            pictures = read_folder(options.source)
-            image_text_image(pictures, captioner, generator, similarities, options.out, **settings)
-    except (ValueError, registry.RegistryError) as error:
+            image_text_image(source, captioner, generator, similarities, options.out, **settings)
+    except (ValueError, FileNotFoundError, registry.RegistryError) as error:
         parser.error(str(error))
     return 0
 

@@ -40,6 +40,8 @@ class Entry:
         sha256: {file: digest} of weight files, None where it is not known.
         url: a page that a person can open.
         notes: what a user should know.
+        prompt: of a captioner, what captions were finetuned behind.
+        licence_id: the hub's word for the licence, for model cards.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Entry:
     sha256: dict[str, str] | None
     url: str
     notes: str
+    prompt: str = ""
+    licence_id: str = "other"
 
 
 def _hub(source: str, **fields) -> Entry:
@@ -64,6 +68,7 @@ def _shipped(name: str, kind: str, notes: str) -> Entry:
         source=name,
         revision=None,
         licence="MIT",
+        licence_id="mit",
         size_mb=None,
         sha256=None,
         url=f"{REPOSITORY}/tree/main/data/{name}",
@@ -91,6 +96,8 @@ _ALL = (
         kind="captioner",
         revision="9cfcdbcaccbcadb2b53b36d4b50042c4eeaa0c25",
         licence="BSD-3-Clause",
+        licence_id="bsd-3-clause",
+        prompt="a picture of",
         size_mb=990,
         notes="BLIP with ViT-B. main has pickled weights only; this commit is the hub's safetensors conversion.",
     ),
@@ -100,6 +107,8 @@ _ALL = (
         kind="captioner",
         revision="353689b859fcf0523410b1806dace5fb46ecdf41",
         licence="BSD-3-Clause",
+        licence_id="bsd-3-clause",
+        prompt="a picture of",
         size_mb=1879,
         notes="BLIP with ViT-L, finetuned for captions: the captioner of §3.",
     ),
@@ -109,6 +118,7 @@ _ALL = (
         kind="captioner",
         revision="59a1ef6c1e5117b3f65523d1c6066825bcf315e3",
         licence="MIT; the OPT inside: OPT-175B licence, for research only",
+        prompt="a photo of",
         size_mb=14979,
         sha256={
             "model-00001-of-00002.safetensors": "b81228c9ac1b3dee1731ee71d51fe3b2c34f915019c44c25a793b51300ae24fc",
@@ -122,6 +132,7 @@ _ALL = (
         kind="generator",
         revision="133a221b8aa7292a167afc5127cb63fb5005638b",
         licence="CreativeML OpenRAIL-M",
+        licence_id="creativeml-openrail-m",
         size_mb=5480,
         notes="512 px. The size counts the safety checker.",
     ),
@@ -333,11 +344,14 @@ def _nocaps(split: str | None) -> datasets.Dataset:
 
 
 def _user_folder(name: str, variable: str) -> Path:
-    folder = os.environ.get(variable)
-    if not folder or not Path(folder).is_dir():
-        given = f"{variable}={folder!r} is no folder" if folder else f"{variable} is not set"
-        raise RegistryError(f"{name} is not shipped, and {given}. Download {ENTRIES[name].url}; {ENTRIES[name].notes}")
-    return Path(folder)
+    given = os.environ.get(variable)
+    folder = Path(given or "").expanduser()
+    if not given or not folder.is_dir():
+        problem = f"{variable}={given!r} is no folder" if given else f"{variable} is not set"
+        raise RegistryError(
+            f"{name} is not shipped, and {problem}. Download {ENTRIES[name].url}; {ENTRIES[name].notes}"
+        )
+    return folder
 
 
 def _with_pictures(found: datasets.Dataset, entry: Entry) -> datasets.Dataset:

@@ -41,7 +41,7 @@ from dalleflamingo.picks import (
 )
 from dalleflamingo.picture_picks import Judges, judge_pictures
 from dalleflamingo.recogniser import Recogniser
-from dalleflamingo.reconstruct import image_text_image, load_models, load_text_similarities, text_image_text
+from dalleflamingo.reconstruct import image_text_image, load_models, load_text_similarities, source_of, text_image_text
 from dalleflamingo.similarity import Fidelity
 from dalleflamingo.text_similarity import ClipText
 from dalleflamingo.word_movers import WordVectors
@@ -81,6 +81,18 @@ def verdict(effect: Interval) -> str:
     return "does not hold" if effect.high < 0 else "undecided"
 
 
+def weakest_of(effects: Mapping[str, Interval]) -> str:
+    """The name of the effect that decides where all must hold: by verdict first, then by value over width."""
+    order = ("does not hold", "undecided", "holds")
+
+    def strength(name: str) -> tuple[int, float]:
+        effect = effects[name]
+        width = max(effect.high - effect.low, np.finfo(float).tiny)
+        return order.index(verdict(effect)), effect.value / width
+
+    return min(effects, key=strength)
+
+
 def claim_1(correlations: pd.DataFrame) -> list[Claim]:
     """Better reconstruction goes with better captions: ρ within an image, mean over similarities and metrics."""
     text = "better reconstruction goes with better captions: Spearman's ρ within an image, mean over all pairs"
@@ -113,7 +125,7 @@ def claim_4(effects: pd.DataFrame) -> list[Claim]:
     for by in similarities(effects):
         signed = {metric: gains(effects, metric, by)[ALL] for metric in TABLE_2}
         signed |= {metric: _negated(gain) for metric, gain in signed.items() if metric in LOWER}
-        weakest = min(signed, key=lambda metric: signed[metric].value / (signed[metric].high - signed[metric].low))
+        weakest = weakest_of(signed)
         metric = results.METRICS[weakest]
         text = f"the picture ranked first beats a random one on CLIP distance, FID, IS; the weakest is {metric.label}"
         apart = {results.METRICS[name].label: effect for name, effect in signed.items() if name != weakest}
@@ -164,16 +176,15 @@ def finding_1(images: int, candidates: int, run_folder: Path, command: str) -> r
     A run that was interrupted goes on in its run folder; captions by beam search are kept there too.
     """
     profile = profiles.current()
-    dataset = registry.dataset(profile.dataset).subset(images)
+    dataset, vectors = registry.dataset(profile.dataset).subset(images), WordVectors.at_hand()
     captioner, generator, encoders = load_models(profile)
     fidelity = Fidelity(FeatureExtractor.of(profile.inception, profile.device))
     table = image_text_image(
         dataset, captioner, generator, [*encoders, fidelity], run_folder,
         **_size(profile, candidates), strategy=PAPER,
     )  # fmt: skip
-    vectors = WordVectors.at_hand()
     beam = _described(captioner, dataset, table, run_folder / "beam.json")
-    clip_text = ClipText.from_pretrained(registry.locate(profile.clip), profile.device)
+    clip_text = ClipText.from_pretrained(**source_of(profile, profile.clip))
     few = baselines.add(table[table["candidate"] < RANKED], dataset, captioner, encoders[0], clip_text)
     table = table.assign(**{name: few[name] for name in BASELINES})  # NaN behind the candidates that are ranked
     judged = judge_captions(table, dataset, beam, vectors).first(RANKED)
@@ -296,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = f"python -m dalleflamingo.reproduce {name} {size}"
         finding = FINDINGS[name](options.images, options.candidates, run, command)
         results.write(options.docs, finding)
-    except (ValueError, registry.RegistryError) as error:
+    except (ValueError, FileNotFoundError, registry.RegistryError) as error:
         parser.error(str(error))
     for claim in finding.claims:
         by = "" if claim.ranked_by == ALL else f", ranked by {claim.ranked_by}"

@@ -197,15 +197,21 @@ def draw(finding: Finding, folder: Path) -> None:
             show.write_png(show.gain_bars(bars, metric.label, lower=name in LOWER), folder / f"gains{end}.png")
 
 
+def measured_on(dataset: str) -> str:
+    """How a page begins."""
+    return "**Measured in the miniature**" if dataset.startswith("miniature/") else f"Measured on {dataset}"
+
+
 def page(finding: Finding) -> str:
     """The page in Markdown; no text of a model or a file comes into it."""
     settings, texts = finding.settings, _TEXTS[finding.name]
-    where = (
-        "**Measured in the miniature**, with small models trained on a drawn world. It is no result on COCO or NoCaps; "
-        "the paper's figures stand beside ours to compare their direction, not their size."
+    where = measured_on(settings.dataset) + (
+        ", with small models trained on a drawn world. It is no result on COCO or NoCaps; the paper's figures stand "
+        "beside ours to compare their direction, not their size."
         if settings.miniature
-        else f"Measured on {settings.dataset}."
+        else "."
     )
+    ways = set(finding.effects["pick"])
     drawn = [f"{finding.figures}{metric.figure}" for metric in finding.metrics.values() if metric.figure is not None]
     parts = [
         f"# {texts['title']}",
@@ -226,9 +232,10 @@ def page(finding: Finding) -> str:
     parts += [
         *_apart(finding),
         "## What the gain is to be held against",
-        f"Overall. *Oracle*: {texts['oracle']}, the most that any ranking could reach there. "
-        + ("*Beam search*: the captioner's own best guess. " if "beam" in set(finding.effects["pick"]) else "")
-        + ("The last four rank without drawing a picture. " if "length 1" in set(finding.effects["pick"]) else "")
+        "Overall. "
+        + (f"*Oracle*: {texts['oracle']}, the most that any ranking could reach there. " if "oracle" in ways else "")
+        + ("*Beam search*: the captioner's own best guess. " if "beam" in ways else "")
+        + ("The last four rank without drawing a picture. " if "length 1" in ways else "")
         + _SHUFFLED,
         _references(finding),
         f"## {texts['rho']}",

@@ -24,7 +24,6 @@ SYNONYMS = {
     "lawn": "grass", "beach": "sand", "sea": "water", "dark": "night",
     "over": "above", "under": "below",
 }  # fmt: skip
-_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _NEAREST_OFFSET = 6.0  # pixels: things closer than this along an axis stand in no order on it
 
 

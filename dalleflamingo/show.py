@@ -49,7 +49,7 @@ LABELS = {
 }
 # so that grey print tells them apart too
 _MARKERS = {"clip": "o", "dino": "s", "fidelity": "^", "text_clip": "o", "text_sbert": "s", "text_cider": "^",
-            "noise": "o", "blur": "s"}  # fmt: skip
+            "noise": "o", "blur": "s", "the picture": "o", "x̂": "s"}  # fmt: skip
 _SIDES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 _WIDTH, _HEIGHT = 6 * DPI, 4 * DPI  # of a chart
 

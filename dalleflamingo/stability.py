@@ -140,7 +140,8 @@ def page(agreed: Mapping[str, Mapping[int, Interval]], gained: pd.DataFrame, com
         worth_rows.append([show.LABELS[row.ranked_by], metric.label, str(row.pictures), cell])
     parts = [
         "# Several pictures of each caption",
-        "**Measured in the miniature.** Of this the paper has no figures; it draws each caption once.",
+        f"{results.measured_on(profiles.current().dataset)}. Of this the paper has no figures; it draws each caption "
+        "once.",
         f"n = {gained['n'].max()} images, K = {RANKED}. Made by `{command}` at commit `{results.current_commit()}`. "
         "Brackets are 95 % intervals over images.",
         "## Do rankings by other pictures agree?",

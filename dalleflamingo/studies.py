@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dalleflamingo import profiles, registry, results, show
 from dalleflamingo.captioner import Captioner, Nucleus
 from dalleflamingo.datasets import Dataset, read_coco, read_results, write_results
-from dalleflamingo.intervals import Interval, derive_seed, mean_interval, paired_bootstraps
+from dalleflamingo.intervals import Interval, derive_seed, paired_bootstraps
 from dalleflamingo.metrics import Cider
 from dalleflamingo.picks import (
     ALL,
@@ -37,6 +38,7 @@ from dalleflamingo.picks import (
     gains,
     growth,
     judge_captions,
+    of_columns,
     similarities,
 )
 from dalleflamingo.picture_picks import judge_pictures
@@ -102,19 +104,21 @@ def claim_5(by_p: pd.DataFrame) -> list[Claim]:
     return [Claim(5, "CIDEr falls as p grows: −Spearman's ρ over ten values of p", ALL, effect, 3)]
 
 
-def claim_7(table: pd.DataFrame, grown: pd.DataFrame, resamples: int = RESAMPLES) -> list[Claim]:
-    """The gain grows with the number of candidates: that of all K, and beside it the gain of 10 minus that of 2.
+def claim_7(judged: Judged, grown: pd.DataFrame, resamples: int = RESAMPLES) -> list[Claim]:
+    """The gain grows with the number of candidates: that of all K, and beside it how it goes on from 2 to 10 to K.
 
     Args:
-        table: of judged candidates. grown: of `picks.growth`, the largest of its numbers being K.
+        grown: of `picks.growth`, the largest of its numbers being K.
     """
-    k, claims = table["candidate"].nunique(), []
-    for by in similarities(table):
-        grows = mean_interval(first_of_any(table, by, "cider", 10) - first_of_any(table, by, "cider", 2), resamples)
-        text = f"the caption ranked first of {k} beats a random one: CIDEr × 100, overall"
-        apart = {"gain of any 10 candidates − gain of any 2": grows}
-        claims.append(Claim(7, text, by, gains(grown, "cider", f"{by} of {k}")[ALL], 1, apart))
-    return claims
+    ranked_by, k = similarities(judged.table), judged.rows.shape[1]
+    first = first_of_any(judged, "cider", (2, RANKED, k))
+    steps = paired_bootstraps(lambda images: np.diff(first(images)).ravel(), len(judged.rows), resamples)
+    text = f"the caption ranked first of {k} beats a random one: CIDEr × 100, overall"
+    names = f"gain of any {RANKED} candidates − gain of any 2", f"gain of all {k} − gain of any {RANKED}"
+    return [
+        Claim(7, text, by, gains(grown, "cider", f"{by} of {k}")[ALL], 1, dict(zip(names, grows, strict=True)))
+        for by, *grows in zip(ranked_by, steps[::2], steps[1::2], strict=True)
+    ]
 
 
 def compared(judged: Judged, metrics: Sequence[str] = ("cider", "f1"), resamples: int = RESAMPLES) -> pd.DataFrame:
@@ -157,16 +161,16 @@ def _cut_alike() -> list[Claim]:
     return found
 
 
-def _grown(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+def _grown(judged: Judged, metrics: Sequence[str]) -> pd.DataFrame:
     """`picks.growth` by the metrics that are means over images; BLEU is of a whole corpus."""
-    numbers = [k for k in NUMBERS if k <= table["candidate"].nunique()]
-    return growth(table, numbers, [metric for metric in metrics if metric in table and metric != "bleu4"])
+    numbers = [k for k in NUMBERS if k <= judged.rows.shape[1]]
+    return growth(judged, numbers, [metric for metric in metrics if metric in judged.metrics and metric != "bleu4"])
 
 
 def many_pictures(run_folder: Path, images: int = 200, pictures: int = 25) -> pd.DataFrame:
     """Finding II with more pictures of fewer captions, as `picks.growth`; a run that was interrupted goes on."""
     table, dataset, _, judges = text_trips(images, pictures, run_folder)
-    return _grown(judge_pictures(table, dataset, run_folder, judges).table, OF_PICTURES)
+    return _grown(judge_pictures(table, dataset, run_folder, judges), OF_PICTURES)
 
 
 def _captions(dataset: Dataset) -> list[str]:
@@ -249,7 +253,8 @@ def page(
         differences.append([metric.label, who, results.cell(found, metric.digits, signed=True)])
     parts = [
         "# Sampling and vocabularies",
-        "**Measured in the miniature**; the paper's figures are of NoCaps and stand beside ours for their direction.",
+        f"{results.measured_on(settings['dataset'])}; the paper's figures are of NoCaps and stand beside ours for "
+        "their direction.",
         f"n = {by_p['n'].max()} images of {settings['dataset']}. Made by `python -m dalleflamingo.studies` at commit "
         f"`{results.current_commit()}`, from the candidates of `{settings['command']}`.",
         "\n".join(map(results.verdict_line, claims)),
@@ -297,10 +302,12 @@ def main(arguments: list[str] | None = None) -> int:
     dataset = dataset.only(set(table["image_id"]))
     swept = nucleus_sweep(dataset, load_captioner(profile, profile.captioner), options.folder)
     by_p = cider_by_p(swept, dataset, NUCLEUS)
-    grown = _grown(judged.table, OF_CAPTIONS)
-    pictures = _grown(results.load("finding-2", options.docs / "results")[0], OF_PICTURES)
+    scored = of_columns(judged.table, [name for name in ("wmd",) if name in table])  # which takes long to compute
+    grown = _grown(replace(judged, metrics=judged.metrics | scored.metrics), OF_CAPTIONS)
+    drawn, _ = results.load("finding-2", options.docs / "results")
+    pictures = _grown(of_columns(drawn, OF_PICTURES), OF_PICTURES)
     many = many_pictures(options.folder.parent / "finding-2-many")
-    claims = claim_5(by_p) + claim_7(judged.table, grown) + _cut_alike()
+    claims = claim_5(by_p) + claim_7(judged, grown) + _cut_alike()
     write(options.docs, by_p, grown, pictures, many, compared(judged.first(RANKED)), claims, table)
     for claim in claims:
         print(f"Claim {claim.number}, {claim.ranked_by}: {claim.verdict}; {claim.text}: {claim.effect}")

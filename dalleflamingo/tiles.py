@@ -28,6 +28,8 @@ PALETTE = {  # told apart by colour-blind eyes (Okabe and Ito; Tol)
     "less": "#CC79A7",
     "noise": "#0072B2",
     "blur": "#D55E00",
+    "the picture": "#0072B2",
+    "x̂": "#D55E00",
     "text": "#1a1a1a",
     "quiet": "#5c5c5c",
     "rule": "#d0d0d0",

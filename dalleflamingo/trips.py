@@ -17,7 +17,7 @@ from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.datasets import Dataset, DatasetError, Example, open_picture
+from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage, open_picture
 from dalleflamingo.decoding import Strategy
 from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import derive_seed
@@ -166,6 +166,8 @@ class TextTrip(Trip):
 
     def open(self, dataset: Dataset, example: Example) -> str:
         """One of the example's captions, drawn by the trip's seed (§3.2)."""
+        if not example.path.is_file():  # the real picture is what drawn ones are judged by later
+            raise UnreadableImage(example.path, "there is no such file", "fetch it, or leave the example out")
         return example.drawn_reference(self.seed)
 
     def make(self, examples: list[Example], sources: list[str], run: RunFolder, bar: tqdm) -> list[dict]:

@@ -223,12 +223,14 @@ def page(
     ]
     parts = [
         "# Other samplings, other models, other pictures",
-        "**Measured in the miniature**; the paper's figures (NoCaps, COCO) stand beside ours for their direction.",
+        f"{results.measured_on(profiles.current().dataset)}; the paper's figures (NoCaps, COCO) stand beside ours for "
+        "their direction.",
         f"Made by `{command}` at commit `{results.current_commit()}`. Brackets are 95 % intervals, paired over images.",
         "\n".join(map(results.verdict_line, claims)),
         f"## Finding I (with Tables 7 and 8), K = {RANKED}",
         _markdown(table_7(again)),
-        "How much smaller the gain is than Finding I's, by intervals of two independent figures:",
+        "How much smaller the gain is than Finding I's. The intervals are those of two independent figures; as their "
+        "pictures are among Finding I's, they are wide rather than narrow:",
         "\n".join(beside),
         *(_errors(wrong) if len(wrong) else []),
         f"## Finding II with another reader (Table 8), n = {described['BLIP-2']['n'].max()}",

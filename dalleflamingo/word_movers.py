@@ -37,7 +37,9 @@ class WordVectors:
     def at_hand(cls) -> "WordVectors":
         """GloVe where `DALLEFLAMINGO_GLOVE` names its file, else `of_sbert`; errors as theirs."""
         file = os.environ.get("DALLEFLAMINGO_GLOVE")
-        return cls.glove(file) if file else cls.of_sbert(registry.locate("sbert"))
+        if file:
+            return cls.glove(Path(file).expanduser())
+        return cls.of_sbert(registry.locate("sbert"), registry.ENTRIES["sbert"].revision)
 
     @classmethod
     def glove(cls, file: str | Path) -> "WordVectors":
@@ -61,14 +63,15 @@ class WordVectors:
         return cls(f"GloVe-{width}", table.get)
 
     @classmethod
-    def of_sbert(cls, folder: str | Path) -> "WordVectors":
+    def of_sbert(cls, folder: str | Path, revision: str | None = None) -> "WordVectors":
         """SBERT's own word embeddings, the stand-in where GloVe is not at hand: a word is the mean of its WordPieces.
 
         Raises:
             RegistryError: the folder's weights are missing or cut short.
         """
-        model = AutoModel.from_pretrained(check_weights(folder), use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        where = {} if revision is None else {"revision": revision}
+        model = AutoModel.from_pretrained(check_weights(folder), use_safetensors=True, **where)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
         table = model.get_input_embeddings().weight.detach().float().numpy()
         table = table - table.mean(axis=0)  # what all have in common tells no two apart
 

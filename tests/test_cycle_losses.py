@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import PNDMScheduler
 from PIL import Image
 
 from dalleflamingo import trainable
@@ -211,6 +212,19 @@ def test_the_previous_sample_is_what_the_scheduler_makes_of_clean_latents(tmp_pa
         variance = ((1 - before) / (1 - a) * (1 - step)).clamp(min=1e-20)
         noise = torch.randn(z.shape, dtype=torch.float64) if t else 0
         torch.testing.assert_close(found[i], mean + variance**0.5 * noise, atol=1e-5, rtol=1e-5)
+    cycle.generator.pipeline.scheduler = PNDMScheduler.from_config(scheduler.config)  # Stable Diffusion's, no DDPM
+    torch.manual_seed(3)
+    torch.testing.assert_close(cycle._one_step(noised, answer), found)
+
+
+def test_a_sampled_caption_is_the_same_in_every_part_of_a_batch(tmp_path):
+    cycle, batch = make(tmp_path, mode="gumbel")
+    logits = torch.randn(3, 7, 40, dtype=torch.float64)
+    whole = cycle._relaxed(logits, batch, generator(4))
+    part = dataclasses.replace(batch, first=1)
+    torch.testing.assert_close(cycle._relaxed(logits[1:, :5], part, generator(4)), whole[1:, :5])
+    assert (whole.argmax(-1) != cycle._relaxed(logits, batch, generator(5)).argmax(-1)).any()
+    assert (cycle._relaxed(logits[:1].expand(3, -1, -1), batch, generator(4)).argmax(-1).unique(dim=0)).shape[0] == 3
 
 
 def test_the_normalisation_can_be_left_out(tmp_path):

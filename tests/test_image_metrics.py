@@ -118,6 +118,16 @@ def test_figures_equal_torch_fidelitys_own_from_pictures_to_numbers(inception, t
     assert found == pytest.approx(stock["kernel_inception_distance_mean"], rel=1e-3, abs=1e-9)
 
 
+def test_photographs_of_different_sizes_are_seen_as_if_each_were_alone(inception):
+    extractor = FeatureExtractor.inception_v3(inception)
+    sizes = [(64, 48), (64, 48), (50, 70), (64, 48)]
+    photographs = [picture.resize(size) for picture, size in zip(tiny.pictures(4), sizes, strict=True)]
+    together = extractor.look(photographs).features
+    alone = torch.cat([extractor.look([photograph]).features for photograph in photographs])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-3)
+    assert len(together.unique(dim=0)) == 4
+
+
 def test_weights_by_pickle_are_refused_and_missing_ones_named(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -1,11 +1,12 @@
 """Profiles: the word in the environment decides, and every profile can be served by the registry."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dalleflamingo import profiles, registry
+from dalleflamingo import profiles, reconstruct, registry
 
 
 def test_profile_is_mini_unless_the_environment_names_another(monkeypatch):
@@ -50,6 +51,23 @@ def test_every_name_in_a_profile_is_registered_as_what_it_is_used_for(profile):
 def test_a_profile_is_of_one_scale(profile):
     names = [profile.captioner, profile.other_captioner, profile.generator, profile.clip, profile.dino, profile.dataset]
     assert len({name.startswith("miniature/") for name in names}) == 1
+
+
+def test_the_real_models_are_used_as_the_paper_uses_them(monkeypatch):
+    """DDPM, DINO at 384 pixels, the captioner behind the words it was finetuned behind (§3.1, App. A and G)."""
+    asked = {}
+    for kind in ("Captioner", "Generator", "ClipImage", "Dino"):
+        loader = SimpleNamespace(from_pretrained=lambda kind=kind, **options: asked.update({kind: options}))
+        monkeypatch.setattr(reconstruct, kind, loader)
+    monkeypatch.setattr(registry, "locate", lambda name: name)
+    reconstruct.load_models(profiles.PROFILES["paper"])
+    assert asked["Generator"]["scheduler"] == "DDPM" and asked["Dino"]["image_size"] == 384
+    assert asked["Captioner"]["prompt"] == "a picture of"
+    assert all(asked[kind]["revision"] for kind in asked)
+    reconstruct.load_models(profiles.PROFILES["paper"], "DDIM")
+    assert asked["Generator"]["scheduler"] == "DDIM"
+    reconstruct.load_models(profiles.PROFILES["mini"])
+    assert asked["Generator"]["scheduler"] is asked["Dino"]["image_size"] is None and not asked["Captioner"]["prompt"]
 
 
 def test_half_precision_is_for_the_gpu_only(monkeypatch):

@@ -133,6 +133,18 @@ def test_example_without_a_caption_is_skipped_and_listed(tmp_path, monkeypatch):
     assert "has no caption to start from" in table.attrs["skipped"][0]["reason"]
 
 
+def test_a_caption_whose_picture_is_missing_is_skipped_as_nothing_could_judge_its_drawings(tmp_path):
+    dataset = fakes.dataset(tmp_path / "p", 3)
+    gone = dataset[1]
+    gone.path.unlink()
+    judges = [PairSimilarity("letters", fakes.common_letters)]
+    table = reconstruct.text_image_text(
+        dataset, fakes.Captioner(), fakes.Generator(), judges, tmp_path / "run", candidates=2, steps=1, guidance_scale=1
+    )
+    assert [entry["image_id"] for entry in table.attrs["skipped"]] == [gone.image_id]
+    assert "there is no such file" in table.attrs["skipped"][0]["reason"] and len(table) == 2 * 2
+
+
 def test_pictures_of_an_image_share_their_noise_unless_told_otherwise(clean, tmp_path):
     assert clean[1].groupby("image_id").noise_seed.nunique().eq(1).all() and clean[1].noise_seed.nunique() == 10
     own = fakes.run(tmp_path / "run", clean[0].parent / "pictures", shared_noise=False)
@@ -422,15 +434,23 @@ def test_own_pictures_and_captions_by_command(tmp_path, monkeypatch, capsys):
     assert reconstruct.main([str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts")]) == 0
     table = pd.read_parquet(tmp_path / "texts/candidates.parquet")
     assert table.caption.tolist() == ["a red thing"] * 2 + ["a blue thing"] * 2
-    assert table.image_id.tolist() == [1, 1, 3, 3]  # the numbers of the lines
+    (tmp_path / "mine.txt").write_text("a green thing\na blue thing\n", encoding="utf-8")
+    assert reconstruct.main([str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts")]) == 0
+    edited = pd.read_parquet(tmp_path / "texts/candidates.parquet")
+    assert edited.caption.tolist() == ["a green thing"] * 2 + ["a blue thing"] * 2  # no line has another's pictures
+    assert edited.image_id.tolist()[2:] == table.image_id.tolist()[2:]
 
     quick = ["--scheduler", "DPMSolverMultistep", "--steps", "15"]
     assert reconstruct.main([str(tmp_path / "mine.txt"), "--out", str(tmp_path / "quick"), *quick]) == 0
-    assert asked == [None, None, "DPMSolverMultistep"]
+    assert asked == [None, None, None, "DPMSolverMultistep"]
     assert [models[1].calls[i]["steps"] for i in (0, -1)] == [profiles.PROFILES["smoke"].steps, 15]
     with pytest.raises(SystemExit):
         reconstruct.main([str(tmp_path / "mine"), "--out", str(tmp_path / "none"), "--steps", "0"])
     assert "steps = 0" in capsys.readouterr().err
+
+    with pytest.raises(SystemExit):
+        reconstruct.main([str(tmp_path / "gone.txt"), "--out", str(tmp_path / "none")])
+    assert "gone.txt is no text file" in capsys.readouterr().err and len(asked) == 5
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as stopped:

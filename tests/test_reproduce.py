@@ -236,7 +236,7 @@ def test_the_command_writes_table_page_figures_and_claims_and_again_the_same(tmp
     monkeypatch.setattr(reproduce, "RESAMPLES", 20)
     monkeypatch.setattr(reproduce.FeatureExtractor, "of", lambda name, device: None)
     monkeypatch.setattr(reproduce, "Fidelity", lambda extractor: Faithfulness())
-    monkeypatch.setattr(reproduce.ClipText, "from_pretrained", lambda name, device: None)
+    monkeypatch.setattr(reproduce.ClipText, "from_pretrained", lambda **where: None)
     monkeypatch.setattr(reproduce.baselines, "add", lambda table, *rest: table.assign(**BASELINES))
     docs = tmp_path / "docs"
     (docs / "results").mkdir(parents=True)
@@ -327,6 +327,14 @@ def test_claim_4_wants_all_three_columns(monkeypatch):
     against = dataclasses.replace(judged, metrics=judged.metrics | {"fid": lambda pick: -judged.metrics["fid"](pick)})
     claim = next(c for c in reproduce.claim_4(picks.measure(against, resamples=200)) if c.ranked_by == "text_sbert")
     assert claim.verdict == "does not hold" and "weakest is FID" in claim.text
+
+
+def test_where_all_must_hold_an_undecided_effect_decides_before_a_small_one():
+    small, wide = Interval(1.0, 0.2, 1.8, 9, 0), Interval(3.0, -0.5, 6.0, 9, 0)
+    assert reproduce.weakest_of({"small": small, "wide": wide}) == "wide"
+    assert reproduce.weakest_of({"small": small, "wide": wide, "wrong": Interval(-9.0, -20.0, -0.1, 9, 0)}) == "wrong"
+    assert reproduce.weakest_of({"surer": Interval(1.0, 0.9, 1.1, 9, 0), "small": small}) == "small"
+    assert reproduce.weakest_of({"none": Interval(0.0, 0.0, 0.0, 9, 0), "small": small}) == "none"
 
 
 def test_claim_1_takes_the_mean_over_all_pairs(judged):

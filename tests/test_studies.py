@@ -1,6 +1,7 @@
 """Studies of sampling and baselines against scores worked out another way."""
 
 import json
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from test_reproduce import candidates, world
 
 from dalleflamingo import baselines, metrics, picks, results, studies
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.intervals import Interval
+from dalleflamingo.intervals import Interval, mean_interval, paired_bootstrap
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def judged():
 
 
 def test_ranked_first_of_any_k_is_the_mean_over_all_choices_of_k(judged):
-    grown = picks.growth(judged.table, (1, 2, 4), ("f1", "cider"), resamples=20).set_index(["metric", "pick"])
+    grown = picks.growth(judged, (1, 2, 4), ("f1", "cider"), resamples=20).set_index(["metric", "pick"])
     for metric in ("f1", "cider"):
         scores = judged.table[metric].to_numpy()[judged.rows]  # (n, 4)
         for by in ("clip", "dino"):
@@ -45,7 +46,7 @@ def test_ranked_first_of_any_k_is_the_mean_over_all_choices_of_k(judged):
         measured = picks.gains(picks.measure(judged, resamples=2), metric, "clip")["all"]
         assert grown.gain[metric, "clip of 4"] == pytest.approx(measured.value)
     with pytest.raises(ValueError, match="any 5 of 4"):
-        picks.growth(judged.table, (5,), ["f1"])
+        picks.growth(judged, (5,), ["f1"])
 
 
 def test_a_contrast_of_four_picks_is_the_difference_of_two_gains(judged):
@@ -68,15 +69,26 @@ def test_the_first_candidates_are_judged_as_if_there_were_no_others(judged):
 
 
 def test_claim_7_holds_for_a_ranking_by_the_truth_and_grows(judged):
-    table = judged.table
+    table, cider = judged.table, judged.metrics["cider"]
     copies = [table.assign(candidate=table["candidate"] + 4 * i, clip=table["clip"] - i) for i in range(3)]
-    wide = pd.concat(copies)  # twelve candidates, no two as much like their source
+    wide = pd.concat(copies, ignore_index=True)  # twelve candidates, no two as much like their source
+    wide = replace(picks.of_columns(wide, ["f1"]), metrics={"cider": lambda rows: cider(rows % len(table))})
     grown = picks.growth(wide, (1, 12), ["cider"], resamples=200)
     claims = {claim.ranked_by: claim for claim in studies.claim_7(wide, grown, resamples=200)}
     assert claims["clip"].verdict == "holds" and claims["clip"].effect.n == 24
-    [grows] = claims["clip"].apart.values()
-    expected = [picks.first_of_any(wide, "clip", "cider", k).mean() for k in (10, 2)]
-    assert grows.low > 0 and grows.value == pytest.approx(expected[0] - expected[1])
+    grows, goes_on = claims["clip"].apart.values()
+    of_2, of_10, of_12 = picks.first_of_any(wide, "cider", (2, 10, 12))(np.arange(24))[0]
+    assert grows.low > 0 and grows.value == pytest.approx(of_10 - of_2)
+    assert goes_on.value == pytest.approx(of_12 - of_10)
+
+
+def test_growth_counts_n_grams_anew_on_every_draw(judged):
+    row = picks.growth(judged, (4,), ["cider"], seed=3, resamples=50).set_index("pick").loc["clip of 4"]
+    first = judged.picks()["clip 1"]
+    anew = paired_bootstrap(lambda images: judged.metrics["cider"](first[:, images])[0], 24, 50, 3)
+    kept = mean_interval(judged.table["cider"].to_numpy()[first[0]], 50, 3)
+    assert (row.value, row.low, row.high) == pytest.approx((anew.value, anew.low, anew.high))
+    assert row.value == pytest.approx(kept.value) and row.low != pytest.approx(kept.low)
 
 
 def test_similarities_are_compared_in_pairs_by_what_they_rank_first(judged):
@@ -125,8 +137,9 @@ def test_a_sweep_keeps_what_is_sampled(tmp_path, monkeypatch):
 
 def test_the_page_names_its_settings_and_its_verdicts(judged, tmp_path):
     by_p = studies.cider_by_p(captions_by_p(1), world(), studies.NUCLEUS, resamples=20)
-    grown = picks.growth(judged.table, (1, 2, 4), ["cider"], resamples=20)
+    grown = picks.growth(judged, (1, 2, 4), ["cider"], resamples=20)
     of_pictures = judged.table.assign(clip_distance=judged.table["f1"]).rename(columns={"clip": "text_clip"})
+    of_pictures = picks.of_columns(of_pictures, ["clip_distance"])
     pictures = picks.growth(of_pictures, (1, 3), ["clip_distance"], resamples=20)
     settings = {name: "x" for name in results.Settings.__dataclass_fields__} | {"dataset": "miniature/one", "seed": 0}
     for folder in ("results", "figures"):
