@@ -330,7 +330,7 @@ def test_claim_4_wants_all_three_columns(monkeypatch):
 
 
 def test_where_all_must_hold_an_undecided_effect_decides_before_a_small_one():
-    small, wide = Interval(1.0, 0.2, 1.8, 9, 0), Interval(3.0, -0.5, 6.0, 9, 0)
+    small, wide = Interval(1.0, 0.05, 3.0, 9, 0), Interval(2.0, -0.1, 3.0, 9, 0)
     assert reproduce.weakest_of({"small": small, "wide": wide}) == "wide"
     assert reproduce.weakest_of({"small": small, "wide": wide, "wrong": Interval(-9.0, -20.0, -0.1, 9, 0)}) == "wrong"
     assert reproduce.weakest_of({"surer": Interval(1.0, 0.9, 1.1, 9, 0), "small": small}) == "small"
