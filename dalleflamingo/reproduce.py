@@ -81,14 +81,18 @@ def verdict(effect: Interval) -> str:
     return "does not hold" if effect.high < 0 else "undecided"
 
 
-def weakest_of(effects: Mapping[str, Interval]) -> str:
-    """The name of the effect that decides where all must hold: by verdict first, then by value over width."""
+def weakest_of(effects: Mapping[str, Interval], one_unit: bool = True) -> str:
+    """The name of the effect that decides where all must hold: by verdict first, then by value.
+
+    Args:
+        one_unit: the values compare as they are; else each is taken over the width of its interval.
+    """
     order = ("does not hold", "undecided", "holds")
 
     def strength(name: str) -> tuple[int, float]:
         effect = effects[name]
-        width = max(effect.high - effect.low, np.finfo(float).tiny)
-        return order.index(verdict(effect)), effect.value / width
+        unit = 1.0 if one_unit else max(effect.high - effect.low, np.finfo(float).tiny)
+        return order.index(verdict(effect)), effect.value / unit
 
     return min(effects, key=strength)
 
@@ -125,7 +129,7 @@ def claim_4(effects: pd.DataFrame) -> list[Claim]:
     for by in similarities(effects):
         signed = {metric: gains(effects, metric, by)[ALL] for metric in TABLE_2}
         signed |= {metric: _negated(gain) for metric, gain in signed.items() if metric in LOWER}
-        weakest = weakest_of(signed)
+        weakest = weakest_of(signed, one_unit=False)
         metric = results.METRICS[weakest]
         text = f"the picture ranked first beats a random one on CLIP distance, FID, IS; the weakest is {metric.label}"
         apart = {results.METRICS[name].label: effect for name, effect in signed.items() if name != weakest}

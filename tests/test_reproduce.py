@@ -331,10 +331,13 @@ def test_claim_4_wants_all_three_columns(monkeypatch):
 
 def test_where_all_must_hold_an_undecided_effect_decides_before_a_small_one():
     small, wide = Interval(1.0, 0.05, 3.0, 9, 0), Interval(2.0, -0.1, 3.0, 9, 0)
-    assert reproduce.weakest_of({"small": small, "wide": wide}) == "wide"
-    assert reproduce.weakest_of({"small": small, "wide": wide, "wrong": Interval(-9.0, -20.0, -0.1, 9, 0)}) == "wrong"
-    assert reproduce.weakest_of({"surer": Interval(1.0, 0.9, 1.1, 9, 0), "small": small}) == "small"
-    assert reproduce.weakest_of({"none": Interval(0.0, 0.0, 0.0, 9, 0), "small": small}) == "none"
+    wrong, sure, none = Interval(-9.0, -20.0, -0.1, 9, 0), Interval(0.9, 0.8, 1.0, 9, 0), Interval(0.0, 0.0, 0.0, 9, 0)
+    for one_unit in (True, False):
+        assert reproduce.weakest_of({"small": small, "wide": wide}, one_unit) == "wide"
+        assert reproduce.weakest_of({"small": small, "wide": wide, "wrong": wrong}, one_unit) == "wrong"
+        assert reproduce.weakest_of({"none": none, "small": small}, one_unit) == "none"
+    assert reproduce.weakest_of({"sure": sure, "small": small}) == "sure"
+    assert reproduce.weakest_of({"sure": sure, "small": small}, one_unit=False) == "small"
 
 
 def test_claim_1_takes_the_mean_over_all_pairs(judged):
