@@ -341,7 +341,7 @@ def _plain_numbers(value):
 
 
 def clean_picture(attempt: Callable[[float, float, float], float]) -> None:
-    """Exercise 2 of notebook 05: z_t, the noise that was told, ᾱ_t -> ẑ_0."""
+    """Exercise 2 of notebook 05: z_t, the noise that was predicted, ᾱ_t -> ẑ_0."""
     clean, noise, kept = 2.0, -1.5, 0.36
     noised = kept**0.5 * clean + (1 - kept) ** 0.5 * noise
     mistaken = [
@@ -353,7 +353,7 @@ def clean_picture(attempt: Callable[[float, float, float], float]) -> None:
     ]
     _report(
         lambda: _number_fault(lambda: attempt(noised, noise, kept), clean, mistaken, "a z of 2, noised with −1.5"),
-        "Whoever tells the noise has told the picture, in one step; how well, depends on how much of it was left.",
+        "Whoever knows the noise knows the picture, in one step; how well, depends on how much of it was left.",
     )
 
 

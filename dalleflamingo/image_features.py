@@ -85,6 +85,7 @@ class FeatureExtractor:
         device = next(self.model.parameters()).device
         seen = []
         for start in range(0, len(images), BATCH):
+            # photographs differ in size, and what is looked at together may not
             for _, alike in groupby(images[start : start + BATCH], key=lambda image: image.size):
                 seen.append(self.model(self.pixels(list(alike)).to(device)))
         return Looks(*(torch.cat(tensors).float().cpu() for tensors in zip(*seen, strict=True)))

@@ -137,13 +137,13 @@ def judge_captions(
     columns = {"cider": 100 * cider.scores(), "bleu4": 100 * bleu.scores()[:, 3]}
     if vectors:
         columns["wmd"] = wmd = _nearest_reference(vectors, references, image_ids, captions)
-        metrics["wmd"] = lambda pick: wmd[pick].mean(axis=-1)
+        metrics["wmd"] = mean_of(wmd)
     if all("scene" in examples[i].extra for i in ids):
         scenes = {i: scene_graph.Scene.from_dict(examples[i].extra["scene"]) for i in ids}
         columns["f1"] = f1 = scene_graph_f1(captions, [scenes[i] for i in image_ids])
         pairs = zip(captions, image_ids, strict=True)
         columns["right"] = np.array([scene_graph.is_right(caption, scenes[i]) for caption, i in pairs])
-        metrics["f1"] = lambda pick: f1[pick].mean(axis=-1)
+        metrics["f1"] = mean_of(f1)
     return Judged(
         table.assign(**{name: values[: len(table)] for name, values in columns.items()}),
         rows,
@@ -153,6 +153,11 @@ def judge_captions(
         None if beam is None else len(table) + np.arange(len(ids)),
         bleu.tokenizer,
     )
+
+
+def mean_of(values: np.ndarray) -> CorpusMetric:
+    """The metric that is the mean of (N,) values, one a candidate, over the images of a corpus."""
+    return lambda pick: values[pick].mean(axis=-1)
 
 
 def rows_of(table: pd.DataFrame) -> tuple[np.ndarray, list[int]]:
@@ -197,12 +202,8 @@ def measure(judged: Judged, seed: int = 0, resamples: int = RESAMPLES) -> pd.Dat
 def of_columns(table: pd.DataFrame, metrics: Sequence[str]) -> Judged:
     """A table that was judged before: its columns, whose means over images are the metrics."""
     rows, _ = rows_of(table)
-
-    def mean_of(metric: str) -> CorpusMetric:
-        values = table[metric].to_numpy(float)
-        return lambda pick: values[pick].mean(axis=-1)
-
-    return Judged(table, rows, table["domain"].to_numpy()[rows[:, 0]], {name: mean_of(name) for name in metrics})
+    means = {name: mean_of(table[name].to_numpy(float)) for name in metrics}
+    return Judged(table, rows, table["domain"].to_numpy()[rows[:, 0]], means)
 
 
 def first_of_any(judged: Judged, metric: str, numbers: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:

@@ -15,7 +15,7 @@ from dalleflamingo import scene_graph
 from dalleflamingo.datasets import Dataset, Pictures
 from dalleflamingo.image_features import FeatureExtractor
 from dalleflamingo.image_metrics import fid, inception_score
-from dalleflamingo.picks import CorpusMetric, Judged, rows_of
+from dalleflamingo.picks import CorpusMetric, Judged, mean_of, rows_of
 from dalleflamingo.picture_score import score_prompt
 from dalleflamingo.recogniser import Recogniser
 from dalleflamingo.similarity import Encoder
@@ -55,7 +55,7 @@ def judge_pictures(table: pd.DataFrame, dataset: Dataset, run_folder: str | Path
     }
     if judges.recogniser:
         columns |= _found(judges.recogniser, drawn, table["caption"])
-    metrics = {name: _mean(columns[name]) for name in ("clip_distance", "dino_distance", "found") if name in columns}
+    metrics = {name: mean_of(columns[name]) for name in ("clip_distance", "dino_distance", "found") if name in columns}
     true, seen = judges.inception.look(real), judges.inception.look(drawn)
     metrics["fid"] = _each(lambda pick: fid(true.features[image[pick]], seen.features[pick]))
     metrics["is"] = _each(lambda pick: inception_score(seen.logits[pick]))
@@ -77,10 +77,6 @@ def _found(recogniser: Recogniser, drawn: Sequence[Image], captions: Sequence[st
         "found": np.array([score.right / max(1, score.things) for score in scores]),
         "relations": np.array(relations),
     }
-
-
-def _mean(values: np.ndarray) -> CorpusMetric:
-    return lambda pick: values[pick].mean(axis=-1)
 
 
 def _each(statistic) -> CorpusMetric:

@@ -21,8 +21,8 @@ class Profile:
         images: input images of an experiment.
         candidates: K captions sampled for each image, hence pictures drawn for each image.
         steps: denoising steps of the generator.
-        scheduler: that draws, as `Generator.from_pretrained` takes it; None is the model's own, for the miniature DDPM
-            (§3.1), which Stable Diffusion v1-4 is not shipped with.
+        scheduler: that draws, as `Generator.from_pretrained` takes it; None is the model's own. The paper's is DDPM
+            (§3.1), as the miniature's is; Stable Diffusion v1-4 is shipped with another.
         guidance_scale: of classifier-free guidance; 1 turns it off.
         image_size: side of a generated picture, in pixels.
         dino_size: side in pixels at which DINO looks (App. A: 384); None is the model's own.

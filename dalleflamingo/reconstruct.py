@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dalleflamingo.reconstruct", description=main.__doc__)
     parser.add_argument("source", type=Path, help="a folder of pictures, or a text file of captions")
     parser.add_argument("--out", type=Path, required=True, help="run folder; an interrupted run goes on in its own")
-    parser.add_argument("--scheduler", help="that draws, DPMSolverMultistep for example; default: the model's own")
+    parser.add_argument("--scheduler", help="that draws, DPMSolverMultistep for example; default: the profile's")
     parser.add_argument("--steps", type=int, help="of drawing; default: the profile's")
     options = parser.parse_args(arguments)
     try:
@@ -222,10 +222,10 @@ def main(arguments: list[str] | None = None) -> int:
             guidance_scale=profile.guidance_scale,
             batch_size=profile.batch_size,
         )
-        described = options.source.suffix.lower() == ".txt" or options.source.is_file()
-        source = read_captions(options.source) if described else read_folder(options.source)
+        is_text = options.source.suffix.lower() == ".txt" or options.source.is_file()
+        source = read_captions(options.source) if is_text else read_folder(options.source)
         captioner, generator, similarities = load_models(profile, options.scheduler)
-        if described:
+        if is_text:
             similarities = load_text_similarities(profile, {text.image_id: text.references for text in source})
             text_image_text(source, captioner, generator, similarities, options.out, **settings)
         else:

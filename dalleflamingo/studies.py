@@ -302,8 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
     dataset = dataset.only(set(table["image_id"]))
     swept = nucleus_sweep(dataset, load_captioner(profile, profile.captioner), options.folder)
     by_p = cider_by_p(swept, dataset, NUCLEUS)
-    scored = of_columns(judged.table, [name for name in ("wmd",) if name in table])  # which takes long to compute
-    grown = _grown(replace(judged, metrics=judged.metrics | scored.metrics), OF_CAPTIONS)
+    kept = of_columns(judged.table, ["wmd"]).metrics  # of the finding; word vectors are not loaded again
+    grown = _grown(replace(judged, metrics=judged.metrics | kept), OF_CAPTIONS)
     drawn, _ = results.load("finding-2", options.docs / "results")
     pictures = _grown(of_columns(drawn, OF_PICTURES), OF_PICTURES)
     many = many_pictures(options.folder.parent / "finding-2-many")

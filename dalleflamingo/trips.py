@@ -191,7 +191,7 @@ def travel(trip: Trip, dataset: Dataset, run_folder: str | Path, chunk: int) -> 
     began = time.monotonic()
     names = [similarity.name for similarity in trip.similarities]
     if trip.steps < 1:
-        raise ValueError(f"steps = {trip.steps}: a picture takes at least 1 step of denoising")
+        raise ValueError(f"steps = {trip.steps}: give at least 1 step of denoising")
     if trip.candidates < 1 or len(trip.columns | dict.fromkeys(names)) < len(trip.columns) + len(names):
         raise ValueError(
             f"candidates = {trip.candidates}, similarities named {names}: give at least 1 candidate, and similarities "

@@ -229,8 +229,8 @@ def page(
         "\n".join(map(results.verdict_line, claims)),
         f"## Finding I (with Tables 7 and 8), K = {RANKED}",
         _markdown(table_7(again)),
-        "How much smaller the gain is than Finding I's. The intervals are those of two independent figures; as their "
-        "pictures are among Finding I's, they are wide rather than narrow:",
+        "How much smaller the gain is than Finding I's. The intervals are those of two independent figures, "
+        "although the pictures of the one are among those of the other:",
         "\n".join(beside),
         *(_errors(wrong) if len(wrong) else []),
         f"## Finding II with another reader (Table 8), n = {described['BLIP-2']['n'].max()}",

@@ -48,6 +48,11 @@ class WordVectors:
         Raises:
             FileNotFoundError: there is no such file. ValueError: a line that is not of that form.
         """
+        if not Path(file).is_file():
+            raise FileNotFoundError(
+                f"there is no {file}: have DALLEFLAMINGO_GLOVE name GloVe's text file, or unset it for SBERT's "
+                "embeddings"
+            )
         table: dict[str, np.ndarray] = {}
         width = None
         with open(file, encoding="utf-8") as lines:

@@ -96,6 +96,8 @@ def test_glove_files_are_read_and_broken_ones_named(tmp_path, monkeypatch):
     vectors = WordVectors.at_hand()
     assert vectors.name == "GloVe-2" and vectors.distance("cat", "dog") == pytest.approx(2**0.5)
     file.write_text("cat 1 0\ndog 0\n", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="there is no .*gone.txt: have DALLEFLAMINGO_GLOVE name .*or unset it"):
+        WordVectors.glove(tmp_path / "gone.txt")
     with pytest.raises(ValueError, match="glove.txt, line 2: 1 numbers behind 'dog' where the first line has 2"):
         WordVectors.at_hand()
 

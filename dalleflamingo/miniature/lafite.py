@@ -10,8 +10,7 @@ At first autoencoder alone: near the picture, and the noise near the normal dist
 a discriminator judges what is drawn from such noise, against the real picture (Huang et al. 2024), and learns, as
 LAFITE's does (Eq. 7), which of a batch's captions a picture belongs to.
 
-Single things it draws, from the noise that is read more surely than from noise that is drawn: the two are not
-distributed alike yet. Of two things it draws little more than places and colours (docs/miniature.md).
+It draws single things, and of two things little more than places and colours (docs/miniature.md).
 """
 
 from collections.abc import Callable, Iterable
