@@ -27,7 +27,7 @@ help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 course: data
-	$(BIN)/python -m dalleflamingo.course --out build
+	$(BIN)/python -m dalleflamingo course --out build
 
 lab: data
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
@@ -46,25 +46,25 @@ test-oldest: $(MADE_OLDEST)
 		tests/test_vocabulary.py $(ARGS)
 
 data: $(MADE)
-	$(BIN)/python -m dalleflamingo.miniature.corpora
+	$(BIN)/python -m dalleflamingo data
 
 figures: data
-	$(BIN)/python -m dalleflamingo.figures docs/figures
+	$(BIN)/python -m dalleflamingo research figures docs/figures
 
 reproduce: data
-	$(BIN)/python -m dalleflamingo.reproduce finding-1 --images 500 --candidates 25
-	$(BIN)/python -m dalleflamingo.reproduce finding-2 --images 500 --candidates 10
-	$(BIN)/python -m dalleflamingo.studies
-	$(BIN)/python -m dalleflamingo.variants
-	$(BIN)/python -m dalleflamingo.stability --images 200
-	$(BIN)/python -m dalleflamingo.cycle_study
-	$(BIN)/python -m dalleflamingo.cycle_study --trials
+	$(BIN)/python -m dalleflamingo research insight insight-1 --images 500 --candidates 25
+	$(BIN)/python -m dalleflamingo research insight insight-2 --images 500 --candidates 10
+	$(BIN)/python -m dalleflamingo research studies
+	$(BIN)/python -m dalleflamingo research variants
+	$(BIN)/python -m dalleflamingo research stability --images 200
+	$(BIN)/python -m dalleflamingo research cycle
+	$(BIN)/python -m dalleflamingo research cycle --trials
 	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/cycle.py
-	$(BIN)/python -m dalleflamingo.cycle_results
+	$(BIN)/python -m dalleflamingo research cycle-report
 
 gates: data
-	$(BIN)/python -m dalleflamingo.miniature.gates
+	$(BIN)/python -m dalleflamingo research gates
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis dist *.egg-info

@@ -23,16 +23,16 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from dalleflamingo import registry
 from dalleflamingo.bridge import MODES, Bridge, relax
 from dalleflamingo.captioner import Captioner
+from dalleflamingo.evaluation.vocabulary_report import report
 from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import derive_seed, paired_bootstrap
-from dalleflamingo.picture_score import score_prompt
+from dalleflamingo.miniature.image_score import score_prompt
+from dalleflamingo.miniature.recogniser import Recogniser
+from dalleflamingo.miniature.scene_graph import Scene
 from dalleflamingo.profiles import PROFILES
-from dalleflamingo.recogniser import Recogniser
-from dalleflamingo.results import current_commit
-from dalleflamingo.scene_graph import Scene
-from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
+from dalleflamingo.research.report import current_commit
+from dalleflamingo.tokens import clip_tokenizer, wordpiece_tokenizer
 from dalleflamingo.vocabulary import KINDS, VocabularyMap
-from dalleflamingo.vocabulary_report import report
 
 RESULTS = Path("docs/results")
 SEED, MINI = 0, PROFILES["mini"]
@@ -57,11 +57,11 @@ def main() -> None:
         parser.error("--opt is measured on COCO: give --captions, too")
     if arguments.captions:
         coco = {part: read_captions(arguments.captions / f"coco_karpathy_{part}_gt.json") for part in ("val", "test")}
-        keep("coco", crossings(wordpiece_vocabulary(), clip_vocabulary(), coco["val"], coco["test"]))
+        keep("coco", crossings(wordpiece_tokenizer(), clip_tokenizer(), coco["val"], coco["test"]))
         keep("cost", costs(coco["val"]))
         if arguments.opt:
             opt = AutoTokenizer.from_pretrained(arguments.opt)
-            keep("opt", crossings(opt, clip_vocabulary(), coco["val"], coco["test"], ("one-to-one", "word-aligned")))
+            keep("opt", crossings(opt, clip_tokenizer(), coco["val"], coco["test"], ("one-to-one", "word-aligned")))
     keep("miniature", miniature_crossings())
     keep("pictures", pictures(arguments.images))
     (RESULTS / "bridge.md").write_text(page(found))
@@ -113,7 +113,7 @@ def miniature_crossings() -> list[dict]:
 
 def costs(captions: list[str]) -> dict:
     """Seconds of ours and of the plain version, each on the same captions, and the ratio."""
-    source, target = wordpiece_vocabulary(), clip_vocabulary()
+    source, target = wordpiece_tokenizer(), clip_tokenizer()
     vocabulary_map = VocabularyMap.learn(source, target, captions)
     special = dict(bos_token_id=49_406, eos_token_id=49_407, pad_token_id=49_407)
     encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49_408, hidden_size=768, num_hidden_layers=1, **special))

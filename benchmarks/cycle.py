@@ -21,7 +21,7 @@ from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_losses import NAMES, Batch, Losses, total
 from dalleflamingo.generator import Generator
-from dalleflamingo.results import SHIPPED, current_commit, table
+from dalleflamingo.research.report import SHIPPED, current_commit, table
 
 STEPS = {
     "label → captioner (1)": (("image",), NAMES[:1]),
@@ -76,9 +76,7 @@ def seconds(config: CycleConfig, rounds: int) -> dict[str, list[float]]:
     return taken
 
 
-def step(
-    made: cycle.Cycle, batch: Batch, halves: tuple[str, ...], optimizer: torch.optim.Optimizer, seed: int
-) -> None:
+def step(made: cycle.Cycle, batch: Batch, halves: tuple[str, ...], optimizer: torch.optim.Optimizer, seed: int) -> None:
     found = {}
     ways: dict[str, Callable] = {"image": made.from_image, "text": made.from_text}
     for half in halves:

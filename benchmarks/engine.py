@@ -36,7 +36,7 @@ from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import derive_seed, mean_interval, within_group_spearman
 from dalleflamingo.profiles import Profile
 from dalleflamingo.reconstruct import image_text_image, load_models
-from dalleflamingo.results import SHIPPED, current_commit, table
+from dalleflamingo.research.report import SHIPPED, current_commit, table
 
 K, STEPS, MATRIX = 10, 20, 2048
 # Many steps, and what draws in fewer. DDPM throws new noise in at every step; the others have the first noise only.

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig, BlipForConditionalGeneration, CLIPTextConfig, CLIPTextModel
 
-from dalleflamingo import trainable
-from dalleflamingo.bridge import embeddings_replaced
-from dalleflamingo.results import SHIPPED, current_commit, table
+from dalleflamingo import cycle_losses
+from dalleflamingo.bridge import replaced_token_embeddings
+from dalleflamingo.research.report import SHIPPED, current_commit, table
 
 PIECES, SEEN, DRAWN, REDUCED = 20, 384, 512, 256  # REDUCED: pixels a side of an x̂ that is decoded smaller
 
@@ -65,9 +65,9 @@ def parts() -> dict[str, int]:
     """Part of a step -> its multiply-adds."""
     with torch.device("meta"):
         captioner, encoder, denoiser, autoencoder = blip(), text_encoder(), unet(), vae()
-        trainable.freeze_all_but(captioner, trainable.of_captioner(SimpleNamespace(model=captioner)))
+        cycle_losses.freeze_all_but(captioner, cycle_losses.captioner_parameters(SimpleNamespace(model=captioner)))
         pipeline = SimpleNamespace(unet=denoiser)
-        trainable.freeze_all_but(denoiser, trainable.of_generator(SimpleNamespace(pipeline=pipeline)))
+        cycle_losses.freeze_all_but(denoiser, cycle_losses.generator_parameters(SimpleNamespace(pipeline=pipeline)))
         for frozen in (encoder, autoencoder):
             frozen.requires_grad_(False)
         picture, states = torch.randn(1, 3, SEEN, SEEN), torch.randn(1, 77, 768)
@@ -86,7 +86,7 @@ def parts() -> dict[str, int]:
         return denoiser(latents, time, encoder_hidden_states=states.detach().requires_grad_(wanted)).sample
 
     def read(wanted: bool) -> Tensor:
-        with embeddings_replaced(encoder, words.detach().requires_grad_(wanted)):
+        with replaced_token_embeddings(encoder, words.detach().requires_grad_(wanted)):
             return encoder(torch.zeros(1, 77, dtype=torch.long, device="meta")).last_hidden_state
 
     def decode(size: int) -> Callable[[], Tensor]:

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from dalleflamingo.alignment import Path
 from dalleflamingo.decoding import gumbel
-from dalleflamingo.subwords import style
+from dalleflamingo.tokens import Alignment, style
 from dalleflamingo.vocabulary import VocabularyMap
 
 MODES = ("soft", "straight-through", "gumbel")
@@ -50,7 +49,7 @@ def relax(
 
 
 @contextmanager
-def embeddings_replaced(text_encoder: CLIPTextModel, embeddings: Tensor) -> Iterator[None]:
+def replaced_token_embeddings(text_encoder: CLIPTextModel, embeddings: Tensor) -> Iterator[None]:
     """While it lasts, the text encoder's token embedding gives these (B, T, D) embeddings, whichever ids are asked for.
 
     `CLIPTextModel` takes no embeddings, and where its inner model is kept differs between versions of transformers; a
@@ -107,7 +106,7 @@ class Bridge:
             (B, 77, D) encoder hidden states, as the stock pipeline makes them of a text.
         """
         if self.ends_kept:
-            paths = [Path(tuple(row), (), (-1,) * len(row)) for row in ids.tolist()]
+            paths = [Alignment(tuple(row), (), (-1,) * len(row)) for row in ids.tolist()]
         else:
             paths = self.map.paths(self.spoken(ids), texts)
         return self.encode(self.soft_prompt(distributions, paths), paths)
@@ -117,7 +116,7 @@ class Bridge:
         rows = ids.tolist()
         return [row[: next((t for t, id in enumerate(row) if id in self.ends), len(row))] for row in rows]
 
-    def soft_prompt(self, distributions: Tensor, paths: Sequence[Path]) -> Tensor:
+    def soft_prompt(self, distributions: Tensor, paths: Sequence[Alignment]) -> Tensor:
         """(B, 77, D) token embeddings: [BOS], the soft caption, cut where the room for it ends, [EOS], padding."""
         table = self.text_encoder.get_input_embeddings().weight
         carried = self.map.carry(distributions.to(table.dtype), paths, self.readings, table)  # (B, T', D)
@@ -129,13 +128,13 @@ class Bridge:
         )
         return torch.cat([frame[:, :1], inner, frame[:, -1:]], dim=1)
 
-    def encode(self, soft_prompt: Tensor, paths: Sequence[Path]) -> Tensor:
+    def encode(self, soft_prompt: Tensor, paths: Sequence[Alignment]) -> Tensor:
         """(B, 77, D) token embeddings to (B, 77, D) hidden states."""
         ids, _ = self._layout(paths)
-        with embeddings_replaced(self.text_encoder, soft_prompt):
+        with replaced_token_embeddings(self.text_encoder, soft_prompt):
             return self.text_encoder(ids).last_hidden_state
 
-    def _layout(self, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
+    def _layout(self, paths: Sequence[Alignment]) -> tuple[Tensor, Tensor]:
         """(B, 77) ids of the hard prompt, and (B, 77) booleans: where the caption stands in it."""
         target = self.map.target
         size = target.model_max_length

@@ -30,7 +30,7 @@ from transformers import (
 
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import GumbelNoise, Nucleus, Strategy, Temperature, TopK, WordLimits, count_words
-from dalleflamingo.weights import check_weights
+from dalleflamingo.registry import check_weights
 
 __all__ = ["Captioner", "BlipCaptioner", "Blip2Captioner", "Nucleus", "TopK", "Temperature", "count_words"]
 
@@ -135,7 +135,7 @@ class Captioner(ABC):
         logits = self._logits(self.see(self._pixels(images)), inputs, mask)
         return logits[:, prompt.shape[1] - 1 :], ids
 
-    def count_pieces(self, captions: Sequence[str]) -> Tensor:
+    def count_tokens(self, captions: Sequence[str]) -> Tensor:
         """(B,) how many pieces each caption has, its end included."""
         return (self._tokenize(list(captions)) != self.pad_id).sum(1)
 

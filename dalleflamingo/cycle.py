@@ -1,23 +1,22 @@
 """Cycle finetuning: a captioner and a generator taught through each other (§4.2, App. H).
 
-    accelerate launch -m dalleflamingo.cycle --run build/runs/cycle                 one process, or several GPUs
-    torchrun --nproc-per-node 2 -m -- dalleflamingo.cycle --run build/runs/cycle    two processes, also on a CPU
+    accelerate launch -m dalleflamingo cycle --run build/runs/cycle                 one process, or several GPUs
+    torchrun --nproc-per-node 2 -m -- dalleflamingo cycle --run build/runs/cycle    two processes, also on a CPU
 
 A step's pairs, noise and timesteps follow from the seed and the step's number. So a run that was killed goes on where
 its last checkpoint stands and ends with the same weights, bit for bit on a CPU with as many threads; and several
 processes, or accumulated parts of a batch, compute what one would.
 """
 
-import argparse
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -25,19 +24,103 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from dalleflamingo import profiles, registry, trainable
+from dalleflamingo import registry
 from dalleflamingo.bridge import Bridge
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.checkpoints import Checkpoint
-from dalleflamingo.cycle_data import Pairs
-from dalleflamingo.cycle_losses import NAMES, Cycle, Losses, total
-from dalleflamingo.cycle_validation import Validation
-from dalleflamingo.datasets import Dataset
+from dalleflamingo.cycle_losses import (
+    NAMES,
+    Batch,
+    Cycle,
+    Losses,
+    captioner_parameters,
+    freeze_all_but,
+    generator_parameters,
+    total,
+)
+from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import derive_seed
 from dalleflamingo.profiles import Profile
-from dalleflamingo.runs import differences
+from dalleflamingo.runs import Checkpoint, differences
 from dalleflamingo.vocabulary import VocabularyMap
+
+
+@dataclass
+class Pairs:
+    """Batches of a data set, each epoch in another order and with other captions.
+
+    Args:
+        memory: bytes for pictures' pixel values and latents, which are kept once they are computed, as many as fit.
+    Raises:
+        ValueError: a picture has no caption, or there are fewer pictures than a batch has.
+    """
+
+    dataset: Dataset
+    captioner: Captioner
+    generator: Generator
+    batch_size: int
+    seed: int = 0
+    memory: int = 2**30
+    _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        mute = [example.image_id for example in self.dataset if not example.references]
+        if mute:
+            raise ValueError(
+                f"{len(mute)} pictures of {self.dataset.name} have no caption, such as {mute[:3]}: leave them out"
+            )
+        if len(self.dataset) < self.batch_size:
+            raise ValueError(
+                f"{self.dataset.name} has {len(self.dataset)} pictures, a batch {self.batch_size}: take a smaller batch"
+            )
+
+    def choose(self, step: int) -> list[tuple[Example, str]]:
+        """The pairs of a step."""
+        size, chosen = len(self.dataset), []
+        for place in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, i = divmod(place, size)
+            example = self.dataset[int(self._order(epoch)[i])]
+            number = derive_seed(self.seed, "caption", epoch, example.image_id) % len(example.references)
+            chosen.append((example, example.references[number]))
+        return chosen
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+
+    @torch.no_grad()
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """Of a step's batch the `part`th of `parts`.
+
+        Raises:
+            ValueError: the batch does not divide into so many parts.
+        """
+        if self.batch_size % parts:
+            raise ValueError(
+                f"a batch of {self.batch_size} does not divide into {parts} parts: take a batch_size that does"
+            )
+        chosen, size = self.choose(step), self.batch_size // parts
+        own = chosen[part * size :][:size]
+        seen = [self._see(example) for example, _ in own]
+        captions = [caption for _, caption in own]
+        pixel_values, latents = (torch.stack(column) for column in zip(*seen, strict=True))
+        pipeline, model = self.generator.pipeline, self.captioner.model
+        pixel_values, latents = pixel_values.to(model.device, model.dtype), latents.to(pipeline.device)
+        states, _ = pipeline.encode_prompt(captions, pipeline.device, 1, do_classifier_free_guidance=False)
+        pieces = self.captioner.count_tokens([caption for _, caption in chosen])
+        return Batch(pixel_values, captions, latents, states, pieces, part * size)
+
+    def _see(self, example: Example) -> tuple[Tensor, Tensor]:
+        """(3, H, W) pixel values and (4, h, w) latents of a picture, in main memory."""
+        if example.image_id in self._kept:
+            return self._kept[example.image_id]
+        picture = self.dataset.open(example)
+        pixel_values = self.captioner.processor(images=[picture], return_tensors="pt").pixel_values[0]
+        latents = self.generator.latents([picture], next(self.generator.pipeline.unet.parameters()))[0]
+        seen = pixel_values, latents.cpu()
+        if (len(self._kept) + 1) * sum(tensor.nbytes for tensor in seen) <= self.memory:
+            self._kept[example.image_id] = seen
+        return seen
+
 
 SCHEDULES = ("alternating", "joint")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -92,10 +175,10 @@ class CycleConfig:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average = {self.average}: a decay is at least 0, for none, and below 1")
-        if self.checkpointing and self.losses.image_moves == "captioner":
+        if self.checkpointing and self.losses.image_updates == "captioner":
             raise ValueError(
                 "checkpointing computes the U-Net again when it is held still no longer: set checkpointing false, or "
-                "image_moves to another than 'captioner'"
+                "image_updates to another than 'captioner'"
             )
         if not self.halves:
             raise ValueError("all four losses have the weight 0, and nothing would be learned: give one a weight")
@@ -158,9 +241,9 @@ def assemble(
 ) -> tuple[Cycle, Pairs, Learner]:
     """As `prepare`, from models and data that are there; everything but what learns is frozen."""
     pipeline = generator.pipeline
-    learning = {"captioner": trainable.of_captioner(captioner), "generator": trainable.of_generator(generator)}
-    trainable.freeze_all_but(captioner.model, learning["captioner"])
-    trainable.freeze_all_but(pipeline.unet, learning["generator"])
+    learning = {"captioner": captioner_parameters(captioner), "generator": generator_parameters(generator)}
+    freeze_all_but(captioner.model, learning["captioner"])
+    freeze_all_but(pipeline.unet, learning["generator"])
     for frozen in (pipeline.vae, pipeline.text_encoder):
         frozen.requires_grad_(False)
     if config.checkpointing:
@@ -338,39 +421,6 @@ def _figures(log: Sequence[Mapping[str, float]]) -> Iterator[str]:
             yield f"* {name}: {fmean(values[:tenth]):.3f} at first, {fmean(values[-tenth:]):.3f} in the end"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Finetune the two shipped miniatures, or the models that are named, and export them."""
-    defaults = CycleConfig()
-    parser = argparse.ArgumentParser(prog="python -m dalleflamingo.cycle", description=main.__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run; a run that is there goes on")
-    parser.add_argument("--config", type=Path, help="JSON of CycleConfig's fields, those that are not the defaults")
-    parser.add_argument("--steps", type=int, help=f"default: {defaults.steps}")
-    parser.add_argument("--tracker", default="tensorboard", help="of accelerate's, or none; default: tensorboard")
-    parser.add_argument("--push-to-hub", metavar="OWNER", help="upload both models, as OWNER/RUN-captioner, -generator")
-    options = parser.parse_args(arguments)
-    try:
-        config = read_config(options.config) if options.config else defaults
-        config = dataclasses.replace(config, steps=options.steps or config.steps)
-        accelerator = tracked(options.tracker, options.run, config)
-        cycle, pairs, learner = prepare(config, accelerator.device)
-        profile, validate = profiles.current(), None
-        if config.validate_every:
-            seen = validation_set(config)
-            validate = Validation(
-                cycle, seen, options.run, profile.steps, profile.guidance_scale, batch_size=profile.batch_size
-            )
-        train(config, cycle, pairs, learner, options.run, accelerator, validate)
-        accelerator.end_training()
-    except (ValueError, FloatingPointError, registry.RegistryError) as error:
-        parser.error(str(error))
-    if accelerator.is_main_process:
-        export(config, cycle, options.run)
-        print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
-        if options.push_to_hub:
-            print(*push(options.run, options.push_to_hub), sep="\n")
-    return 0
-
-
 def tracked(tracker: str, folder: Path, config: CycleConfig) -> Accelerator:
     """An accelerator whose tracker writes into the run's folder.
 
@@ -413,7 +463,3 @@ def read_config(path: Path) -> CycleConfig:
     except (OSError, TypeError, json.JSONDecodeError) as error:
         known = ", ".join(field.name for field in dataclasses.fields(CycleConfig))
         raise ValueError(f"{path}: {error}; a configuration is a JSON object with some of {known}") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

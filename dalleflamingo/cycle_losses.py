@@ -21,8 +21,41 @@ from torch import Tensor, nn
 
 from dalleflamingo.bridge import Bridge, relax
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.diffusion import Noised, add_noise
-from dalleflamingo.generator import Generator
+from dalleflamingo.generator import Generator, NoisyLatents, add_noise
+
+
+def captioner_parameters(captioner: Captioner) -> dict[str, nn.Parameter]:
+    """Name -> parameter of what a captioner learns by. Errors as `generator_parameters`."""
+    own = hasattr(captioner.model, "query_tokens")  # BLIP-2, whose Q-Former has cross-attention, too
+    return _named(captioner.model, "query_tokens" if own else "crossattention.self.query.")
+
+
+def generator_parameters(generator: Generator) -> dict[str, nn.Parameter]:
+    """Name -> parameter of what a generator learns by.
+
+    Raises:
+        ValueError: the model has no such parameter.
+    """
+    return _named(generator.pipeline.unet, "attn2.to_q.")
+
+
+def freeze_all_but(model: nn.Module, learning: dict[str, nn.Parameter]) -> None:
+    """Let gradients reach these parameters of the model only."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learning)
+
+
+def count_parameters(learning: dict[str, nn.Parameter]) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in learning.values())
+
+
+def _named(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
+    found = {name: parameter for name, parameter in model.named_parameters() if part in name}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no parameter with {part!r} in its name: nothing to train")
+    return found
+
 
 NAMES = ("caption", "image_reconstruction", "generation", "caption_reconstruction")  # (1) to (4)
 MOVED = ("both", "captioner", "generator")
@@ -34,7 +67,7 @@ class Losses:
 
     Attributes:
         caption, image_reconstruction, generation, caption_reconstruction: weights of (1) to (4); 0 leaves one out.
-        image_moves, caption_moves: whom (2) and (4) update: "both", "captioner" or "generator".
+        image_updates, caption_updates: whom (2) and (4) update: "both", "captioner" or "generator".
         mode, temperature: of the bridge, as `bridge.relax`.
         latest: (4) is taken of pictures whose timestep lies below this share of all; what is decoded from later ones
             is mostly the error of ε.
@@ -47,8 +80,8 @@ class Losses:
     image_reconstruction: float = 1.0
     generation: float = 1.0
     caption_reconstruction: float = 1.0
-    image_moves: str = "both"
-    caption_moves: str = "both"
+    image_updates: str = "both"
+    caption_updates: str = "both"
     mode: str = "straight-through"
     temperature: float = 1.0
     latest: float = 1.0
@@ -57,7 +90,7 @@ class Losses:
     unnormalised: bool = False
 
     def __post_init__(self):
-        for name in ("image_moves", "caption_moves"):
+        for name in ("image_updates", "caption_updates"):
             if getattr(self, name) not in MOVED:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(MOVED)}")
         if not 0 < self.latest <= 1:
@@ -137,7 +170,7 @@ class Cycle:
             found["caption_reconstruction"] = self.caption_reconstruction(predicted, noised, batch)
         return found
 
-    def noised(self, batch: Batch, draw: torch.Generator) -> Noised:
+    def noised(self, batch: Batch, draw: torch.Generator) -> NoisyLatents:
         """The batch's latents with noise."""
         scheduler = self.generator.pipeline.scheduler
         return add_noise(batch.latents, scheduler, draw, batch.first, len(batch.pieces))
@@ -145,10 +178,10 @@ class Cycle:
     def image_reconstruction(self, logits: Tensor, ids: Tensor, batch: Batch, draw: torch.Generator) -> Tensor:
         """Eq. 2, from what the captioner says of the pictures; only whom it moves receives a gradient."""
         weights = self.weights
-        logits = logits if weights.image_moves != "generator" else logits.detach()
+        logits = logits if weights.image_updates != "generator" else logits.detach()
         noised = self.noised(batch, draw)
         states = self.bridge(self._relaxed(logits, batch, draw), ids, batch.captions)
-        with still(self.learns["generator"] if weights.image_moves == "captioner" else []):
+        with still(self.learns["generator"] if weights.image_updates == "captioner" else []):
             return noised.loss(self.generator.predict(noised, states))
 
     def _relaxed(self, logits: Tensor, batch: Batch, draw: torch.Generator) -> Tensor:
@@ -160,23 +193,23 @@ class Cycle:
         draws = [torch.Generator().manual_seed(seed) for seed in seeds[: len(logits)]]
         return torch.stack([relax(row, mode, temperature, one) for row, one in zip(logits, draws, strict=True)])
 
-    def caption_reconstruction(self, predicted: Tensor, noised: Noised, batch: Batch) -> Tensor:
+    def caption_reconstruction(self, predicted: Tensor, noised: NoisyLatents, batch: Batch) -> Tensor:
         """Eq. 4, from what the generator predicts; 0 where every timestep of the batch is too late."""
         weights = self.weights
         limit = weights.latest * len(self.generator.pipeline.scheduler.alphas_cumprod)
-        early, pieces = noised.timesteps < limit, batch.pieces[noised.of_whole < limit].sum() * batch.share
+        early, pieces = noised.timesteps < limit, batch.pieces[noised.batch_timesteps < limit].sum() * batch.share
         if not early.any():
             return predicted.sum() * 0  # with a gradient, so that every process has one
-        predicted = predicted if weights.caption_moves != "captioner" else predicted.detach()
+        predicted = predicted if weights.caption_updates != "captioner" else predicted.detach()
         latents = self._one_step(noised.of(early), predicted[early])
         captions = [caption for caption, kept in zip(batch.captions, early.tolist(), strict=True) if kept]
-        with still(self.learns["captioner"] if weights.caption_moves == "generator" else []):
+        with still(self.learns["captioner"] if weights.caption_updates == "generator" else []):
             pictures = self.generator.decode(self._reduced(latents))
             pictures = as_seen(self.captioner, pictures, normalised=not weights.unnormalised)
             logits, ids = self.captioner.token_logits(pictures, captions)
             return caption_loss(logits, ids, self.captioner.pad_id, pieces)
 
-    def _one_step(self, noised: Noised, predicted: Tensor) -> Tensor:
+    def _one_step(self, noised: NoisyLatents, predicted: Tensor) -> Tensor:
         """The latents of x̂: ẑ_0, or what the released code takes for it."""
         if not self.weights.previous_sample:
             return noised.estimate(predicted)

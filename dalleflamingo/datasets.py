@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from dalleflamingo.intervals import derive_seed
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # NoCaps: are the image's things among COCO's 80 classes?
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 
 
@@ -46,7 +46,7 @@ class Example:
     domain: str | None = None
     extra: dict = field(default_factory=dict, hash=False)
 
-    def drawn_reference(self, seed: int) -> str:
+    def sample_reference(self, seed: int) -> str:
         """One of its captions, drawn at random (§3.1, Table 4), for one seed always the same.
 
         Raises:
@@ -110,10 +110,10 @@ class Dataset(Sequence[Example]):
         Raises:
             UnreadableImage: the file is missing, truncated or no picture.
         """
-        return open_picture(example.path)
+        return open_image(example.path)
 
 
-class Pictures(Sequence[Image.Image]):
+class ImageFiles(Sequence[Image.Image]):
     """Picture files as a sequence that opens them when they are asked for, so that thousands never lie in memory.
 
     Errors as `Dataset.open`.
@@ -127,10 +127,10 @@ class Pictures(Sequence[Image.Image]):
 
     def __getitem__(self, index):
         found = self.paths[index]
-        return [open_picture(path) for path in found] if isinstance(index, slice) else open_picture(found)
+        return [open_image(path) for path in found] if isinstance(index, slice) else open_image(found)
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
     """As `Dataset.open`, for one file."""
     path = Path(path)
     try:
@@ -212,11 +212,11 @@ def read_folder(folder: Path) -> Dataset:
     if not folder.is_dir():
         raise DatasetError(f"there is no folder {folder}: give the path of a folder that holds pictures")
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    pictures = [p for p in files if p.suffix.lower() in PICTURE_SUFFIXES]
+    pictures = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
     if not pictures:
         found = f"{len(files)} other files, such as {files[0].name}" if files else "no files at all"
         raise DatasetError(
-            f"{folder} holds no pictures but {found}: put files ending in {' '.join(PICTURE_SUFFIXES)} there "
+            f"{folder} holds no pictures but {found}: put files ending in {' '.join(IMAGE_SUFFIXES)} there "
             "(subfolders are not searched)"
         )
     return Dataset(folder.name, tuple(Example(derive_seed("picture", p.name), p) for p in pictures))

@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dalleflamingo.subwords import style, token_bytes
+from dalleflamingo.tokens import style, token_bytes
 
 WORD = re.compile(r"[^\W_]+")
 NEVER = -torch.inf

@@ -7,15 +7,84 @@ function of its caption and its seed, not of the batch it was drawn in.
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import SchedulerMixin, StableDiffusionPipeline
 from PIL import ImageOps
 from PIL.Image import Image, Resampling
 from torch import Tensor
+from torch.nn import functional as F
 
-from dalleflamingo.diffusion import Noised, add_noise
-from dalleflamingo.weights import check_weights
+from dalleflamingo.registry import check_weights
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class NoisyLatents:
+    """Latents z with noise: all (B, 4, h, w), but for timesteps (B,) and kept, ᾱ_t, (B, 1, 1, 1).
+
+    asked: what the U-Net predicts, one of `PREDICTIONS`. batch_timesteps: of the batch that this is a part of.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    kept: Tensor
+    asked: str
+    batch_timesteps: Tensor
+
+    @property
+    def latents(self) -> Tensor:
+        """z_t."""
+        return self.kept.sqrt() * self.clean + (1 - self.kept).sqrt() * self.noise
+
+    @property
+    def target(self) -> Tensor:
+        """What the U-Net should answer."""
+        if self.asked == "epsilon":
+            return self.noise
+        return self.kept.sqrt() * self.noise - (1 - self.kept).sqrt() * self.clean
+
+    def estimate(self, predicted: Tensor) -> Tensor:
+        """ẑ_0, from what the U-Net answered; gradients pass."""
+        if self.asked == "epsilon":
+            return (self.latents - (1 - self.kept).sqrt() * predicted) / self.kept.sqrt()
+        return self.kept.sqrt() * self.latents - (1 - self.kept).sqrt() * predicted
+
+    def loss(self, predicted: Tensor) -> Tensor:
+        """Eqs. 2 and 3: the mean squared error of the answer, in float32 at least."""
+        precise = torch.promote_types(predicted.dtype, torch.float32)
+        return F.mse_loss(predicted.to(precise), self.target.to(precise))
+
+    def of(self, chosen: Tensor) -> "NoisyLatents":
+        """Some of the batch, by a (B,) mask."""
+        parts = (part[chosen] for part in (self.clean, self.noise, self.timesteps, self.kept))
+        return NoisyLatents(*parts, self.asked, self.batch_timesteps)
+
+
+def add_noise(
+    latents: Tensor, scheduler: SchedulerMixin, draw: torch.Generator, first: int = 0, whole: int | None = None
+) -> NoisyLatents:
+    """Noise at timesteps drawn uniformly, both from `draw`, on the CPU, so that every device gets the same.
+
+    Args:
+        latents: (B, 4, h, w), scaled; of a batch of `whole` those from `first` on. Every part of a batch has the noise
+            that it would have in the whole.
+    Raises:
+        ValueError: the scheduler's model predicts neither ε nor v.
+    """
+    asked = scheduler.config.prediction_type
+    if asked not in PREDICTIONS:
+        raise ValueError(f"the generator predicts {asked!r}: expected one of {', '.join(PREDICTIONS)}")
+    alphas = scheduler.alphas_cumprod  # not the scheduler's own `add_noise`, which some scale otherwise
+    whole, own = whole or len(latents), slice(first, first + len(latents))
+    batch_timesteps = torch.randint(len(alphas), (whole,), generator=draw)
+    timesteps = batch_timesteps[own]
+    noise = torch.randn((whole, *latents.shape[1:]), generator=draw)[own].to(latents)
+    kept = alphas.cpu()[timesteps].view(-1, 1, 1, 1).to(latents)
+    return NoisyLatents(latents, noise, timesteps.to(latents.device), kept, asked, batch_timesteps)
 
 
 class Generator:
@@ -98,7 +167,7 @@ class Generator:
                 guidance_scale=guidance_scale,
             ).images
 
-        return draw_once(keys, seeds, draw, batch_size, progress)
+        return render_distinct(keys, seeds, draw, batch_size, progress)
 
     def noise_loss(self, images: Sequence[Image], states: Tensor, seed: int) -> Tensor:
         """How well the generator tells the noise in pictures, given texts: Eq. 3, or Eq. 2 with states from the bridge.
@@ -117,7 +186,7 @@ class Generator:
         noised = add_noise(self.latents(images, states), self.pipeline.scheduler, torch.Generator().manual_seed(seed))
         return noised.loss(self.predict(noised, states))
 
-    def predict(self, noised: Noised, states: Tensor) -> Tensor:
+    def predict(self, noised: NoisyLatents, states: Tensor) -> Tensor:
         """What the U-Net answers to noised latents, given (B, T, D) text states; gradients pass."""
         return self.pipeline.unet(noised.latents, noised.timesteps, encoder_hidden_states=states).sample
 
@@ -156,7 +225,7 @@ class Generator:
                 warnings.warn(message, stacklevel=3)
 
 
-def draw_once(
+def render_distinct(
     keys: Sequence[Hashable],
     seeds: Sequence[int],
     draw: Callable[[list[tuple[Hashable, int]]], list[Image]],

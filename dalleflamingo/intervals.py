@@ -8,7 +8,7 @@ Everything here works on plain arrays and tables and knows nothing of models.
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -33,6 +33,18 @@ class Interval:
     high: float
     n: int
     seed: int | None
+
+    def as_row(self, prefix: str = "") -> dict[str, float | int | None]:
+        """Columns of a table: value, low and high with `prefix` before their names, and n and seed without it."""
+        bounds = {f"{prefix}value": self.value, f"{prefix}low": self.low, f"{prefix}high": self.high}
+        return bounds | {"n": self.n, "seed": self.seed}
+
+    @classmethod
+    def from_row(cls, row: Mapping, prefix: str = "") -> "Interval":
+        """What `as_row` made a row of; a seed that the row lacks is None."""
+        seed = row.get("seed")
+        bounds = (float(row[f"{prefix}{name}"]) for name in ("value", "low", "high"))
+        return cls(*bounds, int(row["n"]), None if pd.isna(seed) else int(seed))
 
     def __str__(self) -> str:
         seed = "" if self.seed is None else f", seed {self.seed}"

@@ -58,7 +58,7 @@ class Profile:
 
     @property
     def device(self) -> str:
-        """"cuda" where this machine has it, else "cpu"."""
+        """ "cuda" where this machine has it, else "cpu"."""
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     @property

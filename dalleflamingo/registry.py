@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 
 from dalleflamingo import datasets
 
@@ -253,7 +254,7 @@ def locate(name: str) -> str:
     if not any(folder.rglob("*.safetensors")):
         raise RegistryError(
             f"there are no weights in {folder}: run `git checkout -- {folder}`, or train them with "
-            "`python -m dalleflamingo.miniature.train`"
+            "`python -m dalleflamingo train`"
         )
     if _manifest_path().is_file():
         for path, _, size in _manifest_files(name):
@@ -321,7 +322,7 @@ def _miniature_dataset(name: str, split: str | None) -> datasets.Dataset:
     if missing:
         raise RegistryError(
             f"{len(missing)} of the {len(found)} pictures of {name} are not drawn, {missing[0]} for one: run "
-            "`make data` (or `python -m dalleflamingo.miniature.corpora`)"
+            "`make data` (or `python -m dalleflamingo data`)"
         )
     return datasets.Dataset(f"{name}/{split}" if split else name, found.examples)
 
@@ -414,3 +415,34 @@ def _downloaded(entry: Entry, file: str) -> Path:
             f"{file} of {entry.name} at revision {entry.revision} is not on this machine: load the model first"
         )
     return Path(cached)
+
+
+def check_weights(name_or_path: str | Path) -> str:
+    """The name itself, once every safetensors file of the folder has been found whole.
+
+    The name of a model on a hub passes unchecked: its downloader compares sizes itself.
+
+    Raises:
+        RegistryError: the folder holds no safetensors, or one that is cut short.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        files = sorted(folder.rglob("*.safetensors"))
+        if not files:
+            raise RegistryError(f"{folder} holds no .safetensors file. {_remedy(folder)}")
+        for file in files:
+            _check_file(file)
+    return str(name_or_path)
+
+
+def _check_file(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size if file.exists() else 0
+        raise RegistryError(f"{file} ({size:,} bytes) is damaged or cut short: {error}. {_remedy(file)}") from error
+
+
+def _remedy(path: Path) -> str:
+    return f"If it came with this repository, restore it: git checkout -- {path}. If not, copy or download it again."

@@ -15,12 +15,19 @@ import open_clip
 import torch
 from huggingface_hub import hf_hub_download
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, BaseImageProcessor, ViTModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ViTModel,
+)
 
-from dalleflamingo.image_features import FeatureExtractor
-from dalleflamingo.weights import check_weights
+from dalleflamingo.registry import check_weights
 
 BATCH = 32  # pictures or texts encoded at once; bounds memory, does not change an embedding
 T = TypeVar("T", Image, str)
@@ -152,25 +159,6 @@ class Dino(Encoder[Image]):
         return self.model(pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 0]
 
 
-class Fidelity:
-    """Image fidelity: the negative squared distance of two pictures' features (our reading of §3.1, as FID has them).
-
-    Args:
-        extractor: Inception-v3, or the miniature's own; see `image_features`.
-    """
-
-    name = "fidelity"
-
-    def __init__(self, extractor: FeatureExtractor):
-        self.extractor, self.model = extractor, extractor.model
-
-    def compare(self, sources: Sequence[Image], candidates: Sequence[Sequence[Image]]) -> Tensor:
-        """(B, K) in (-∞, 0]; 0 for equal features."""
-        drawn = self.extractor.look(list(chain.from_iterable(candidates))).features
-        source = self.extractor.look(sources).features.unsqueeze(1)  # (B, 1, D)
-        return -(drawn.reshape(len(sources), -1, drawn.shape[-1]) - source).square().sum(-1)
-
-
 class Pixels:
     """The negative mean squared difference of two pictures' pixels; needs no model."""
 
@@ -226,3 +214,66 @@ def load_clip(name_or_path: str, revision: str | None = None) -> tuple[open_clip
         architecture, pretrained=file, force_quick_gelu=weights.get("quick_gelu", False)
     )
     return model, preprocess, open_clip.get_tokenizer(architecture)
+
+
+SBERT_TOKENS = 256  # more were not read in training
+
+
+class ClipText(Encoder[str]):
+    """CLIP's projected text embedding (the paper: ViT-L/14)."""
+
+    name = "text_clip"
+
+    def __init__(self, model: open_clip.CLIP, tokenizer: Callable[[Sequence[str]], Tensor]):
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "ClipText":
+        """As `similarity.ClipImage.from_pretrained`."""
+        model, _, tokenizer = load_clip(name_or_path, revision)
+        model.visual = nn.Identity()  # not needed, and the larger half
+        return cls(model.to(device), tokenizer)
+
+    def embed(self, items: Sequence[str]) -> Tensor:
+        """(N, D) float32 embeddings, on the CPU; what lies behind CLIP's 77 tokens is not read."""
+        return in_batches(self._encode, items)
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        device = next(self.model.parameters()).device
+        return self.model.encode_text(self.tokenizer(list(texts)).to(device))
+
+
+class Sbert(Encoder[str]):
+    """SBERT, all-MiniLM-L6-v2: the mean of the last layer's token embeddings, 384-d.
+
+    The paper takes the [CLS] embedding; this model was trained for the mean.
+    """
+
+    name = "text_sbert"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "Sbert":
+        """SBERT from a folder or a hub.
+
+        Raises:
+            RegistryError: the folder's weights are missing or cut short.
+        """
+        name = check_weights(name_or_path)
+        where = {} if revision is None else {"revision": revision}
+        model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **where)
+        return cls(model.to(device), AutoTokenizer.from_pretrained(name, **where))
+
+    def embed(self, items: Sequence[str]) -> Tensor:
+        """(N, 384) float32 embeddings of length 1, on the CPU."""
+        return in_batches(self._encode, items)
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        inputs = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=SBERT_TOKENS, return_tensors="pt"
+        ).to(self.model.device)
+        mask = inputs.attention_mask.unsqueeze(-1)  # (B, T, 1)
+        states = self.model(**inputs).last_hidden_state * mask
+        return F.normalize(states.sum(1) / mask.sum(1), dim=-1)

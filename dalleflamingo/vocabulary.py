@@ -22,7 +22,7 @@ vocabulary, still as distributions, so that gradients find the way back. Three m
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path as File
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,8 +31,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dalleflamingo.alignment import Path, paths_of_ids, paths_of_texts
-from dalleflamingo.subwords import END_OF_WORD, cuts, style, token_bytes
+from dalleflamingo.tokens import (
+    END_OF_WORD,
+    Alignment,
+    align_texts,
+    align_token_ids,
+    style,
+    token_bytes,
+    tokenize_captions,
+)
 
 KINDS = ("one-to-one", "released", "word-aligned")
 
@@ -79,15 +86,15 @@ class VocabularyMap:
             raise ValueError("a map is learned from captions, and there are none: was the right file read?")
         if kind == "released":
             return cls(kind, _released(source, target), source, target, captions=0)
-        paths = paths_of_texts(source, target, captions)
+        paths = align_texts(source, target, captions)
         counts = _counts(paths, len(source), len(target), alike_only=kind == "one-to-one")
         readings = _readings(source, target)
         matrix = _normalised(counts, readings) if kind == "word-aligned" else _most_frequent(counts, readings)
         return cls(kind, matrix, source, target, len(captions))
 
-    def save(self, folder: str | File) -> None:
+    def save(self, folder: str | Path) -> None:
         """`map.safetensors` (the entries of M) and `map.json` (kind, size, fingerprints of both vocabularies)."""
-        folder = File(folder)
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         rows, columns = self.matrix.indices()
         entries = {"rows": rows.int(), "columns": columns.int(), "values": self.matrix.values()}
@@ -98,14 +105,14 @@ class VocabularyMap:
 
     @classmethod
     def load(
-        cls, folder: str | File, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase
+        cls, folder: str | Path, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase
     ) -> "VocabularyMap":
         """The map that `save` wrote, identical.
 
         Raises:
             ValueError: it was learned for other vocabularies than these.
         """
-        folder = File(folder)
+        folder = Path(folder)
         about = json.loads((folder / "map.json").read_text())
         for side, tokenizer in (("source", source), ("target", target)):
             if about[side] != (found := _fingerprint(tokenizer)):
@@ -136,7 +143,7 @@ class VocabularyMap:
             self.kind, _sparse(where, values, (size, columns)), self.source, self.target, self.captions
         )
 
-    def paths(self, ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None) -> list[Path]:
+    def paths(self, ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None) -> list[Alignment]:
         """How captions cross.
 
         Args:
@@ -147,17 +154,17 @@ class VocabularyMap:
             ValueError: not as many texts as rows, or a text that is not what its ids say.
         """
         if texts is None:
-            return paths_of_ids(self.source, self.target, ids)
+            return align_token_ids(self.source, self.target, ids)
         if len(ids) != len(texts):
             raise ValueError(f"{len(ids)} rows of tokens and {len(texts)} texts: give each row its own text")
-        paths = paths_of_texts(self.source, self.target, texts)
+        paths = align_texts(self.source, self.target, texts)
         for row, text, path in zip(ids, texts, paths, strict=True):
             if tuple(map(int, row)) != path.source:
                 said = self.source.decode(list(row))
                 raise ValueError(f"the text is {text!r}, but the tokens say {said!r}: give each row its own text")
         return paths
 
-    def rows(self, distributions: Tensor, paths: Sequence[Path]) -> Tensor:
+    def rows(self, distributions: Tensor, paths: Sequence[Alignment]) -> Tensor:
         """Soft captions in the target vocabulary.
 
         Args:
@@ -173,7 +180,7 @@ class VocabularyMap:
             distributions, paths, readings, lambda ids: F.one_hot(ids, len(self.target)).to(distributions.dtype)
         )
 
-    def carry(self, distributions: Tensor, paths: Sequence[Path], readings: Tensor, table: Tensor) -> Tensor:
+    def carry(self, distributions: Tensor, paths: Sequence[Alignment], readings: Tensor, table: Tensor) -> Tensor:
         """`rows` times a table, Q·E, from M·E and E, without ever writing the rows down.
 
         Args:
@@ -188,7 +195,7 @@ class VocabularyMap:
         return self._carry(distributions, paths, readings, lambda ids: F.embedding(ids, table))
 
     def _carry(
-        self, distributions: Tensor, paths: Sequence[Path], readings: Tensor, look_up: Callable[[Tensor], Tensor]
+        self, distributions: Tensor, paths: Sequence[Alignment], readings: Tensor, look_up: Callable[[Tensor], Tensor]
     ) -> Tensor:
         if not paths:
             raise ValueError("there are no captions to carry: give at least one")
@@ -247,7 +254,7 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 # ── learning ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _counts(paths: Sequence[Path], rows: int, columns: int, alike_only: bool) -> Tensor:
+def _counts(paths: Sequence[Alignment], rows: int, columns: int, alike_only: bool) -> Tensor:
     """Sparse (rows, columns): how often a source piece began in a target piece.
 
     alike_only: count captions that both sides cut into as many pieces, each beginning in its own: the paper says that
@@ -272,7 +279,7 @@ def _readings(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) 
         "" if id in special else token_bytes(token, how).decode(errors="ignore").strip()
         for id, token in enumerate(tokens)
     ]
-    first = [cut.ids[0] if cut.ids else target.unk_token_id for cut in cuts(target, texts)]
+    first = [cut.ids[0] if cut.ids else target.unk_token_id for cut in tokenize_captions(target, texts)]
     ends = {source.sep_token_id, source.eos_token_id} - {None}
     end = target.sep_token_id if target.eos_token_id is None else target.eos_token_id
     return torch.tensor([end if id in ends else piece for id, piece in enumerate(first)])
@@ -304,7 +311,7 @@ def _released(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) 
     A reconstruction: of the authors' 49,408 pairs 13,038 are equal and word-final, 829 equal inside a word, 1,469 equal
     to a ## piece, 5,189 unequal by no rule that we know, 28,883 [UNK]. Ours has 18,034, 5,064, 1,051, none, and 25,259.
     """
-    prefix = style(source).goes_on
+    prefix = style(source).continuation_prefix
     if not prefix or not style(target).ends:
         raise ValueError("the released rule leads from WordPiece to byte pairs with </w>: learn another kind of map")
     ids, unknown = source.get_vocab(), source.unk_token_id

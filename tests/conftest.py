@@ -9,7 +9,7 @@ import pytest
 VARIABLE = "DALLEFLAMINGO_REAL_DATA"
 ABSENT = "real data absent"
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")   # before any test imports transformers, which reads it once
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any test imports transformers, which reads it once
 # How fast a machine is says nothing about the code; in CI the same examples every time, so that red means a change.
 hypothesis.settings.register_profile("course", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("course")

@@ -6,12 +6,12 @@ import torch
 import transformers
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dalleflamingo.bridge import MODES, Bridge, embeddings_replaced, relax
+from dalleflamingo.bridge import MODES, Bridge, relax, replaced_token_embeddings
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
+from dalleflamingo.tokens import clip_tokenizer, wordpiece_tokenizer
 from dalleflamingo.vocabulary import KINDS, VocabularyMap
 
-WORDPIECE, CLIP, BYTES = wordpiece_vocabulary(), clip_vocabulary(), tiny.byte_level_bpe()
+WORDPIECE, CLIP, BYTES = wordpiece_tokenizer(), clip_tokenizer(), tiny.byte_level_bpe()
 OLD = int(transformers.__version__.split(".")[0]) < 5
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 TEXTS = ["a giraffe's 10 frisbees, isn't it?", "a café by the sea 😀", "", "dog", "giraffe " * 90]
@@ -112,7 +112,7 @@ def test_ends_cross_too_where_the_released_code_lets_them(small, kind):
     crossed = (certain @ learned.matrix.to_dense()) @ table
     begin, end = (table[id].expand(2, 1, -1) for id in (CLIP.bos_token_id, CLIP.eos_token_id))
     expected = torch.cat([begin, crossed, end], dim=1)
-    with torch.no_grad(), embeddings_replaced(small, expected):
+    with torch.no_grad(), replaced_token_embeddings(small, expected):
         states = small(torch.zeros(expected.shape[:2], dtype=torch.long)).last_hidden_state
         found = bridge(certain, ids)
     assert found.shape[1] == ids.shape[1] + 2
@@ -231,7 +231,7 @@ def test_gumbel_samples_the_softmax():
 
 def test_the_text_encoder_is_itself_again_even_after_an_error(small):
     before = read_by(small, ["a dog"])
-    with pytest.raises(RuntimeError, match="on the way"), embeddings_replaced(small, torch.zeros(1, 77, 64)):
+    with pytest.raises(RuntimeError, match="on the way"), replaced_token_embeddings(small, torch.zeros(1, 77, 64)):
         assert not torch.equal(read_by(small, ["a dog"]), before)
         raise RuntimeError("on the way")
     assert torch.equal(read_by(small, ["a dog"]), before)

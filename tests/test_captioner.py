@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 from dalleflamingo.captioner import Captioner, Nucleus, Temperature, TopK, count_words
 from dalleflamingo.decoding import GumbelNoise, WordLimits
-from dalleflamingo.miniature.tokenizers import train_opt_bpe
+from dalleflamingo.miniature.training.tokenizers import train_opt_bpe
 
 PHOTOS = tiny.pictures(7)
 
@@ -190,8 +190,10 @@ def test_a_byte_of_a_letter_is_no_way_past_the_limit(tmp_path):
 def test_describe_equals_stock_generate_where_limits_do_not_bite(folder, stock, beams, prompt):
     captioner = Captioner.from_pretrained(folder, prompt=prompt)
     processor = AutoProcessor.from_pretrained(folder)
-    inputs = processor(images=PHOTOS, text=[prompt] * 7, return_tensors="pt") if prompt else processor(
-        images=PHOTOS, return_tensors="pt"
+    inputs = (
+        processor(images=PHOTOS, text=[prompt] * 7, return_tensors="pt")
+        if prompt
+        else processor(images=PHOTOS, return_tensors="pt")
     )
     ids = stock.generate(**inputs, num_beams=beams, do_sample=False, max_length=64)
     expected = [text.removeprefix(prompt).strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]

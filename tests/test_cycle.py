@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-from dalleflamingo import cycle, metrics, registry
+from dalleflamingo import cycle, registry
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.cycle import CycleConfig
-from dalleflamingo.cycle_data import Pairs
+from dalleflamingo.cycle import CycleConfig, Pairs
 from dalleflamingo.cycle_losses import NAMES, Losses
-from dalleflamingo.cycle_validation import Validation
 from dalleflamingo.datasets import Dataset, Example
+from dalleflamingo.evaluation import caption_metrics
+from dalleflamingo.evaluation.cycle_validation import Validation
 from dalleflamingo.generator import Generator
 
 HERE = Path(__file__).parent
@@ -272,7 +272,7 @@ def test_validation_is_logged_with_its_step_and_leaves_training_alone(whole, tmp
     assert ["cider" in row for row in cycle.read_log(tmp_path)] == [False, False, True] * 2
     expected = dict(enumerate(again.captioner.describe(tiny.pictures(6))))
     references = {example.image_id: example.references for example in dataset(folder / "pictures")}
-    cider = metrics.cider(references, expected).value
+    cider = caption_metrics.cider(references, expected).value
     assert cycle.read_log(tmp_path)[-1]["cider"] == pytest.approx(100 * cider)
     sheets = [Image.open(tmp_path / f"pictures/{step:06d}.png") for step in (3, 6)]
     assert sheets[0].size == (2 * 16, 2 * 16) and sheets[0].tobytes() != sheets[1].tobytes()
@@ -338,4 +338,4 @@ def test_a_configuration_is_read_from_json_and_wrong_fields_are_named(tmp_path):
     with pytest.raises(ValueError, match="schedule = 'odd': choose one of alternating, joint"):
         CycleConfig(schedule="odd")
     with pytest.raises(ValueError, match="set checkpointing false"):
-        CycleConfig(checkpointing=True, losses=Losses(image_moves="captioner"))
+        CycleConfig(checkpointing=True, losses=Losses(image_updates="captioner"))

@@ -10,7 +10,7 @@ import torch
 from diffusers import PNDMScheduler
 from PIL import Image
 
-from dalleflamingo import trainable
+from dalleflamingo import cycle_losses
 from dalleflamingo.bridge import Bridge
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle_losses import NAMES, Batch, Cycle, Losses, as_seen, total
@@ -32,9 +32,9 @@ def make(folder: Path, captioner: str = "blip", prediction_type: str = "epsilon"
     source, target = captioner.processor.tokenizer, generator.pipeline.tokenizer
     learned = VocabularyMap.learn(source, target, CAPTIONS).widened(captioner.model.config.text_config.vocab_size)
     bridge = Bridge(learned, generator.pipeline.text_encoder)
-    learns = trainable.of_captioner(captioner), trainable.of_generator(generator)
+    learns = cycle_losses.captioner_parameters(captioner), cycle_losses.generator_parameters(generator)
     for model, own in zip((captioner.model, generator.pipeline.unet), learns, strict=True):
-        trainable.freeze_all_but(model, own)
+        cycle_losses.freeze_all_but(model, own)
     for frozen in (generator.pipeline.text_encoder, generator.pipeline.vae):
         frozen.requires_grad_(False)
     pictures = tiny.pictures(3)
@@ -42,7 +42,7 @@ def make(folder: Path, captioner: str = "blip", prediction_type: str = "epsilon"
         ids = target(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt").input_ids
         states = generator.pipeline.text_encoder(ids).last_hidden_state
     pixels = captioner.processor(images=pictures, return_tensors="pt").pixel_values.double()
-    pieces = captioner.count_pieces(CAPTIONS)
+    pieces = captioner.count_tokens(CAPTIONS)
     batch = Batch(pixels, CAPTIONS, generator.latents(pictures, states), states, pieces)
     return Cycle(captioner, generator, bridge, *(own.values() for own in learns), Losses(**losses)), batch
 
@@ -134,7 +134,7 @@ BOTH = {"captioner", "generator"}
 @pytest.mark.parametrize("captioner", ["blip", "blip2"])
 @pytest.mark.parametrize("moved", ["both", "captioner", "generator"])
 def test_whom_each_loss_moves(tmp_path, captioner, moved):
-    cycle, batch = make(tmp_path, captioner, image_moves=moved, caption_moves=moved)
+    cycle, batch = make(tmp_path, captioner, image_updates=moved, caption_updates=moved)
     wanted = MOVES | dict.fromkeys(NAMES[1::2], BOTH if moved == "both" else {moved})
     for name in NAMES:
         cycle.weights = dataclasses.replace(cycle.weights, **{other: float(other == name) for other in NAMES})
@@ -238,7 +238,7 @@ def test_the_normalisation_can_be_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
-    ({"image_moves": "nobody"}, "image_moves = 'nobody': choose one of both, captioner, generator"),
+    ({"image_updates": "nobody"}, "image_updates = 'nobody': choose one of both, captioner, generator"),
     ({"latest": 0.0}, "latest = 0.0: it is a share"),
     ({"generation": -1.0}, "none may be below 0"),
 ])  # fmt: skip

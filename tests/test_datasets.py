@@ -169,7 +169,6 @@ def test_pycocotools_reads_what_we_write(tmp_path):
     assert {i: predictions.imgToAnns[i][0]["caption"] for i in predictions.getImgIds()} == {3: "a bird", 7: "a boat"}
 
 
-
 def test_results_with_two_captions_for_one_image_are_refused(tmp_path):
     path = _file(tmp_path, [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}])
     with pytest.raises(DatasetError, match="image_id 1 occurs 2 times"):
@@ -254,11 +253,11 @@ def test_a_corrupted_picture_is_named_with_a_reason_and_a_remedy(tmp_path, suffi
 
 def test_a_picture_that_claims_to_be_enormous_is_unreadable_not_a_crash(tmp_path):
     content = bytearray(_picture(tmp_path / "huge.png"))
-    content[16:24] = struct.pack(">II", 40_000, 40_000)   # width and height in the header, 1.6 gigapixels
+    content[16:24] = struct.pack(">II", 40_000, 40_000)  # width and height in the header, 1.6 gigapixels
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     (tmp_path / "huge.png").write_bytes(content)
     with pytest.raises(UnreadableImage, match="DecompressionBombError"):
-        datasets.open_picture(tmp_path / "huge.png")
+        datasets.open_image(tmp_path / "huge.png")
 
 
 def test_a_missing_picture_is_unreadable_too(tmp_path):
@@ -269,7 +268,7 @@ def test_a_missing_picture_is_unreadable_too(tmp_path):
 
 def test_pictures_open_as_rgb_upright_and_over_white(tmp_path):
     Image.new("RGBA", (2, 1), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    clear = datasets.open_picture(tmp_path / "clear.png")
+    clear = datasets.open_image(tmp_path / "clear.png")
     assert clear.mode == "RGB" and clear.getpixel((0, 0)) == (255, 255, 255)
 
     sideways = Image.new("RGB", (2, 1), "red")
@@ -277,13 +276,13 @@ def test_pictures_open_as_rgb_upright_and_over_white(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn by 90 degrees clockwise to see it upright", as telephones write it
     sideways.save(tmp_path / "phone.png", exif=exif)
-    upright = datasets.open_picture(tmp_path / "phone.png")
+    upright = datasets.open_image(tmp_path / "phone.png")
     assert upright.size == (1, 2) and upright.getpixel((0, 1)) == (0, 0, 255)
 
     for mode in ("L", "P", "LA", "1", "CMYK"):
         file = tmp_path / f"{mode}.tif"
         Image.new("L", (2, 2), "white").convert("RGB").convert(mode).save(file)
-        opened = datasets.open_picture(file)
+        opened = datasets.open_image(file)
         assert opened.mode == "RGB" and opened.getpixel((1, 1)) == (255, 255, 255)
 
 
@@ -334,7 +333,7 @@ def test_a_folder_of_real_photographs_is_a_data_set(real_data):
 
 def test_real_predictions_of_another_shape_are_refused_and_in_coco_shape_are_read(real_data, tmp_path):
     path = real_data / "magic-predictions/magic_result.json"
-    with pytest.raises(DatasetError, match="magic_result.json: expected \"image_id\" in every record"):
+    with pytest.raises(DatasetError, match='magic_result.json: expected "image_id" in every record'):
         datasets.read_results(path)
     published = json.loads(path.read_text())
     captions = {int(r["image_name"][-16:-4]): r["prediction"] for r in published}
@@ -345,7 +344,7 @@ def test_real_predictions_of_another_shape_are_refused_and_in_coco_shape_are_rea
 def test_picture_files_are_opened_when_asked_for_and_not_before(tmp_path):
     for i, colour in enumerate(("red", "blue", "white")):
         Image.new("RGB", (4, 4), colour).save(tmp_path / f"{i}.png")
-    pictures = datasets.Pictures([*(tmp_path / f"{i}.png" for i in range(3)), tmp_path / "gone.png"])
+    pictures = datasets.ImageFiles([*(tmp_path / f"{i}.png" for i in range(3)), tmp_path / "gone.png"])
     assert len(pictures) == 4 and pictures[1].getpixel((0, 0)) == (0, 0, 255)
     assert [picture.getpixel((0, 0)) for picture in pictures[::2]] == [(255, 0, 0), (255, 255, 255)]
     with pytest.raises(datasets.UnreadableImage, match="gone.png: there is no such file"):

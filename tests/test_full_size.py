@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from transformers import BlipProcessor, CLIPTokenizer
 
-from dalleflamingo import cycle, registry, trainable
+from dalleflamingo import cycle, cycle_losses, registry
 from dalleflamingo.captioner import BlipCaptioner
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.generator import Generator
@@ -43,7 +43,7 @@ def test_both_halves_of_the_cycle_train_at_full_size(full_size, tmp_path):
     dataset = registry.dataset("miniature/coco", "val").subset(2)
     config = CycleConfig(steps=2, batch_size=2, learning_rate=1e-3, checkpointing=True)
     made, pairs, learner = cycle.assemble(config, captioner, Generator(pipeline), dataset)
-    learning = trainable.of_captioner(captioner) | trainable.of_generator(made.generator)
+    learning = cycle_losses.captioner_parameters(captioner) | cycle_losses.generator_parameters(made.generator)
     assert [sum(p.numel() for p in m.parameters()) for m in learner.modules.values()] == [7_087_104, 12_390_400]
     watched = {f"{i} {name}": p for i, m in enumerate((captioner.model, unet)) for name, p in m.named_parameters()}
     before = {name: float(p.detach().double().sum()) for name, p in watched.items()}

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "dalleflamingo").rglob("*.py"))
-CUDA = re.compile(r"^(nvidia|cuda|triton)\b")   # torch pins these itself, and only where there is CUDA
+CUDA = re.compile(r"^(nvidia|cuda|triton)\b")  # torch pins these itself, and only where there is CUDA
 
 
 # ── the environment ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -50,7 +50,7 @@ def closure(roots: list[Requirement]) -> set[str]:
         seen.add((canonicalize_name(name), extras))
         try:
             requires = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:   # of another Python version, so not installed here
+        except metadata.PackageNotFoundError:  # of another Python version, so not installed here
             continue
         for requirement in map(Requirement, requires):
             if any(_applies(requirement, extra, minor) for extra in extras | {""} for minor in (11, 12, 13)):
@@ -100,7 +100,7 @@ def test_this_environment_holds_the_pinned_versions():
 
 
 def test_a_library_without_data_says_how_to_get_it(tmp_path):
-    shutil.copytree(ROOT / "dalleflamingo", tmp_path / "dalleflamingo")   # as `pip install .` does: no data beside it
+    shutil.copytree(ROOT / "dalleflamingo", tmp_path / "dalleflamingo")  # as `pip install .` does: no data beside it
     outside = {key: value for key, value in os.environ.items() if key != "DALLEFLAMINGO_DATA"}
     outside["PYTHONPATH"] = str(tmp_path)
     script = "import dalleflamingo.registry as r; print(r.__file__, flush=True); r.locate('miniature/blip')"
@@ -139,7 +139,7 @@ def name_of(path: Path) -> str:
 
 def test_imports_run_one_way():
     graph = {name_of(path): imports_of(path) - {name_of(path)} for path in MODULES if path.name != "__init__.py"}
-    TopologicalSorter(graph).prepare()   # raises CycleError, which names the cycle
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
 def test_only_the_miniature_imports_the_miniature():
@@ -162,7 +162,7 @@ def source(cell: dict) -> str:
 
 
 def test_the_course_begins_with_the_question_and_holds_finding_one():
-    assert {"00_the_question", "01_tokenizer_mapping", "03_image_text_image"} <= {path.stem for path in NOTEBOOKS}
+    assert {"00_the_question", "02_tokenizer_mapping", "04_image_text_image"} <= {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

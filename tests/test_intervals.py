@@ -152,12 +152,14 @@ def candidates(images=60, k=5, seed=0):
     """`clip` is half the score, half noise; rows in no order, not as many for each image."""
     rng = np.random.default_rng(seed)
     score = rng.normal(size=images * k)
-    table = pd.DataFrame({
-        "image_id": np.repeat(rng.permutation(images) + 1000, k),
-        "domain": np.repeat(np.where(np.arange(images) % 3 == 0, "out-domain", "in-domain"), k),
-        "clip": score + rng.normal(size=images * k),
-        "score": score + np.repeat(rng.normal(0, 3, size=images), k),
-    })
+    table = pd.DataFrame(
+        {
+            "image_id": np.repeat(rng.permutation(images) + 1000, k),
+            "domain": np.repeat(np.where(np.arange(images) % 3 == 0, "out-domain", "in-domain"), k),
+            "clip": score + rng.normal(size=images * k),
+            "score": score + np.repeat(rng.normal(0, 3, size=images), k),
+        }
+    )
     return table.sample(frac=0.8, random_state=seed)
 
 
@@ -218,8 +220,14 @@ def test_first_of_equals_is_chosen():
 
 
 def test_images_without_domain_count_in_all_only():
-    table = pd.DataFrame({"image_id": [1, 1, 2, 2], "domain": [None, None, "near-domain", "near-domain"],
-                          "clip": [1.0, 0, 1, 0], "score": [1.0, 0, 1, 0]})
+    table = pd.DataFrame(
+        {
+            "image_id": [1, 1, 2, 2],
+            "domain": [None, None, "near-domain", "near-domain"],
+            "clip": [1.0, 0, 1, 0],
+            "score": [1.0, 0, 1, 0],
+        }
+    )
     result = intervals.ranked_minus_random(table, "clip", "score", resamples=10)
     assert set(result) == {"all", "near-domain"} and result["near-domain"].n == 1
 
@@ -241,6 +249,7 @@ def test_interval_prints_value_bounds_n_and_seed():
 
 def test_recentred_interval_of_a_biased_statistic_lies_around_its_value():
     """The number of different items: every resample holds fewer, by a factor of about 1 − 1/e."""
+
     def different(rows):
         return float(len(set(rows.tolist())))
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from transformers import BertTokenizer
 
-from dalleflamingo.miniature import blip, clip
 from dalleflamingo.miniature.corpora import plain_batch, texts, web_batch
-from dalleflamingo.miniature.tokenizers import train_wordpiece
+from dalleflamingo.miniature.training import blip, clip
+from dalleflamingo.miniature.training.tokenizers import train_wordpiece
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from PIL import Image
 from transformers import AutoProcessor, BertTokenizer, Blip2ForConditionalGeneration, GPT2Tokenizer
 
 from dalleflamingo.captioner import Blip2Captioner, Captioner
-from dalleflamingo.miniature import blip, blip2
-from dalleflamingo.miniature.clip import pixels
 from dalleflamingo.miniature.corpora import texts, web_batch
-from dalleflamingo.miniature.tokenizers import train_opt_bpe, train_wordpiece
+from dalleflamingo.miniature.training import blip, blip2
+from dalleflamingo.miniature.training.clip import pixels
+from dalleflamingo.miniature.training.tokenizers import train_opt_bpe, train_wordpiece
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, ViTModel
 
-from dalleflamingo.miniature import dino_views
-from dalleflamingo.miniature.dino import DinoRecipe, Head, distillation, entropy, koleo, sinkhorn
-from dalleflamingo.miniature.probes import knn_accuracy, ridge_accuracy
+from dalleflamingo.miniature.training import dino_views
+from dalleflamingo.miniature.training.dino import DinoRecipe, Head, distillation, entropy, koleo, sinkhorn
+from dalleflamingo.miniature.training.probes import knn_accuracy, ridge_accuracy
 
-TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 32}
+TINY = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 def noise(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -110,8 +116,9 @@ def test_teacher_is_the_closed_form_average_of_its_students(recipe):
 
 def test_teacher_and_student_start_equal_and_share_no_memory(recipe):
     for part in ("", "_head"):
-        pairs = zip(recipe.modules["student" + part].parameters(), recipe.modules["teacher" + part].parameters(),
-                    strict=True)
+        pairs = zip(
+            recipe.modules["student" + part].parameters(), recipe.modules["teacher" + part].parameters(), strict=True
+        )
         assert all(torch.equal(s, t) and s.data_ptr() != t.data_ptr() for s, t in pairs)
 
 

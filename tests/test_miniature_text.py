@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTokenizer
 
-from dalleflamingo.miniature import clip, placed_clip
 from dalleflamingo.miniature.corpora import turned_batch
-from dalleflamingo.miniature.far_view import FarViewRecipe
-from dalleflamingo.miniature.tokenizers import train_clip_bpe, train_wordpiece
-from dalleflamingo.scene_graph import parse
+from dalleflamingo.miniature.scene_graph import parse
+from dalleflamingo.miniature.training import clip, clip_places
+from dalleflamingo.miniature.training.sd_text import SdTextRecipe
+from dalleflamingo.miniature.training.tokenizers import train_clip_bpe, train_wordpiece
 
 WORDS = """
     bird fish cat house tree boat car kite umbrella snowman butterfly red orange yellow green blue purple pink white
@@ -276,7 +276,7 @@ def test_fours_of_a_batch_are_the_same_things_turned():
 
 def test_embeddings_learn_what_turns_move(bpe):
     torch.manual_seed(0)
-    recipe = placed_clip.PlacedClipRecipe(bpe)
+    recipe = clip_places.ClipPlacesRecipe(bpe)
     recipe.batch_size = 16
     batch = recipe.batch(np.random.default_rng(0), 0)
     optimiser = torch.optim.AdamW(recipe.parameters(), lr=recipe.learning_rate)
@@ -313,7 +313,7 @@ def test_the_far_view_of_a_caption_is_learned_from_pictures_that_it_tells_truly(
     latents = torch.randn(60, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
     save_file({"latents": latents}, bank)
     torch.manual_seed(0)
-    recipe = FarViewRecipe(None, clip.text_encoder(clip.build(len(bpe)), bpe), bpe, bank)
+    recipe = SdTextRecipe(None, clip.text_encoder(clip.build(len(bpe)), bpe), bpe, bank)
     recipe.batch_size = 40
     batch = recipe.batch(np.random.default_rng(0), 0)
     index = np.random.default_rng(0).integers(60, size=40)

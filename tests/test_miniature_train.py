@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dalleflamingo.checkpoints import Checkpoint, load_trained
-from dalleflamingo.miniature import recipes
-from dalleflamingo.miniature.sd import FAR_WEIGHT, SdRecipe, at_end, far_view, make_scheduler, web_scene
-from dalleflamingo.miniature.train import schedule, train
-from dalleflamingo.scene_graph import parse
+from dalleflamingo.miniature.scene_graph import parse
+from dalleflamingo.miniature.training import recipes
+from dalleflamingo.miniature.training.sd import FAR_WEIGHT, SdRecipe, at_end, far_view, make_scheduler, web_scene
+from dalleflamingo.miniature.training.train import schedule, train
+from dalleflamingo.runs import Checkpoint, load_trained
 
 
 class LineRecipe:

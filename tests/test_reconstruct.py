@@ -15,7 +15,7 @@ import tiny
 import torch
 from PIL import Image
 
-from dalleflamingo import datasets, intervals, profiles, reconstruct, registry, runs, trips
+from dalleflamingo import datasets, intervals, profiles, reconstruct, registry, runs
 from dalleflamingo.decoding import TopK
 from dalleflamingo.similarity import PairSimilarity
 
@@ -40,7 +40,7 @@ def clean(tmp_path_factory):
 def test_each_row_is_its_own_seed_caption_picture_and_similarity(clean):
     folder, table = clean
     dataset = fakes.dataset(folder.parent / "pictures")
-    assert list(table) == [*trips.ImageTrip.columns, "colour", "corner"]
+    assert list(table) == [*reconstruct.ImageTextImage.columns, "colour", "corner"]
     assert table.image_id.tolist() == [e.image_id for e in dataset for _ in range(3)]
     assert table.candidate.tolist() == [0, 1, 2] * 10
     assert table.domain.isna().sum() == 12 and table.domain[3] == "in-domain"
@@ -102,7 +102,7 @@ def test_run_killed_at_20_random_moments_ends_with_the_same_table(way, request, 
 def test_each_text_row_is_its_own_picture_description_and_similarity(clean_texts):
     folder, table = clean_texts
     dataset = fakes.dataset(folder.parent / "pictures")
-    assert list(table) == [*trips.TextTrip.columns, "letters"]
+    assert list(table) == [*reconstruct.TextImageText.columns, "letters"]
     assert table.caption.tolist() == [e.references[0] for e in dataset for _ in range(3)]
     for row in table.itertuples():
         assert row.seed == intervals.derive_seed(5, row.image_id, row.candidate)
@@ -116,7 +116,7 @@ def test_each_text_row_is_its_own_picture_description_and_similarity(clean_texts
 
 def test_source_text_is_drawn_from_the_human_captions_by_the_seed(tmp_path):
     many = [dataclasses.replace(e, references=("one", "two", "three")) for e in fakes.dataset(tmp_path / "p")]
-    trip = trips.TextTrip(None, None, [], 2, 2, 1.0, 5, 4)
+    trip = reconstruct.TextImageText(None, None, [], 2, 2, 1.0, 5, 4)
     other = dataclasses.replace(trip, seed=6)
     first, second = ([t.open(None, example) for example in many] for t in (trip, other))
     assert set(first) == {"one", "two", "three"} and first != second

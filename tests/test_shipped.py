@@ -14,10 +14,10 @@ from dalleflamingo import registry
 from dalleflamingo.bridge import Bridge
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.generator import Generator
-from dalleflamingo.miniature import gates
-from dalleflamingo.picture_score import score_in_place, total
-from dalleflamingo.recogniser import Recogniser
-from dalleflamingo.scene_graph import f1
+from dalleflamingo.miniature.image_score import score_in_place, total
+from dalleflamingo.miniature.recogniser import Recogniser
+from dalleflamingo.miniature.scene_graph import f1
+from dalleflamingo.research import gates
 from dalleflamingo.vocabulary import VocabularyMap
 
 MODELS = ("blip", "blip-large", "blip2", "sd", "lafite", "clip", "dino", "recogniser", "inception")

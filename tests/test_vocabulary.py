@@ -9,11 +9,11 @@ import tiny
 import torch
 from hypothesis import given, settings
 
-from dalleflamingo.subwords import clip_vocabulary, wordpiece_vocabulary
+from dalleflamingo.evaluation.vocabulary_report import report
+from dalleflamingo.tokens import clip_tokenizer, wordpiece_tokenizer
 from dalleflamingo.vocabulary import KINDS, VocabularyMap
-from dalleflamingo.vocabulary_report import report
 
-WORDPIECE, CLIP, BYTES = wordpiece_vocabulary(), clip_vocabulary(), tiny.byte_level_bpe()
+WORDPIECE, CLIP, BYTES = wordpiece_tokenizer(), clip_tokenizer(), tiny.byte_level_bpe()
 CAPTIONS = [
     "a giraffe eats leaves from a tree",
     "the boy's dog caught the frisbee",

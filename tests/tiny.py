@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from dalleflamingo import registry
-from dalleflamingo.miniature.tokenizers import train_opt_bpe
+from dalleflamingo.miniature.training.tokenizers import train_opt_bpe
 
 WORDS = "a the of in on red blue green bird cat house tree boat kite sits flies two with and small large it".split()
 PIECES = ["##s", "##ing", "##boat", "n", "t", "x", ",", ".", "'", "-"]

@@ -5,7 +5,7 @@
 * **nocaps**: ten captions a picture; in-domain (coco's kinds), near-domain (both sorts), out-domain (new kinds only).
 * **nocaps-dev**: other scenes of the same sort, for choosing settings, which must not be chosen on nocaps.
 
-`python -m dalleflamingo.miniature.corpora` draws the pictures that the annotation files in `data/miniature` describe;
+`python -m dalleflamingo data` draws the pictures that the annotation files in `data/miniature` describe;
 with `--write` it invents the annotations anew (the same ones: everything follows from the seed).
 """
 
@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..scene_graph import COCO_KINDS, KINDS, NEW_KINDS, Scene
-from .captions import alt_text, describe_often, describe_turns, plain_text
-from .world import draw, sample_scene, turned
+from dalleflamingo.miniature.annotators import alt_text, annotate, annotate_rotations, plain_text
+from dalleflamingo.miniature.scene_graph import COCO_KINDS, KINDS, NEW_KINDS, Scene
+from dalleflamingo.miniature.world import draw, sample_scene, turned
 
 ROOT = Path("data/miniature")
 SIZES = {
@@ -59,7 +59,7 @@ def turned_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str
     pictures, captions = web_batch(rng, n // 2)
     scenes = [sample_scene(rng) for _ in range(n // 8)]
     turns = np.stack([draw(turned(scene, turn)) for scene in scenes for turn in range(4)])
-    told = [caption for scene in scenes for caption in describe_turns(scene, rng)]
+    told = [caption for scene in scenes for caption in annotate_rotations(scene, rng)]
     return np.concatenate([pictures, turns]), captions + told
 
 
@@ -81,7 +81,7 @@ def texts(n: int = 20_000) -> Iterator[str]:
     rng = np.random.default_rng(_SEEDS["text"])
     for _ in range(n // 2):
         yield alt_text(sample_scene(rng), rng)
-        yield describe_often(sample_scene(rng), 5, rng)[int(rng.integers(5))]
+        yield annotate(sample_scene(rng), 5, rng)[int(rng.integers(5))]
 
 
 def read_scenes(annotations: Path) -> list[Scene]:
@@ -125,12 +125,12 @@ def write_annotations(root: Path = ROOT) -> None:
     for split, count in SIZES["coco"].items():
         rng = np.random.default_rng(_SEEDS[split])
         scenes = [coco_scene(rng) for _ in range(count)]
-        _write(files[split], scenes, lambda scene, rng=rng: describe_often(scene, 5, rng), split)
+        _write(files[split], scenes, lambda scene, rng=rng: annotate(scene, 5, rng), split)
     for name in ("nocaps", "nocaps-dev"):
         rng, [count] = np.random.default_rng(_SEEDS[name]), SIZES[name].values()
         domains = [DOMAINS[i % len(DOMAINS)] for i in range(count)]
         scenes = [nocaps_scene(rng, domain) for domain in domains]
-        _write(files[name], scenes, lambda scene, rng=rng: describe_often(scene, 10, rng), name, domains)
+        _write(files[name], scenes, lambda scene, rng=rng: annotate(scene, 10, rng), name, domains)
 
 
 def _write(file: Path, scenes: list[Scene], captions: Callable, split: str, domains: list[str] | None = None) -> None:
@@ -182,7 +182,3 @@ def main() -> None:
     if arguments.write:
         write_annotations(arguments.root)
     print(f"{draw_pictures(arguments.root)} pictures drawn, all others were there: {arguments.root}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,165 +1,201 @@
-"""Trains the judge of pictures on scenes drawn on the fly, on damaged ones, and on ghosts that it must not name.
+"""The judge of pictures: which things stand in a 64 × 64 picture of the miniature world, on which ground, or nothing.
 
-The recogniser will judge pictures that a VAE decoded and a diffusion model drew. So it sees blur, noise, resampling,
-JPEG and wavering outlines in training, all too weak to change a name; and every third picture holds a ghost (see
-`ghosts.py`), at whose place the truth says: nothing.
+A fully convolutional detector of centre points: every cell of a 16 × 16 grid says how likely the centre of a thing lies
+in it, where inside the cell, and which kind, colour and size the thing would be. A picture may hold nothing that the
+network is sure of; then the scene that it reports has no things.
 """
 
-import io
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
-from torch import Tensor
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor, nn
 
-from dalleflamingo.miniature import ghosts, world
-from dalleflamingo.miniature.steady import SteadyRecipe
-from dalleflamingo.recogniser import PICTURE, STRIDE, HeadMaps, Recogniser, prepare
-from dalleflamingo.scene_graph import Scene
+from dalleflamingo.miniature import scene_graph
+from dalleflamingo.miniature.scene_graph import Scene, Thing
 
-GRID = PICTURE // STRIDE
-SPREAD = 0.8            # of the centre's bump, in cells
-OWNED = 0.3             # cells where the bump is higher answer for the thing, too: a peak may fall next to the centre
-GHOST_SHARE = 0.35      # of training pictures
-
-
-class RecogniserRecipe(SteadyRecipe):
-    """A recipe for `train.py`: 64 pictures a step, exported as the running average of the weights."""
-
-    name, steps, batch_size = "recogniser", 8000, 64
-    learning_rate, weight_decay, warmup = 2e-3, 0.01, 200
-
-    def __init__(self, network: Recogniser | None = None):
-        super().__init__(network or Recogniser())
-
-    def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """Pictures (B, 3, 64, 64) in [-1, 1] and the maps that `targets` makes of their scenes."""
-        drawn = [draw_example(rng) for _ in range(self.batch_size)]
-        scenes = [scene for _, scene in drawn]
-        pixels = prepare(np.stack([picture for picture, _ in drawn]))
-        return {"pixel_values": noise(waver(pixels, rng), rng), **targets(scenes, self.network)}
-
-    def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        self.network.train()
-        like = next(self.network.parameters())
-        batch = {name: value.to(like.device) for name, value in batch.items()}
-        pixels = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-        return losses(self.network(pixels), batch)
+PICTURE = 64  # pixels a side
+STRIDE = 4  # pixels a cell
+MAX_THINGS = 6  # peaks looked at in one picture; the world draws at most three things
 
 
-def draw_example(rng: np.random.Generator) -> tuple[np.ndarray, Scene]:
-    """A picture (64, 64, 3) uint8 as a judge may meet it, and the things in it that are things."""
-    scene = world.sample_scene(rng)
-    if rng.random() < GHOST_SHARE:
-        picture, scene = ghosts.haunt(scene, rng)
-    else:
-        picture = world.draw(scene)
-    picture, scene = shift(picture, scene, *rng.integers(-2, 3, 2).tolist())
-    return damage(picture, rng), scene
+@dataclass
+class HeadMaps(BaseOutput):
+    """What the network says of B pictures; logits unless stated. G = 16 cells a side.
 
-
-def shift(picture: np.ndarray, scene: Scene, dx: int, dy: int) -> tuple[np.ndarray, Scene]:
-    """Moves a (64, 64, 3) picture and its things by up to 4 px: the world keeps to a lattice, a generator may not."""
-    wide = np.pad(picture, ((4, 4), (4, 4), (0, 0)), mode="edge")
-    things = tuple(replace(thing, x=thing.x + dx, y=thing.y + dy) for thing in scene.things)
-    return wide[4 - dy : 4 - dy + PICTURE, 4 - dx : 4 - dx + PICTURE], Scene(scene.ground, things)
-
-
-def damage(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Resamples, blurs, compresses, tints a (64, 64, 3) uint8 picture, each at times, never until a name changes."""
-    image = Image.fromarray(picture)
-    if rng.random() < 0.25:
-        side = int(rng.integers(40, PICTURE))
-        image = image.resize((side, side), Image.Resampling.BOX).resize((PICTURE, PICTURE), Image.Resampling.BICUBIC)
-    if rng.random() < 0.35:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 1.1)))
-    if rng.random() < 0.2:
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=int(rng.integers(40, 95)))
-        image = Image.open(file)
-    pixels = np.asarray(image)
-    if rng.random() < 0.5:
-        contrast, brightness, tint = rng.uniform(0.85, 1.1), rng.uniform(-10, 10), rng.uniform(-6, 6, 3)
-        pixels = ((pixels - 127.5) * contrast + 127.5 + brightness + tint).clip(0, 255).astype(np.uint8)
-    return pixels
-
-
-def waver(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Bends half of the (B, 3, 64, 64) pictures by a smooth random field of up to about 2 pixels, as generators do."""
-    count = len(pixels)
-    strength = rng.uniform(0, 0.8, (count, 1, 1, 1)) * (rng.random((count, 1, 1, 1)) < 0.5)
-    coarse = torch.from_numpy((rng.standard_normal((count, 2, 6, 6)) * strength).astype(np.float32))
-    field = F.interpolate(coarse, size=PICTURE, mode="bicubic", align_corners=True)     # pixels
-    still = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), [count, 3, PICTURE, PICTURE], align_corners=False)
-    grid = still + field.permute(0, 2, 3, 1) * (2 / PICTURE)
-    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-
-
-def noise(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Adds Gaussian noise of up to 0.08 (of a range of 2) to the (B, 3, 64, 64) pictures, half of the time none."""
-    count = len(pixels)
-    strength = rng.uniform(0, 0.08, (count, 1, 1, 1)) * (rng.random((count, 1, 1, 1)) < 0.5)
-    grains = rng.standard_normal(pixels.shape, dtype=np.float32) * strength.astype(np.float32)
-    return (pixels + torch.from_numpy(grains)).clamp(-1, 1)
-
-
-def targets(scenes: list[Scene], network: Recogniser) -> dict[str, Tensor]:
-    """What the heads should say of B scenes.
-
-    Returns:
-        centre: (B, G, G) bumps, exactly 1 in the cell of each centre.
-        weight: (B, G, G) how much a cell answers for a thing's attributes, 0 where it answers for none.
-        offset: (B, 2, G, G) as in `HeadMaps`; kind, colour, size: (B, G, G) indices; ground: (B,) indices.
+    centre: (B, 1, G, G); the centre of a thing lies in this cell.
+    offset: (B, 2, G, G); (x, y) of the centre from the cell's middle, in cells.
+    kind, colour, size: (B, number of names, G, G); of the thing, if there is one.
+    ground: (B, number of grounds).
     """
-    names = network.config
-    count = len(scenes)
-    maps = {
-        "centre": np.zeros((count, GRID, GRID), np.float32),
-        "offset": np.zeros((count, 2, GRID, GRID), np.float32),
-        **{name: np.zeros((count, GRID, GRID), np.int64) for name in ("kind", "colour", "size")},
-    }
-    middle = np.arange(GRID) + 0.5
-    for b, scene in enumerate(scenes):
-        for thing in scene.things:
-            x, y = thing.x / STRIDE, thing.y / STRIDE                                       # in cells
-            i, j = np.clip((int(x), int(y)), 0, GRID - 1)
-            square = (middle - middle[i]) ** 2 + (middle[:, None] - middle[j]) ** 2         # (G, G)
-            bump = np.exp(-square / (2 * SPREAD**2)).astype(np.float32)
-            mine = bump > maps["centre"][b]                                                 # nearest thing owns a cell
-            maps["centre"][b][mine] = bump[mine]
-            maps["offset"][b, 0][mine] = np.broadcast_to(x - middle, (GRID, GRID))[mine]
-            maps["offset"][b, 1][mine] = np.broadcast_to((y - middle)[:, None], (GRID, GRID))[mine]
-            maps["kind"][b][mine] = names.kinds.index(thing.kind)
-            maps["colour"][b][mine] = names.colours.index(thing.colour)
-            maps["size"][b][mine] = names.sizes.index(thing.size)
-    maps["weight"] = maps["centre"] * (maps["centre"] > OWNED)
-    maps["ground"] = np.array([names.grounds.index(scene.ground) for scene in scenes])
-    return {name: torch.from_numpy(value) for name, value in maps.items()}
+
+    centre: Tensor
+    offset: Tensor
+    kind: Tensor
+    colour: Tensor
+    size: Tensor
+    ground: Tensor
 
 
-def losses(maps: HeadMaps, truth: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sum ("loss") and its parts, scalars: focal for centres, cross-entropies and L1 weighted to the centres."""
-    weight = truth["weight"]
-    total = weight.sum().clamp(min=1)
-    parts = {"centre": centre_loss(maps.centre[:, 0], truth["centre"])}
-    for name in ("kind", "colour", "size"):
-        parts[name] = (F.cross_entropy(maps[name], truth[name], reduction="none") * weight).sum() / total
-    parts["offset"] = ((maps.offset - truth["offset"]).abs().sum(1) * weight).sum() / total
-    parts["ground"] = F.cross_entropy(maps.ground, truth["ground"])
-    scale = {"offset": 0.5, "ground": 0.5}
-    return {"loss": sum(value * scale.get(name, 1.0) for name, value in parts.items()), **parts}
+@dataclass(frozen=True)
+class Sighting:
+    """A scene and how sure the recogniser is of each of its things, in (0, 1], surest first."""
+
+    scene: Scene
+    confidences: tuple[float, ...]
 
 
-def centre_loss(logits: Tensor, bumps: Tensor) -> Tensor:
-    """Focal loss of centre points (Zhou et al. 2019, Objects as Points, eq. 1; α = 2, β = 4), per centre.
+class Residual(nn.Module):
+    """x + two 3 × 3 convolutions of x, with batch normalisation (on a CPU faster than groups)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(conv(width, width), conv(width, width, act=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.body(x))
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, act: bool = True) -> nn.Sequential:
+    """Convolution, batch normalisation and, if `act`, a rectifier."""
+    layers = [
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+    ]
+    return nn.Sequential(*layers, nn.ReLU()) if act else nn.Sequential(*layers)
+
+
+class Recogniser(ModelMixin, ConfigMixin):
+    """The detector; `from_pretrained(folder)` opens a trained one, `find(pictures)` judges pictures.
 
     Args:
-        logits, bumps: (B, G, G); a bump of exactly 1 is a centre, less than 1 excuses a near miss.
+        width: channels on the 16 × 16 grid; 1.5 times as many on the 8 × 8 grid, where one cell sees the whole of a
+            thing and its neighbours.
+        threshold: the least confidence (probability of a centre × probability of the kind) of a thing that counts.
+        kinds, colours, sizes, grounds: the names that the output channels stand for, kept with the weights so that a
+            world that grows cannot shift what an old recogniser says.
     """
-    probability = logits.sigmoid()
-    hit = (1 - probability) ** 2 * F.logsigmoid(logits)
-    miss = (1 - bumps) ** 4 * probability**2 * F.logsigmoid(-logits)
-    centres = (bumps == 1).float()
-    return -(centres * hit + (1 - centres) * miss).sum() / centres.sum().clamp(min=1)
+
+    @register_to_config
+    def __init__(
+        self,
+        width: int = 64,
+        threshold: float = 0.4,
+        kinds: Sequence[str] = scene_graph.KINDS,
+        colours: Sequence[str] = scene_graph.COLOURS,
+        sizes: Sequence[str] = scene_graph.SIZES,
+        grounds: Sequence[str] = scene_graph.GROUNDS,
+    ):
+        super().__init__()
+        deep = width * 3 // 2
+        half = width // 2
+        self.stem = nn.Sequential(conv(3, half, 5, 2), conv(half, half), conv(half, width, 3, 2))  # 64 -> 16 a side
+        self.fine = nn.Sequential(Residual(width), Residual(width))  # 16 × 16
+        self.coarse = nn.Sequential(conv(width, deep, 3, 2), Residual(deep), Residual(deep))  # 8 × 8
+        self.back = conv(deep, width, 1, act=False)
+        self.merged = nn.Sequential(Residual(width), conv(width, width))
+        self.parts = {"centre": 1, "offset": 2, "kind": len(kinds), "colour": len(colours), "size": len(sizes)}
+        self.head = nn.Conv2d(width, sum(self.parts.values()), 1)
+        self.ground = nn.Linear(2 * deep, len(grounds))
+        with torch.no_grad():
+            self.head.bias[0] = -4.0  # centres are rare: begin near their true share, not at one half
+
+    def forward(self, pixel_values: Tensor) -> HeadMaps:
+        """(B, 3, 64, 64) in [-1, 1] -> HeadMaps."""
+        fine = self.fine(self.stem(pixel_values))
+        coarse = self.coarse(fine)
+        back = F.interpolate(self.back(coarse), scale_factor=2, mode="nearest")
+        maps = self.head(self.merged(F.relu(fine + back))).split(list(self.parts.values()), dim=1)
+        pooled = torch.cat([coarse.mean((2, 3)), coarse.amax((2, 3))], dim=1)
+        return HeadMaps(**dict(zip(self.parts, maps, strict=True)), ground=self.ground(pooled))
+
+    @torch.no_grad()
+    def look(self, images: Sequence[Image.Image] | np.ndarray, batch_size: int = 64) -> list[Sighting]:
+        """What is seen in each picture, with confidences.
+
+        Args:
+            images: PIL pictures of 64 × 64, or an (N, 64, 64, 3) array of uint8.
+            batch_size: pictures judged at once; the answer does not depend on it.
+        Raises:
+            ValueError: if a picture has another size or the array another type.
+        """
+        self.eval()
+        sightings = []
+        for start in range(0, len(images), batch_size):
+            pixels = prepare(images[start : start + batch_size])
+            sightings += self.decode(self(pixels.to(device=self.device, dtype=self.dtype)))
+        return sightings
+
+    def find(self, images: Sequence[Image.Image] | np.ndarray, batch_size: int = 64) -> list[Scene]:
+        """The scene in each picture, without things where the recogniser is sure of none; arguments as in `look`."""
+        return [sighting.scene for sighting in self.look(images, batch_size)]
+
+    def decode(self, maps: HeadMaps) -> list[Sighting]:
+        """HeadMaps of B pictures -> B sightings: peaks of the centre map whose confidence reaches the threshold."""
+        names = self.config
+        confidence, row, column = peaks(maps.centre, maps.kind)  # (B, MAX_THINGS) each
+        ground = maps.ground.argmax(1).tolist()
+        sightings = []
+        for b in range(len(confidence)):
+            things, sure = [], []
+            for value, j, i in zip(confidence[b].tolist(), row[b].tolist(), column[b].tolist(), strict=True):
+                if value < names.threshold:
+                    continue
+                dx, dy = maps.offset[b, :, j, i].tolist()
+                things.append(
+                    Thing(
+                        kind=names.kinds[int(maps.kind[b, :, j, i].argmax())],
+                        colour=names.colours[int(maps.colour[b, :, j, i].argmax())],
+                        size=names.sizes[int(maps.size[b, :, j, i].argmax())],
+                        x=(i + 0.5 + dx) * STRIDE,
+                        y=(j + 0.5 + dy) * STRIDE,
+                    )
+                )
+                sure.append(value)
+            sightings.append(Sighting(Scene(names.grounds[ground[b]], tuple(things)), tuple(sure)))
+        return sightings
+
+
+def prepare(images: Sequence[Image.Image] | np.ndarray) -> Tensor:
+    """PIL pictures or (N, 64, 64, 3) uint8 -> (N, 3, 64, 64) float32 in [-1, 1].
+
+    Raises:
+        ValueError: if a picture is not 64 × 64, or an array not uint8.
+    """
+    if not isinstance(images, np.ndarray):
+        sizes = {image.size for image in images} - {(PICTURE, PICTURE)}
+        if sizes:
+            width, height = min(sizes)
+            raise ValueError(
+                f"a picture of {width} × {height} pixels; the recogniser knows the miniature world, whose pictures are "
+                f"{PICTURE} × {PICTURE}: resize it first, and expect little of a photograph"
+            )
+        images = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    if images.dtype != np.uint8 or images.shape[1:] != (PICTURE, PICTURE, 3):
+        raise ValueError(
+            f"an array of {images.dtype} and shape {images.shape}; pictures are uint8 in 0..255 and of shape "
+            f"(N, {PICTURE}, {PICTURE}, 3)"
+        )
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # keeps channels last in memory
+    return pixels.float() / 127.5 - 1
+
+
+def peaks(centre: Tensor, kind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells that no neighbour exceeds, surest first.
+
+    Args:
+        centre: (B, 1, G, G) logits. kind: (B, K, G, G) logits.
+    Returns:
+        confidence, row, column: (B, MAX_THINGS) each; confidence = P(centre) · max P(kind), 0 where there is no peak.
+    """
+    centre = centre.float()
+    peak = centre == F.max_pool2d(centre, 3, stride=1, padding=1)  # of logits: probabilities near 1 are alike
+    confidence = (centre.sigmoid() * peak * kind.float().softmax(1).amax(1, keepdim=True)).flatten(1)  # (B, G · G)
+    confidence, cell = confidence.topk(MAX_THINGS, dim=1)
+    return confidence, cell // centre.shape[-1], cell % centre.shape[-1]

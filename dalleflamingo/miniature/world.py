@@ -10,8 +10,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..scene_graph import COLOURS, GROUNDS, KINDS, SIZES, Scene, Thing
-from .drawings import DRAWINGS, INK, PAPER
+from dalleflamingo.miniature.drawings import DRAWINGS, INK, PAPER
+from dalleflamingo.miniature.scene_graph import COLOURS, GROUNDS, KINDS, SIZES, Scene, Thing
 
 IMAGE_SIZE = 64
 PIXELS = {"small": 20, "large": 28}  # side of a thing's square

@@ -1,0 +1,178 @@
+"""Scenes, what captions say of them, and how far the two agree.
+
+The miniature world knows the truth of every picture, so a caption can be judged by facts instead of by n-grams: this is
+the miniature's SPICE (Anderson et al. 2016), exact where SPICE has to parse. A `Scene` is the truth of a picture, a
+`CaptionGraph` is what a caption claims; `f1` and `wrong_facts` compare them.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+COCO_KINDS = (
+    "cat", "bird", "fish", "house", "tree", "boat", "car", "umbrella", "cup", "hat", "flower", "apple", "star", "chair",
+)  # fmt: skip
+NEW_KINDS = ("kite", "balloon", "mushroom", "rocket", "snail", "butterfly", "crown", "bell", "key", "heart")
+KINDS = COCO_KINDS + NEW_KINDS
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
+SIZES = ("small", "large")
+GROUNDS = ("grass", "sand", "snow", "water", "night")
+RELATIONS = ("left", "right", "above", "below")
+
+SYNONYMS = {
+    "kitten": "cat", "ship": "boat", "mug": "cup", "stool": "chair",
+    "big": "large", "little": "small", "tiny": "small", "huge": "large",
+    "lawn": "grass", "beach": "sand", "sea": "water", "dark": "night",
+    "over": "above", "under": "below",
+}  # fmt: skip
+_NEAREST_OFFSET = 6.0  # pixels: things closer than this along an axis stand in no order on it
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One thing; (x, y) is its centre in pixels, y downwards. A caption leaves unsaid what is None."""
+
+    kind: str
+    colour: str | None = None
+    size: str | None = None
+    x: float = 0.0
+    y: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The truth of a picture: its ground and its 0–3 things, each of another kind."""
+
+    ground: str
+    things: tuple[Thing, ...]
+
+    def as_dict(self) -> dict:
+        return {"ground": self.ground, "things": [vars(thing) for thing in self.things]}
+
+    @classmethod
+    def from_dict(cls, record: dict) -> "Scene":
+        return cls(record["ground"], tuple(Thing(**thing) for thing in record["things"]))
+
+
+@dataclass
+class CaptionGraph:
+    """What a caption claims: things, relations as (subject index, relation, object index), ground."""
+
+    things: list[Thing] = field(default_factory=list)
+    relations: list[tuple[int, str, int]] = field(default_factory=list)
+    ground: str | None = None
+
+
+def holds(relation: str, subject: Thing, other: Thing) -> bool:
+    """Is `subject` `relation` of `other`? On a diagonal two relations hold; straight beside or above only one."""
+    dx, dy = other.x - subject.x, other.y - subject.y
+    along = {"left": dx, "right": -dx, "above": dy, "below": -dy}[relation]
+    across = dy if relation in ("left", "right") else dx
+    return along >= _NEAREST_OFFSET and along >= abs(across) / 2
+
+
+def main_relation(subject: Thing, other: Thing) -> str:
+    """The relation that a person would name: the one along the longer axis."""
+    dx, dy = other.x - subject.x, other.y - subject.y
+    if abs(dx) >= abs(dy):
+        return "left" if dx > 0 else "right"
+    return "above" if dy > 0 else "below"
+
+
+def parse(caption: str) -> CaptionGraph:
+    """Read a caption as the world's annotators write it; words it does not know are passed over.
+
+    "a small red cat to the left of a car on the grass" → cat (small, red), car; (cat, left, car); grass.
+    A kind that was named before is the same thing again ("a kite above the cat").
+    """
+    graph, index_of = CaptionGraph(), {}
+    latest = colour = size = relation = None
+    for word in re.findall(r"[a-z]+", caption.lower()):
+        word = SYNONYMS.get(word, word)
+        if word in COLOURS:
+            colour = word
+        elif word in SIZES:
+            size = word
+        elif word in GROUNDS:
+            graph.ground = word
+        elif word in RELATIONS and latest is not None:
+            relation = (latest, word)
+        elif word in KINDS:
+            latest = index_of.setdefault(word, len(graph.things))
+            if latest == len(graph.things):
+                graph.things.append(Thing(word, colour, size))
+            if relation is not None and relation[0] != latest:
+                graph.relations.append((*relation, latest))
+            colour = size = relation = None
+    return graph
+
+
+def wrong_facts(caption: str | CaptionGraph, scene: Scene) -> dict[str, int]:
+    """Counts of claims that the picture contradicts, by sort: kind, colour, size, relation, ground."""
+    graph = parse(caption) if isinstance(caption, str) else caption
+    truth = {thing.kind: thing for thing in scene.things}
+    wrong = dict.fromkeys(("kind", "colour", "size", "relation", "ground"), 0)
+    for thing in graph.things:
+        if thing.kind not in truth:
+            wrong["kind"] += 1
+            continue
+        wrong["colour"] += thing.colour not in (None, truth[thing.kind].colour)
+        wrong["size"] += thing.size not in (None, truth[thing.kind].size)
+    wrong["relation"] = sum(not _relation_holds(graph, claim, truth) for claim in graph.relations)
+    wrong["ground"] = int(graph.ground not in (None, scene.ground))
+    return wrong
+
+
+def is_right(caption: str | CaptionGraph, scene: Scene) -> bool:
+    """No wrong kind, colour or relation, and at least one thing named: the gate's notion of a right caption."""
+    graph = parse(caption) if isinstance(caption, str) else caption
+    wrong = wrong_facts(graph, scene)
+    return bool(graph.things) and not (wrong["kind"] or wrong["colour"] or wrong["relation"])
+
+
+def recall_of_things(caption: str, scene: Scene) -> float:
+    """Share of the picture's things whose kind the caption names."""
+    named = {thing.kind for thing in parse(caption).things}
+    return sum(thing.kind in named for thing in scene.things) / len(scene.things)
+
+
+def precision_recall_f1(caption: str | CaptionGraph, scene: Scene) -> tuple[float, float, float]:
+    """Claims are (kind), (kind, colour), (kind, size), (kind, relation, kind) and (ground), as tuples are in SPICE.
+
+    Recall counts one relation for each pair of things, whichever of the true ones is named.
+    """
+    graph = parse(caption) if isinstance(caption, str) else caption
+    truth = {thing.kind: thing for thing in scene.things}
+    right = [thing for thing in graph.things if thing.kind in truth]
+    hits = len(right)
+    hits += sum(thing.colour == truth[thing.kind].colour for thing in right)
+    hits += sum(thing.size == truth[thing.kind].size for thing in right)
+    hits += graph.ground == scene.ground
+    true_pairs = {
+        frozenset((graph.things[i].kind, graph.things[j].kind))
+        for i, relation, j in graph.relations
+        if _relation_holds(graph, (i, relation, j), truth)
+    }
+    hits += len(true_pairs)
+    claimed = len(graph.things) + len(graph.relations) + (graph.ground is not None)
+    claimed += sum((thing.colour is not None) + (thing.size is not None) for thing in graph.things)
+    n = len(scene.things)
+    precision, recall = hits / max(claimed, 1), hits / (3 * n + n * (n - 1) // 2 + 1)
+    return precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0
+
+
+def f1(caption: str | CaptionGraph, scene: Scene) -> float:
+    """Scene-graph F1 of a caption against the exact scene, in [0, 1]."""
+    return precision_recall_f1(caption, scene)[2]
+
+
+def scene_graph_f1(captions: Sequence[str], scenes: Sequence[Scene]) -> np.ndarray:
+    """Scene-graph F1 of each caption against its own scene, the miniature's SPICE: (N,) in [0, 1]."""
+    return np.array([f1(caption, scene) for caption, scene in zip(captions, scenes, strict=True)])
+
+
+def _relation_holds(graph: CaptionGraph, claim: tuple[int, str, int], truth: dict[str, Thing]) -> bool:
+    subject, other = graph.things[claim[0]].kind, graph.things[claim[2]].kind
+    return subject in truth and other in truth and holds(claim[1], truth[subject], truth[other])

@@ -1,0 +1,266 @@
+"""Every state of an exercise gets its answer, and none stops the notebook."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import tiny
+
+from dalleflamingo.course import checks
+from dalleflamingo.miniature import scene_graph
+from dalleflamingo.miniature.scene_graph import Scene, Thing
+
+
+def right(claims, facts):
+    hits = len(claims & facts)
+    return 2 * hits / (len(claims) + len(facts))
+
+
+def not_done(*arguments):
+    raise NotImplementedError
+
+
+def precision(claims, facts):
+    return len(claims & facts) / len(claims)
+
+
+def recall(claims, facts):
+    return len(claims & facts) / len(facts)
+
+
+def arithmetic(claims, facts):
+    return (precision(claims, facts) + recall(claims, facts)) / 2
+
+
+def union(claims, facts):
+    return len(claims & facts) / len(claims | facts)
+
+
+def divides_by_hits(claims, facts):
+    p, r = precision(claims, facts), recall(claims, facts)
+    return 2 * p * r / (p + r)
+
+
+def rewards_a_lone_mistake(claims, facts):
+    return 1.0 if len(claims) == 1 else right(claims, facts)
+
+
+def changes_its_input(claims, facts):
+    facts.clear()
+    return 1.0
+
+
+def returns_nothing(claims, facts):
+    right(claims, facts)
+
+
+ANSWERS = [
+    (right, "Right. F1 is the harmonic mean"),
+    (not_done, "Not done yet"),
+    (precision, "that is precision"),
+    (recall, "that is recall"),
+    (arithmetic, "arithmetic mean"),
+    (union, "union"),
+    (divides_by_hits, "0.000; yours raises ZeroDivisionError"),
+    (rewards_a_lone_mistake, "one claim, and it is wrong"),
+    (changes_its_input, "so 0.333; yours gives 1.000"),
+    (returns_nothing, "`return …`"),
+]
+
+
+@pytest.mark.parametrize(("attempt", "answer"), ANSWERS, ids=[attempt.__name__ for attempt, _ in ANSWERS])
+def test_each_state_of_the_f1_exercise_gets_one_line_of_answer(capsys, attempt, answer):
+    checks.f1(attempt)
+    [line] = capsys.readouterr().out.splitlines()
+    assert answer in line
+
+
+def test_the_exercise_scores_a_caption_as_the_package_does():
+    things = (Thing("cat", "red", "small", 16, 32), Thing("boat", "blue", "large", 48, 32))
+    claims = {("cat",), ("cat", "red"), ("boat",), ("cat", "left", "boat"), ("grass",)}
+    caption = "a red cat to the left of a boat on the grass"
+    assert scene_graph.f1(caption, Scene("grass", things)) == pytest.approx(right(claims, checks.FACTS)) == 10 / 13
+
+
+# ── notebook 04 ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def gain(similarity, score):
+    return score[np.arange(len(score)), similarity.argmax(axis=1)] - score.mean(axis=1)
+
+
+GAINS = [
+    (gain, "Right. For a mean over pictures"),
+    (not_done, "Not done yet"),
+    (lambda similarity, score: score[np.arange(3), similarity.argmax(axis=1)], "random has yet to be taken away"),
+    (lambda similarity, score: score.max(axis=1) - score.mean(axis=1), "ranks by the score itself"),
+    (lambda similarity, score: gain(-similarity, score), "least like the picture"),
+    (lambda similarity, score: gain(similarity, score) + score.mean(axis=1) - score.mean(), "mean over its row"),
+    (lambda similarity, score: -gain(similarity, score), "random minus ranked"),
+    (lambda similarity, score: gain(similarity, score).mean(), "has the shape ()"),
+    (lambda similarity, score: similarity.index(1), "raises AttributeError"),
+]
+
+
+@pytest.mark.parametrize(("attempt", "said"), GAINS)
+def test_a_gain_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.gain(attempt)
+    assert said in capsys.readouterr().out
+
+
+def bootstrap(gains, rng, size=(1000, 200)):
+    means = rng.choice(gains, size=size).mean(axis=1)
+    return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+INTERVALS = [
+    (bootstrap, "Right. Drawing the pictures again"),
+    (not_done, "Not done yet"),
+    (lambda gains, rng: bootstrap(gains, rng)[::-1], "the lower bound comes first"),
+    (lambda gains, rng: (rng.permutation(gains).mean(),) * 2, "every sample is the same"),
+    (lambda gains, rng: np.quantile(gains, [0.025, 0.975]), "the question is about their mean"),
+    (lambda gains, rng: bootstrap(gains, rng, size=(1000, 100)), "at least 1000 means of 200 gains each"),
+    (lambda gains, rng: bootstrap(gains, rng)[0], "raises TypeError"),
+]
+
+
+@pytest.mark.parametrize(("attempt", "said"), INTERVALS)
+def test_an_interval_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.bootstrap(attempt)
+    assert said in capsys.readouterr().out
+
+
+# ── notebook 05 ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def movers(costs):
+    return min(costs[range(len(costs)), order].mean() for order in map(list, permutations(range(len(costs)))))
+
+
+@pytest.mark.parametrize(("attempt", "said"), [
+    (movers, "Right. The distance is the cost of the best plan"),
+    (not_done, "Not done yet"),
+    (lambda costs: costs.min(axis=1).mean(), "two words go to one"),
+    (lambda costs: 3 * movers(costs), "each carries one nth"),
+    (lambda costs: costs.trace() / 3, "keeps the order"),
+    (lambda costs: costs.mean(), "torn into equal parts"),
+    (lambda costs: (0 + 1.1 + 0.6) / 3, "cheapest pair first"),
+    (lambda costs: costs[9], "raises IndexError"),
+])  # fmt: skip
+def test_a_distance_of_texts_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.word_movers(attempt)
+    assert said in capsys.readouterr().out
+
+
+def frechet(m1, s1, m2, s2, root=lambda s: np.sqrt(np.linalg.eigvals(s)).sum()):
+    return ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * root(s1 @ s2)
+
+
+@pytest.mark.parametrize(("attempt", "said"), [
+    (frechet, "Right. FID is this"),
+    (not_done, "Not done yet"),
+    (lambda *given: frechet(*given, root=lambda s: np.trace(np.sqrt(s))), "not the root of its numbers"),
+    (lambda *given: frechet(*given, root=np.trace), "root of the product is missing"),
+    (lambda m1, s1, m2, s2: frechet(m1, s1, m1, s2) + abs(m1 - m2).sum(), "means is squared"),
+    (lambda m1, s1, m2, s2: frechet(m1, s1, m1, s2), "means count, too"),
+    (lambda *given: "far", "raises ValueError"),
+])  # fmt: skip
+def test_a_frechet_distance_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.frechet(attempt)
+    assert said in capsys.readouterr().out
+
+
+# ── notebook 03 ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("exercise", ["soft_embedding", "departures"])
+def test_printed_solutions_of_notebook_02_are_right(exercise, capsys):
+    getattr(checks, exercise)(tiny.printed_solution("03_differentiable_bridge", exercise))
+    assert capsys.readouterr().out.startswith("Right. ")
+
+
+EMBEDDINGS = [
+    (lambda said, table: said @ table, "Right. A text encoder that looks words up"),
+    (not_done, "Not done yet"),
+    (lambda said, table: table[said.argmax(-1)], "equal shares give the mean"),
+    (lambda said, table: table.mean(0).expand(2, -1), "one-hot rows give back rows"),
+    (lambda said, table: (said @ table).sum(0), "make (2, 3); yours has (3,)"),
+    (lambda said, table: None, "`return …`"),
+    (lambda said, table: table @ said, "yours raises RuntimeError"),
+]
+
+
+@pytest.mark.parametrize(("attempt", "said"), EMBEDDINGS)
+def test_an_expected_embedding_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.soft_embedding(attempt)
+    assert said in capsys.readouterr().out
+
+
+def departures(kept):
+    on_the_path, leaving = 1.0, []
+    for stay in kept:
+        leaving.append(on_the_path * (1 - stay))
+        on_the_path *= stay
+    return leaving, on_the_path
+
+
+DEPARTURES = [
+    (departures, "Right. What departs and what stays"),
+    (lambda kept: tuple(map(np.array, departures(kept))), "Right."),
+    (not_done, "Not done yet"),
+    (lambda kept: ([1 - stay for stay in kept], departures(kept)[1]), "counts those who had left before"),
+    (lambda kept: ([1 - stay for stay in kept], min(kept, default=1.0)), "as if it were the only one"),
+    (lambda kept: (departures(kept)[0], min(kept, default=1.0)), "keep the path at both places"),
+    (
+        lambda kept: ([(kept[i - 1] if i else 1) * (1 - p) for i, p in enumerate(kept)], departures(kept)[1]),
+        "forgets those who had left at the first place",
+    ),
+    (lambda kept: departures(kept)[0], "only the first place hesitates"),
+    (lambda kept: departures(kept) if kept else None, "no place to depart at"),
+    (lambda kept: kept / 2, "yours raises TypeError"),
+]
+
+
+@pytest.mark.parametrize(("attempt", "said"), DEPARTURES)
+def test_weights_of_a_place_are_told_what_is_wrong_with_them(attempt, said, capsys):
+    checks.departures(attempt)
+    assert said in capsys.readouterr().out
+
+
+# ── notebooks 06 and 07 ──────────────────────────────────────────────────────────────────────────────────────────────
+
+NOTEBOOK_OF = {"caption_loss": "06_cycle_finetuning", "clean_picture": "06_cycle_finetuning"}
+NOTEBOOK_OF["kendall_tau"] = "07_ablations"
+
+
+@pytest.mark.parametrize("exercise", NOTEBOOK_OF)
+def test_printed_solutions_of_the_cycle_are_right(exercise, capsys):
+    getattr(checks, exercise)(tiny.printed_solution(NOTEBOOK_OF[exercise], exercise))
+    assert capsys.readouterr().out.startswith("Right.")
+    getattr(checks, exercise)(not_done)
+    assert "Not done yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("exercise, attempt, said", [
+    ("caption_loss", lambda s, c: -s.mean(), "padding is no part"),
+    ("caption_loss", lambda s, c: -(s * c).mean(), "counted in the mean"),
+    ("caption_loss", lambda s, c: -s[c].sum(), "not their sum"),
+    ("caption_loss", lambda s, c: (-(s * c).sum(1) / c.sum(1)).mean(), "a short one weighs as much"),
+    ("caption_loss", lambda s, c: s[c].mean(), "the sign"),
+    ("clean_picture", lambda z, e, a: z - (1 - a) ** 0.5 * e, "divide"),
+    ("clean_picture", lambda z, e, a: (z - (1 - a) ** 0.5 * e) / a, "divide by the root"),
+    ("clean_picture", lambda z, e, a: (z - (1 - a) * e) / a**0.5, "the root is missing"),
+    ("clean_picture", lambda z, e, a: (z + (1 - a) ** 0.5 * e) / a**0.5, "take it away"),
+    ("clean_picture", lambda z, e, a: z - e, "weighted by the schedule"),
+    ("kendall_tau", lambda a, b: 1.0, "agrees on none"),
+    ("kendall_tau", lambda a, b: tau(a, b) * (10 if len(a) == 5 else 1), "divide by the number of pairs"),
+    ("kendall_tau", lambda a, b: tau(a, b) / 2 + 0.5, "disagreement counts −1"),
+])  # fmt: skip
+def test_exercises_of_the_cycle_are_told_what_is_wrong(exercise, attempt, said, capsys):
+    getattr(checks, exercise)(attempt)
+    found = capsys.readouterr().out
+    assert not found.startswith("Right.") and said in found
+
+
+def tau(paper, ours):
+    return tiny.printed_solution("07_ablations", "kendall_tau")(paper, ours)

@@ -1,0 +1,119 @@
+"""Pictures show what their scenes say, and corpora are written and read back the same."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from dalleflamingo import datasets
+from dalleflamingo.miniature import corpora
+from dalleflamingo.miniature.drawings import DRAWINGS
+from dalleflamingo.miniature.scene_graph import COCO_KINDS, COLOURS, GROUNDS, KINDS, NEW_KINDS, SIZES, Scene, Thing
+from dalleflamingo.miniature.world import IMAGE_SIZE, PIXELS, RGB, draw, sample_scene
+
+scenes = st.integers(0, 2**32 - 1).map(lambda seed: sample_scene(np.random.default_rng(seed)))
+
+
+def test_the_world_has_what_it_promises():
+    assert len(set(KINDS)) == 24
+    assert (len(COLOURS), len(SIZES)) == (8, 2)
+    assert len(GROUNDS) == 5
+    assert set(DRAWINGS) == set(KINDS)
+    assert not set(COCO_KINDS) & set(NEW_KINDS)
+
+
+@given(scenes)
+def test_things_lie_inside_apart_and_are_of_different_kinds(scene):
+    assert 1 <= len(scene.things) <= 3
+    assert len({thing.kind for thing in scene.things}) == len(scene.things)
+    for thing in scene.things:
+        half = PIXELS[thing.size] / 2
+        assert half <= min(thing.x, thing.y)
+        assert max(thing.x, thing.y) <= IMAGE_SIZE - half
+    for a, b in itertools.combinations(scene.things, 2):
+        apart = (PIXELS[a.size] + PIXELS[b.size]) / 2
+        assert abs(a.x - b.x) >= apart or abs(a.y - b.y) >= apart
+
+
+@given(scenes)
+def test_nothing_is_drawn_outside_the_things(scene):
+    outside = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
+    for thing in scene.things:
+        half = PIXELS[thing.size] // 2
+        outside[int(thing.y) - half : int(thing.y) + half, int(thing.x) - half : int(thing.x) + half] = False
+    ground = draw(Scene(scene.ground, ()))
+    assert (draw(scene)[outside] == ground[outside]).all()
+
+
+def test_every_kind_in_every_colour_is_unlike_every_other():
+    sprites = {
+        (kind, colour): draw(Scene("sand", (Thing(kind, colour, "small", 32, 32),))).astype(int)
+        for kind in KINDS
+        for colour in COLOURS
+    }
+    for (a, first), (b, second) in itertools.combinations(sprites.items(), 2):
+        assert (np.abs(first - second).max(-1) > 60).sum() >= 15, (a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thing_shows_its_colour(kind):
+    picture = draw(Scene("sand", (Thing(kind, "blue", "large", 32, 32),)))
+    assert (np.abs(picture.astype(int) - RGB["blue"]).max(-1) < 12).sum() >= 40
+
+
+def test_a_thing_that_reaches_outside_is_refused():
+    with pytest.raises(ValueError, match="move its centre inwards"):
+        draw(Scene("sand", (Thing("cat", "red", "large", 5, 32),)))
+
+
+def test_domains_of_nocaps_hold_the_kinds_that_their_names_say():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        of = {domain: {t.kind for t in corpora.nocaps_scene(rng, domain).things} for domain in corpora.DOMAINS}
+        assert of["in-domain"] <= set(COCO_KINDS)
+        assert of["out-domain"] <= set(NEW_KINDS)
+        assert of["near-domain"] & set(COCO_KINDS)
+        assert of["near-domain"] & set(NEW_KINDS)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("miniature")
+    sizes = {"web": {"web": 6}, "coco": {"train": 8, "val": 5, "test": 5}, "nocaps": {"val": 9}}
+    sizes["nocaps-dev"] = {"dev": 6}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "SIZES", sizes)
+        corpora.write_annotations(root)
+        corpora.draw_pictures(root)
+    return root
+
+
+def test_corpora_are_read_back_by_the_readers_of_the_real_ones(written):
+    coco = datasets.read_coco(written / "coco/annotations/captions_test.json", written / "coco/images")
+    nocaps = datasets.read_nocaps(written / "nocaps/annotations/nocaps_val.json", written / "nocaps/images")
+    assert [len(example.references) for example in coco] == [5] * 5
+    assert [len(example.references) for example in nocaps] == [10] * 9
+    assert {name: len(part) for name, part in nocaps.by_domain().items()} == dict.fromkeys(corpora.DOMAINS, 3)
+    for example in (*coco, *nocaps):
+        scene = Scene.from_dict(example.extra["scene"])
+        assert (np.asarray(Image.open(example.path)) == draw(scene)).all()
+
+
+def test_splits_share_no_picture():
+    files = [file for name, file in corpora.annotation_files().items() if name != "web"]
+    drawn = [scene for file in files for scene in corpora.read_scenes(file)]
+    assert len(set(drawn)) >= 0.99 * len(drawn)  # single things on a lattice do meet by chance
+
+
+def test_shipped_annotations_follow_from_the_seed(tmp_path):
+    corpora.write_annotations(tmp_path)
+    for name, file in corpora.annotation_files(tmp_path).items():
+        assert file.read_bytes() == corpora.annotation_files()[name].read_bytes(), name
+
+
+def test_a_missing_annotation_file_is_named_with_its_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match="git checkout"):
+        corpora.draw_pictures(tmp_path)
