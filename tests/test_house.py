@@ -142,12 +142,37 @@ def test_imports_run_one_way():
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
-def test_only_the_miniature_imports_the_miniature():
-    """Everyone else knows it by the files in data/miniature only, as they know the real models."""
-    for path in MODULES:
-        if "miniature" not in path.parts:
-            reached = {name for name in imports_of(path) if name.startswith("dalleflamingo.miniature")}
-            assert not reached, f"{path.name} imports {reached}"
+LAYERS = ("core", "evaluation", "miniature", "course", "research")  # each imports itself and those before it
+CORE = (
+    "intervals profiles runs datasets registry tokens generator similarity decoding vocabulary captioner bridge "
+    "reconstruct cycle_losses cycle"
+).split()  # likewise, module by module
+
+
+def layer_of(module: str) -> int:
+    """Where a module of the package stands in `LAYERS`; the command line and the front door stand above all."""
+    parts = module.split(".")[1:]
+    if parts in ([], ["__main__"]):
+        return len(LAYERS)
+    return LAYERS.index(parts[0]) if parts[0] in LAYERS else 0
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / "dalleflamingo")))
+def test_a_module_imports_only_what_stands_before_it(path):
+    own = name_of(path)
+    for name in imports_of(path) - {own, "dalleflamingo"}:
+        assert layer_of(name) <= layer_of(own), f"{own} imports {name}, which stands above it"
+        if layer_of(own) == layer_of(name) == 0:
+            first, second = (module.removeprefix("dalleflamingo.") for module in (name, own))
+            assert CORE.index(first) < CORE.index(second), f"{own} imports {name}, which the reading order has later"
+        if ".training" in name:
+            assert ".training" in own, f"{own} imports {name}, which only the command line and the tests may use"
+
+
+def test_the_core_is_small():
+    core = [path for path in MODULES if path.parent.name == "dalleflamingo" and not path.name.startswith("__")]
+    assert sorted(path.stem for path in core) == sorted(CORE) and len(core) <= 16
+    assert sum(len(path.read_text().splitlines()) for path in core) <= 4000
 
 
 # ── the notebooks ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -93,7 +93,7 @@ def test_a_stage_that_is_neither_trained_nor_shipped_says_how_to_train_it(tmp_pa
 
 
 def test_a_run_that_was_never_trained_says_how_to_train_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="miniature.train"):
+    with pytest.raises(FileNotFoundError, match="dalleflamingo train"):
         load_trained(LineRecipe(), tmp_path / "line")
 
 

@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 
 from dalleflamingo import datasets, intervals, profiles, reconstruct, registry, runs
+from dalleflamingo.__main__ import main
 from dalleflamingo.decoding import TopK
+from dalleflamingo.evaluation import similarities
 from dalleflamingo.similarity import PairSimilarity
 
 HERE = Path(__file__).parent
@@ -424,35 +426,35 @@ def test_own_pictures_and_captions_by_command(tmp_path, monkeypatch, capsys):
     models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()]
     asked = []
     monkeypatch.setattr(reconstruct, "load_models", lambda profile, scheduler: asked.append(scheduler) or models)
-    assert reconstruct.main([str(tmp_path / "mine"), "--out", str(tmp_path / "run")]) == 0
+    assert main(["reconstruct", str(tmp_path / "mine"), "--out", str(tmp_path / "run")]) == 0
     assert len(pd.read_parquet(tmp_path / "run/candidates.parquet")) == 3 * 2
     assert "6 candidates of 3 images (0 were there already, 0 skipped)" in capsys.readouterr().out
 
     (tmp_path / "mine.txt").write_text("a red thing\n\na blue thing\n", encoding="utf-8")
     texts = [PairSimilarity("letters", fakes.common_letters)]
-    monkeypatch.setattr(reconstruct, "load_text_similarities", lambda profile, corpus: texts)
-    assert reconstruct.main([str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts")]) == 0
+    monkeypatch.setattr(similarities, "load_text_similarities", lambda profile, corpus: texts)
+    assert main(["reconstruct", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts")]) == 0
     table = pd.read_parquet(tmp_path / "texts/candidates.parquet")
     assert table.caption.tolist() == ["a red thing"] * 2 + ["a blue thing"] * 2
     (tmp_path / "mine.txt").write_text("a green thing\na blue thing\n", encoding="utf-8")
-    assert reconstruct.main([str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts")]) == 0
+    assert main(["reconstruct", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts")]) == 0
     edited = pd.read_parquet(tmp_path / "texts/candidates.parquet")
     assert edited.caption.tolist() == ["a green thing"] * 2 + ["a blue thing"] * 2  # no line has another's pictures
     assert edited.image_id.tolist()[2:] == table.image_id.tolist()[2:]
 
     quick = ["--scheduler", "DPMSolverMultistep", "--steps", "15"]
-    assert reconstruct.main([str(tmp_path / "mine.txt"), "--out", str(tmp_path / "quick"), *quick]) == 0
+    assert main(["reconstruct", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "quick"), *quick]) == 0
     assert asked == [None, None, None, "DPMSolverMultistep"]
     assert [models[1].calls[i]["steps"] for i in (0, -1)] == [profiles.PROFILES["smoke"].steps, 15]
     with pytest.raises(SystemExit):
-        reconstruct.main([str(tmp_path / "mine"), "--out", str(tmp_path / "none"), "--steps", "0"])
+        main(["reconstruct", str(tmp_path / "mine"), "--out", str(tmp_path / "none"), "--steps", "0"])
     assert "steps = 0" in capsys.readouterr().err
 
     with pytest.raises(SystemExit):
-        reconstruct.main([str(tmp_path / "gone.txt"), "--out", str(tmp_path / "none")])
+        main(["reconstruct", str(tmp_path / "gone.txt"), "--out", str(tmp_path / "none")])
     assert "gone.txt is no text file" in capsys.readouterr().err and len(asked) == 5
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as stopped:
-        reconstruct.main([str(tmp_path / "empty"), "--out", str(tmp_path / "run")])
+        main(["reconstruct", str(tmp_path / "empty"), "--out", str(tmp_path / "run")])
     assert stopped.value.code == 2 and "holds no pictures" in capsys.readouterr().err

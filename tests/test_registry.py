@@ -138,7 +138,7 @@ def test_missing_weights_are_named(miniature):
     (miniature / UNET).unlink()
     with pytest.raises(RegistryError, match="diffusion_pytorch_model.safetensors is missing; expected"):
         registry.verify("miniature/sd")
-    with pytest.raises(RegistryError, match="there are no weights in .*sd: run `git checkout -- .*miniature.train"):
+    with pytest.raises(RegistryError, match="there are no weights in .*sd: run `git checkout -- .*dalleflamingo train"):
         registry.locate("miniature/sd")
 
 

@@ -390,9 +390,9 @@ def test_the_commit_of_a_result_is_dirty_where_code_or_data_changed_and_not_wher
         who = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
         subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True)
 
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "package/results.py"))
-    for name in ("package", "data", "docs"):
-        (tmp_path / name).mkdir()
+    monkeypatch.setattr(pages, "__file__", str(tmp_path / "package/research/pages.py"))
+    for name in ("package/research", "data", "docs"):
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "file").write_text("as committed")
     assert pages.current_commit() == "not in a git checkout"
     git("init")

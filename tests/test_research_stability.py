@@ -4,7 +4,7 @@ import fakes
 import numpy as np
 import pandas as pd
 import pytest
-from test_reproduce import candidates, world
+from test_research_insights import candidates, world
 
 from dalleflamingo import profiles
 from dalleflamingo.intervals import Interval

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from test_reproduce import candidates, world
+from test_research_insights import candidates, world
 
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.evaluation import caption_metrics
@@ -224,7 +224,7 @@ def test_baselines_become_columns_and_picks(judged, monkeypatch):
             return torch.stack([torch.tensor([1.0, float(len(str(item)))]) for item in items])
 
     dataset = world()
-    monkeypatch.setattr(baselines, "Pictures", lambda paths: [str(path) for path in paths])
+    monkeypatch.setattr(baselines, "ImageFiles", lambda paths: [str(path) for path in paths])
     captioner = SimpleNamespace(log_likelihood=lambda images, captions, k: -torch.arange(k, dtype=torch.float))
     table = baselines.add(judged.table, dataset, captioner, Embedder(), Embedder())
     assert table["likelihood"].tolist() == [0, -1, -2, -3] * 24 and table["clip_score"].between(0, 1).all()

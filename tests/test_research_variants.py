@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from test_reproduce import candidates, world
+from test_research_insights import candidates, world
 
 from dalleflamingo import profiles
 from dalleflamingo.captioner import PAPER

@@ -174,11 +174,11 @@ def draw_pictures(root: Path = ROOT) -> int:
     return drawn
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="invent the annotation files anew, too")
     parser.add_argument("--root", type=Path, default=ROOT, help=f"folder of the corpora (default: {ROOT})")
-    arguments = parser.parse_args()
-    if arguments.write:
-        write_annotations(arguments.root)
-    print(f"{draw_pictures(arguments.root)} pictures drawn, all others were there: {arguments.root}")
+    options = parser.parse_args(arguments)
+    if options.write:
+        write_annotations(options.root)
+    print(f"{draw_pictures(options.root)} pictures drawn, all others were there: {options.root}")

@@ -19,6 +19,7 @@ from dalleflamingo.cycle import CHOSEN
 from dalleflamingo.datasets import open_image
 from dalleflamingo.intervals import Interval
 from dalleflamingo.research import pages, report
+from dalleflamingo.research.claims import Claim, scoreboard, verdict_line, weakest_of
 from dalleflamingo.research.cycle_comparison import (
     Examined,
     Study,
@@ -29,7 +30,6 @@ from dalleflamingo.research.cycle_comparison import (
     study,
 )
 from dalleflamingo.research.cycle_study import ARMS, DEVIATIONS, MODES, START, TABLE_3, TABLE_9, chosen_on, tested
-from dalleflamingo.research.insights import Claim, weakest_of
 from dalleflamingo.research.ranking import ALL
 
 BLIP, LARGE, BLIP2 = "miniature/blip", "miniature/blip-large", "miniature/blip2"
@@ -228,7 +228,7 @@ def page(found: Study, claims: Sequence[Claim], command: str) -> str:
     """The page in Markdown."""
     lines = []
     for claim in claims:
-        lines.append(claims.verdict_line(claim))
+        lines.append(verdict_line(claim))
         for what, effect in claim.apart.items():
             lines.append(f"  * {what}: {pages.cell(effect, claim.digits, signed=True)}")
     losses = CHOSEN.losses
@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
         frame.to_csv(folder / f"cycle-table-{name}.csv", index=False)
     profile = profiles.current()
     where = SimpleNamespace(profile=profile.name, dataset=profile.dataset, seed=0)
-    claims.scoreboard(folder / "claims.json", claims, where)
+    scoreboard(folder / "claims.json", claims, where)
     (folder / "cycle.md").write_text(
         page(found, claims, "python -m dalleflamingo research cycle-report"), encoding="utf-8"
     )

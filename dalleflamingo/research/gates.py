@@ -354,13 +354,13 @@ def _in_parts(work: Callable[[list], list], items: list, what: str, size: int = 
     return [result for start in starts for result in work(items[start : start + size])]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help=f"which of {', '.join(MODELS)} (default: all)", metavar="MODEL")
     parser.add_argument("--prompts", type=int, default=200, help="of one thing, and of two, to be drawn (200)")
-    arguments = parser.parse_args()
-    for name in arguments.models or MODELS:
-        gates = measure(name, arguments.prompts)
+    options = parser.parse_args(arguments)
+    for name in options.models or MODELS:
+        gates = measure(name, options.prompts)
         record(gates)
         print(*(line(gate.as_dict()) for gate in gates), sep="\n", flush=True)
     print(f"written: {ROOT}/MANIFEST.json, docs/miniature.md")

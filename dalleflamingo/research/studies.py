@@ -28,8 +28,9 @@ from dalleflamingo.evaluation.caption_metrics import Cider
 from dalleflamingo.intervals import Interval, derive_seed, paired_bootstraps
 from dalleflamingo.reconstruct import load_captioner
 from dalleflamingo.research import pages, report
+from dalleflamingo.research.claims import Claim, scoreboard, verdict_line
 from dalleflamingo.research.image_ranking import evaluate_images
-from dalleflamingo.research.insights import RANKED, Claim, text_trips
+from dalleflamingo.research.insights import RANKED, text_trips
 from dalleflamingo.research.ranking import (
     ALL,
     LOWER,
@@ -206,7 +207,7 @@ def write(
     show.write_png(growth_figure(grown, "cider"), figures / "growth_cider.png")
     show.write_png(growth_figure(pictures, "clip_distance"), figures / "growth_clip_distance.png")
     show.write_png(growth_figure(many, "clip_distance"), figures / "growth_many.png")
-    claims.scoreboard(folder / "claims.json", claims, report.Settings.of(table))
+    scoreboard(folder / "claims.json", claims, report.Settings.of(table))
     text = page(by_p, grown, pictures, many, pairs, claims, table.attrs)
     (folder / "studies.md").write_text(text, encoding="utf-8")
 
@@ -260,7 +261,7 @@ def page(
         "their direction.",
         f"n = {by_p['n'].max()} images of {settings['dataset']}. Made by `python -m dalleflamingo research studies` at "
         f"commit `{pages.current_commit()}`, from the candidates of `{settings['command']}`.",
-        "\n".join(map(claims.verdict_line, claims)),
+        "\n".join(map(verdict_line, claims)),
         "\n".join(beside),
         "## Nucleus p (Table 6)",
         "One caption an image, from the same seed at every p. CIDEr × 100, higher is better.",

@@ -28,8 +28,9 @@ from dalleflamingo.miniature.lafite import LafiteGenerator
 from dalleflamingo.miniature.scene_graph import Scene, recall_of_things, wrong_facts
 from dalleflamingo.reconstruct import image_text_image, load_captioner, load_models
 from dalleflamingo.research import pages, report
+from dalleflamingo.research.claims import Claim, scoreboard, verdict_line
 from dalleflamingo.research.image_ranking import Judges, evaluate_images
-from dalleflamingo.research.insights import RANKED, TABLE_2, Claim, difference
+from dalleflamingo.research.insights import RANKED, TABLE_2, difference
 from dalleflamingo.research.ranking import (
     ALL,
     EvaluatedCandidates,
@@ -236,7 +237,7 @@ def page(
         f"{pages.measured_on(profiles.current().dataset)}; the paper's figures (NoCaps, COCO) stand beside ours for "
         "their direction.",
         f"Made by `{command}` at commit `{pages.current_commit()}`. Brackets are 95 % intervals, paired over images.",
-        "\n".join(map(claims.verdict_line, claims)),
+        "\n".join(map(verdict_line, claims)),
         f"## Insight I (with Tables 7 and 8), K = {RANKED}",
         _markdown(table_7(again)),
         "How much smaller the gain is than Insight I's. The intervals are those of two independent figures, "
@@ -302,7 +303,7 @@ def run(images: int, docs: Path, runs: Path, only: str | None) -> list[Claim]:
     # real pictures have no scene to be held against
     wrong = pd.DataFrame({what: faults(*pair) for what, pair in everyone.items() if "right" in pair[0].table}).T
     claims = claims_6_and_8(again, first)
-    claims.scoreboard(folder / "claims.json", claims, report.Settings.of(table))
+    scoreboard(folder / "claims.json", claims, report.Settings.of(table))
     for name, effects in [*again.items(), *described.items()]:
         effects.round(5).to_csv(folder / _file(name), index=False)
     if len(wrong):

@@ -76,9 +76,9 @@ def write_manifest(models: dict, root: Path = ROOT) -> None:
     file.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="which (default: all)", metavar="MODEL")
-    names = parser.parse_args().models or list(RECIPES)
+    names = parser.parse_args(arguments).models or list(RECIPES)
     write_manifest({name: ship(name) for name in names})
     print(f"shipped {', '.join(names)} to {ROOT}")

@@ -94,7 +94,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=[*RECIPES, "all"])
     parser.add_argument("--steps", type=int, help="length of training (default: the recipe's)")
@@ -105,21 +105,21 @@ def main() -> None:
     )
     parser.add_argument("--init-from", type=Path, help="start from the weights in this folder (data/miniature/sd, say)")
     parser.add_argument("--run", type=Path, help=f"where the run is kept (default: {RUNS}/MODEL)")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     torch.set_flush_denormal(True)  # denormal numbers are a hundred times slower on CPUs
-    for name in RECIPES if arguments.model == "all" else [arguments.model]:
-        torch.manual_seed(arguments.seed)
+    for name in RECIPES if options.model == "all" else [options.model]:
+        torch.manual_seed(options.seed)
         recipe = RECIPES[name]()
-        recipe.steps = arguments.steps or recipe.steps
-        if arguments.init_from:
-            recipe.restore(arguments.init_from)
-        if arguments.compile:
+        recipe.steps = options.steps or recipe.steps
+        if options.init_from:
+            recipe.restore(options.init_from)
+        if options.compile:
             for module in recipe.compilable:
                 module.compile()
-        run = arguments.run or RUNS / name
-        train(recipe, run, seed=arguments.seed, device="cuda" if torch.cuda.is_available() else "cpu")
+        run = options.run or RUNS / name
+        train(recipe, run, seed=options.seed, device="cuda" if torch.cuda.is_available() else "cpu")
         print(f"{name}: trained, in {run}")
