@@ -1,124 +1,314 @@
 """One command line: `python -m dalleflamingo COMMAND --help`.
 
-Every command is a function that takes the rest of the command line and returns an exit status. Modules are imported
-when their command is chosen, so that `--help` answers at once.
+A command is a function that takes the rest of the command line and returns an exit status: 0; 2 for an error that the
+user can mend, told in one line; 130 where it was interrupted. Its module is imported when the command is chosen, so
+that `--help` answers at once.
 """
 
 import argparse
 import dataclasses
 import importlib
+import inspect
+import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-COMMANDS = {  # command -> where its function is, and what it does
-    "reconstruct": ("dalleflamingo.__main__:reconstruct", "send your own images or captions there and back"),
-    "cycle": ("dalleflamingo.__main__:cycle", "finetune a captioner and a generator through each other"),
-    "course": ("dalleflamingo.course.run:main", "execute the notebooks and make pages of them"),
-    "data": ("dalleflamingo.miniature.corpora:main", "draw the images of the miniature data sets"),
-    "train": ("dalleflamingo.miniature.training.train:main", "train the models of the miniature"),
-    "research": ("dalleflamingo.__main__:research", "measure what docs/results holds, one study a command"),
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from dalleflamingo.datasets import Dataset
+    from dalleflamingo.profiles import Profile
+
+# `profiles.VARIABLE`, spelled again because importing it would import torch, without which --help answers at once
+PROFILE = "DALLEFLAMINGO_PROFILE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Where the function of a command is, what it does, and what a user should know who interrupts it."""
+
+    function: str
+    summary: str
+    interrupted: str = "what is finished is kept, and the same command goes on where it was"
+
+
+_SHOWN = 3  # images or captions whose best candidates `reconstruct` prints
+COMMANDS = {
+    "reconstruct": Command(
+        "dalleflamingo.__main__:reconstruct",
+        "send your own images or captions there and back",
+        interrupted="",  # the journey itself says how many images are kept, and where
+    ),
+    "cycle": Command(
+        "dalleflamingo.__main__:cycle",
+        "finetune a captioner and a generator through each other",
+        "the last checkpoint is kept, and the same command goes on from it",
+    ),
+    "course": Command("dalleflamingo.course.run:main", "execute the notebooks and make pages of them"),
+    "data": Command("dalleflamingo.miniature.corpora:main", "draw the images of the miniature data sets"),
+    "train": Command(
+        "dalleflamingo.miniature.training.train:main",
+        "train the models of the miniature",
+        "the last checkpoint is kept, and the same command goes on from it",
+    ),
+    "research": Command("dalleflamingo.__main__:research", "measure what docs/results holds, one study a command"),
 }
 RESEARCH = {
-    "insight": ("dalleflamingo.research.insights:main", "Insight I or II with all its metrics (claims 1 to 4)"),
-    "studies": ("dalleflamingo.research.studies:main", "sampling, candidates, vocabularies (claims 5, 7, 13)"),
-    "variants": ("dalleflamingo.research.variants:main", "other samplers, models and images (claims 6 and 8)"),
-    "stability": ("dalleflamingo.research.stability:main", "rankings from several generated images of each caption"),
-    "cycle": ("dalleflamingo.research.cycle_study:main", "the training runs of Tables 3, 4, 5 and 9"),
-    "cycle-report": ("dalleflamingo.research.cycle_report:main", "tables and claims 9 to 12 and 14 from these runs"),
-    "gates": ("dalleflamingo.research.gates:main", "how good the shipped models are, on held-out scenes"),
-    "figures": ("dalleflamingo.research.readme_figures:main", "the two figures of the README"),
+    "insight-1": Command("dalleflamingo.research.insights:main_1", "image → text → image, measured (claims 1 and 2)"),
+    "insight-2": Command("dalleflamingo.research.insights:main_2", "text → image → text, measured (claims 3 and 4)"),
+    "studies": Command("dalleflamingo.research.studies:main", "sampling, candidates, vocabularies (claims 5, 7, 13)"),
+    "variants": Command("dalleflamingo.research.variants:main", "other samplers, models and images (claims 6 and 8)"),
+    "stability": Command("dalleflamingo.research.stability:main", "rankings from several images of each caption"),
+    "cycle": Command("dalleflamingo.research.cycle_study:main", "the training runs of Tables 3, 4, 5 and 9"),
+    "cycle-report": Command(
+        "dalleflamingo.research.cycle_report:main",
+        "tables and claims 9 to 12 and 14 from these runs",
+        "the runs are kept, and the same command starts the report again",
+    ),
+    "gates": Command(
+        "dalleflamingo.research.gates:main",
+        "how good the shipped models are, on held-out scenes",
+        "the same command starts again",
+    ),
+    "figures": Command(
+        "dalleflamingo.research.readme_figures:main",
+        "the two figures of the README",
+        "the same command starts again",
+    ),
 }
+ABOUT = """Do DALL-E and Flamingo understand each other?
+
+An image is captioned and generated again from its caption; a caption is made an image and described again. What comes
+back tells how well the two models understand each other."""
+PROFILE_HELP = f"""models and size: smoke (seconds) and mini (minutes) run the miniature's models on a CPU, colab and
+paper run BLIP and Stable Diffusion on a GPU; default: ${PROFILE}, or mini where it is unset"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that is named first; returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    return _dispatch(COMMANDS, arguments, "python -m dalleflamingo", "Do DALL-E and Flamingo understand each other?")
+    """Run a command; returns its exit status.
+
+    Args:
+        arguments: of the command line; None for those of this process.
+    """
+    prog = "python -m dalleflamingo"
+    parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    _add_profile(parser)
+    chosen, arguments = parser.parse_known_args(arguments)
+    if chosen.profile is not None:
+        from dalleflamingo.profiles import PROFILES
+
+        if chosen.profile not in PROFILES:
+            parser.error(f"argument --profile: unknown profile {chosen.profile!r}: one of {', '.join(PROFILES)}")
+        os.environ[PROFILE] = chosen.profile  # before any module reads it
+    return _dispatch(COMMANDS, arguments, prog, ABOUT)
 
 
 def research(arguments: list[str]) -> int:
     """Run the study that is named first."""
-    return _dispatch(RESEARCH, arguments, "python -m dalleflamingo research", "Measure what docs/results holds.")
+    about = "Measure what docs/results holds, with the current profile's models."
+    return _dispatch(RESEARCH, arguments, "python -m dalleflamingo research", about)
 
 
-def _dispatch(commands: dict[str, tuple[str, str]], arguments: list[str], prog: str, description: str) -> int:
-    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=f"More: {prog} COMMAND --help")
-    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, summary) in commands.items():
-        choices.add_parser(name, help=summary, add_help=False)
-    module, _, function = commands[parser.parse_args(arguments[:1]).command][0].partition(":")
-    return getattr(importlib.import_module(module), function)(arguments[1:]) or 0
+def _dispatch(commands: Mapping[str, Command], arguments: list[str], prog: str, about: str) -> int:
+    """Run the command that the first argument names, with the others."""
+    parser = _Parser(prog=prog, description=about, epilog=f"`{prog} COMMAND --help` says what a command takes.")
+    _add_profile(parser)
+    choices = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in commands.items():
+        choices.add_parser(name, help=command.summary, add_help=False)
+    name = next(iter(arguments), "")
+    if name in ("-h", "--help"):
+        parser.print_help()
+        return 0
+    if name not in commands:
+        parser.print_help(sys.stderr)
+        print(f"\n{prog}: {f'there is no command {name!r}' if name else 'name a command'}", file=sys.stderr)
+        return 2
+    module, _, function = commands[name].function.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)(arguments[1:]) or 0
+    except KeyboardInterrupt:
+        if commands[name].interrupted:
+            print(f"\nInterrupted: {commands[name].interrupted}.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not (remedy := _remedy(error)):
+            raise
+        print(f"{prog} {name}: {remedy}", file=sys.stderr)
+        return 2
+
+
+def _remedy(error: Exception) -> str:
+    """What a user should do about an error; empty where only its traceback helps."""
+    from dalleflamingo.registry import RegistryError
+
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return "the GPU's memory is full: give a smaller --batch-size, or in cycle's --config a larger accumulation"
+    return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError, RegistryError)) else ""
 
 
 def reconstruct(arguments: list[str]) -> int:
-    """One's own pictures (a folder) or captions (a file, one a line) there and back, with the profile's models."""
-    from dalleflamingo import profiles, registry
-    from dalleflamingo.datasets import read_captions, read_folder
-    from dalleflamingo.evaluation.similarities import load_text_similarities
-    from dalleflamingo.reconstruct import image_text_image, load_models, text_image_text
+    """Send your own images, or your own captions, there and back with the profile's models.
 
-    parser = argparse.ArgumentParser(prog="python -m dalleflamingo reconstruct", description=reconstruct.__doc__)
-    parser.add_argument("source", type=Path, help="a folder of pictures, or a text file of captions")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; an interrupted run goes on in its own")
-    parser.add_argument("--scheduler", help="that draws, DPMSolverMultistep for example; default: the profile's")
-    parser.add_argument("--steps", type=int, help="of drawing; default: the profile's")
+    A folder of images: each is captioned several times, an image is generated from each caption, and CLIP and DINO
+    score how similar it is to the original. A text file, one caption a line: several images are generated from each,
+    each image is described, and four similarities of texts score how similar the description is to the caption.
+
+    The best candidates of the first images or captions are printed. All candidates with their scores are in
+    candidates.parquet of the run folder. To rank them in Python (after a text file, by="text_clip"):
+
+        import pandas
+        from dalleflamingo import rank
+        ranked = rank(pandas.read_parquet("OUT/candidates.parquet"), by="clip")
+    """
+    parser = _parser("reconstruct", reconstruct)
+    parser.add_argument("source", type=Path, help="a folder of images, or a text file with one caption a line")
+    parser.add_argument("--out", type=Path, required=True, help="run folder; a run that was interrupted goes on there")
+    parser.add_argument("--images", type=_positive, metavar="N", help="take only the first N images or captions")
+    parser.add_argument(
+        "--candidates", type=_positive, metavar="K", help="captions of an image, or images of a caption"
+    )
+    parser.add_argument("--scheduler", help="of the generator: DDIM, DPMSolverMultistep or another of diffusers")
+    parser.add_argument("--size", type=_positive, metavar="PIXELS", help="side of a generated image, a multiple of 8")
+    _add_shared(parser, steps="denoising steps of the generator", batch_size="images at once; fewer need less memory")
     options = parser.parse_args(arguments)
-    try:
-        profile = profiles.current()
-        settings = dict(
-            candidates=profile.candidates,
-            steps=profile.steps if options.steps is None else options.steps,
-            guidance_scale=profile.guidance_scale,
-            batch_size=profile.batch_size,
-        )
-        is_text = options.source.suffix.lower() == ".txt" or options.source.is_file()
-        source = read_captions(options.source) if is_text else read_folder(options.source)
-        captioner, generator, similarities = load_models(profile, options.scheduler)
-        if is_text:
-            similarities = load_text_similarities(profile, {text.image_id: text.references for text in source})
-            text_image_text(source, captioner, generator, similarities, options.out, **settings)
-        else:
-            image_text_image(source, captioner, generator, similarities, options.out, **settings)
-    except (ValueError, FileNotFoundError, registry.RegistryError) as error:
-        parser.error(str(error))
+
+    from dalleflamingo.datasets import IMAGE_SUFFIXES, read_captions, read_folder
+
+    is_text = options.source.suffix.lower() == ".txt" or options.source.is_file()
+    if options.source.suffix.lower() in IMAGE_SUFFIXES and not options.source.is_dir():
+        parser.error(f"{options.source} is a single image: put it into a folder, and give the folder")
+    source = (read_captions if is_text else read_folder)(options.source)[: options.images]
+    table, names = (_text_journey if is_text else _image_journey)(source, options)
+    _print_best(table, names, "image" if is_text else "caption")
     return 0
 
 
-def cycle(arguments: list[str]) -> int:
-    """Finetune the two shipped miniatures, or the models that are named, and export them."""
-    from dalleflamingo import profiles, registry
-    from dalleflamingo.cycle import CycleConfig, export, prepare, push, read_config, tracked, train, validation_set
-    from dalleflamingo.evaluation.cycle_validation import Validation
+def _sized_profile(options: argparse.Namespace) -> "Profile":
+    """The current profile, its generated images as large as `--size` says."""
+    from dalleflamingo import profiles
 
-    defaults = CycleConfig()
-    parser = argparse.ArgumentParser(prog="python -m dalleflamingo cycle", description=cycle.__doc__)
+    profile = profiles.current()
+    return dataclasses.replace(profile, image_size=options.size) if options.size else profile
+
+
+def _image_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[DataFrame, dict[int, str]]":
+    """The table of candidates, and the file name of each image id."""
+    from dalleflamingo.reconstruct import JourneySettings, image_text_image, load_models
+
+    profile = _sized_profile(options)
+    settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
+    table = image_text_image(source, *load_models(profile, options.scheduler), options.out, settings)
+    return table, {image.image_id: image.path.name for image in source}
+
+
+def _text_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[DataFrame, dict[int, str]]":
+    """The table of candidates, and the caption of each image id."""
+    from dalleflamingo.evaluation.similarities import load_text_similarities
+    from dalleflamingo.reconstruct import JourneySettings, load_captioner, load_generator, text_image_text
+
+    profile = _sized_profile(options)
+    settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
+    captioner, generator = load_captioner(profile), load_generator(profile, scheduler=options.scheduler)
+    similarities = load_text_similarities(profile, {text.image_id: text.references for text in source})
+    table = text_image_text(source, captioner, generator, similarities, options.out, settings)
+    return table, {text.image_id: text.references[0] for text in source}
+
+
+def _print_best(table: "DataFrame", names: Mapping[int, str], column: str) -> None:
+    """For each similarity of a journey's table, the best candidate of the first few images or captions.
+
+    Args:
+        table: of candidates.
+        names: image id -> what the user knows the image or caption by.
+        column: what to print of a candidate.
+    """
+    from dalleflamingo.reconstruct import ImageTextImage, TextImageText, select
+
+    for similarity in (name for name in table if name not in ImageTextImage.columns | TextImageText.columns):
+        best = select(table, by=similarity).head(_SHOWN)
+        print(f"best by {similarity}:")
+        for image_id, score, candidate in zip(best["image_id"], best[similarity], best[column], strict=True):
+            print(f"  {names[image_id]:<24.24} {score:8.3f}  {candidate}")
+
+
+def cycle(arguments: list[str]) -> int:
+    """Finetune the profile's captioner and generator through each other, and export both.
+
+    The folder of the run gets log.jsonl with the losses, the last checkpoint, and in the end the folders captioner and
+    generator, which transformers and diffusers open.
+    """
+    parser = _parser("cycle", cycle)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run; a run that is there goes on")
-    parser.add_argument("--config", type=Path, help="JSON of CycleConfig's fields, those that are not the defaults")
-    parser.add_argument("--steps", type=int, help=f"default: {defaults.steps}")
-    parser.add_argument("--tracker", default="tensorboard", help="of accelerate's, or none; default: tensorboard")
+    parser.add_argument("--config", type=Path, help="JSON with fields of CycleConfig, in place of the profile's")
+    parser.add_argument("--tracker", default="tensorboard", help="of accelerate, or none; default: %(default)s")
     parser.add_argument("--push-to-hub", metavar="OWNER", help="upload both models, as OWNER/RUN-captioner, -generator")
+    _add_shared(parser, steps="optimizer steps", batch_size="images with a caption at each step")
     options = parser.parse_args(arguments)
-    try:
-        config = read_config(options.config) if options.config else defaults
-        config = dataclasses.replace(config, steps=options.steps or config.steps)
-        accelerator = tracked(options.tracker, options.run, config)
-        models, pairs, learner = prepare(config, accelerator.device)
-        profile, validate = profiles.current(), None
-        if config.validate_every:
-            seen = validation_set(config)
-            validate = Validation(
-                models, seen, options.run, profile.steps, profile.guidance_scale, batch_size=profile.batch_size
-            )
-        train(config, models, pairs, learner, options.run, accelerator, validate)
-        accelerator.end_training()
-    except (ValueError, FloatingPointError, registry.RegistryError) as error:
-        parser.error(str(error))
+
+    from dalleflamingo import profiles
+    from dalleflamingo.cycle import CycleConfig, load_cycle, train_cycle
+    from dalleflamingo.evaluation.cycle_reporting import export, push, read_config, tracked, write_model_cards
+    from dalleflamingo.evaluation.cycle_validation import Validation, validation_set
+
+    profile, validate = profiles.current(), None
+    config = read_config(options.config, profile) if options.config else CycleConfig.of(profile)
+    config = dataclasses.replace(config, **_given(options, "steps", "seed", "batch_size"))
+    accelerator = tracked(options.tracker, options.run, config)
+    models, batches, trainable = load_cycle(config, accelerator.device)
+    if config.validate_every:
+        size = dict(steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size)
+        validate = Validation(models, validation_set(config), options.run, **size)
+    train_cycle(config, models, batches, trainable, options.run, accelerator, validate)
+    accelerator.end_training()
     if accelerator.is_main_process:
-        export(config, models, options.run)
+        export(models, options.run)
+        write_model_cards(config, options.run)
         print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
         if options.push_to_hub:
             print(*push(options.run, options.push_to_hub), sep="\n")
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """With its text as it is written, and an error in one line."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help says more\n")
+
+
+def _parser(name: str, command: Callable) -> argparse.ArgumentParser:
+    # no abbreviations: `main` has taken --profile away, and --prof would reach the command and be ignored
+    prog, about = f"python -m dalleflamingo {name}", inspect.cleandoc(command.__doc__)
+    return _Parser(prog=prog, description=about, epilog="Defaults come from the profile.", allow_abbrev=False)
+
+
+def _add_shared(parser: argparse.ArgumentParser, steps: str, batch_size: str) -> None:
+    """The options of every command that runs models."""
+    parser.add_argument("--steps", type=_positive, help=steps)
+    parser.add_argument("--batch-size", type=_positive, metavar="B", help=batch_size)
+    parser.add_argument("--seed", type=int, help="of all random numbers; default: 0")
+    _add_profile(parser)
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", metavar="NAME", help=PROFILE_HELP)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
+    return int(text)
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, int]:
+    """Those of the options that the command line has."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 if __name__ == "__main__":

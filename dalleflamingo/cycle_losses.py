@@ -1,13 +1,14 @@
-"""The four losses of cycle finetuning (§4.2, Eqs. 1–5): either model learns from the label, and through the other.
+"""The four losses of cycle finetuning (§4.2, Eqs. 1–5): each model learns from labels and through the other model.
 
     (1) label → captioner       −Σ_t log p_θ(w_t | w_<t, x)
-    (2) image → text → image    ‖ε − ε_φ(z_t, t, τ(P M E))‖²      P: what the captioner says along w
+    (2) image → text → image    ‖ε − ε_φ(z_t, t, τ(P M E))‖²      P: the captioner's distributions along w
     (3) label → generator       ‖ε − ε_φ(z_t, t, τ(w))‖²
-    (4) text → image → text     −Σ_t log p_θ(w_t | w_<t, x̂)       x̂: decoded from ẑ_0, see `diffusion.py`
+    (4) text → image → text     −Σ_t log p_θ(w_t | w_<t, x̂)       x̂: decoded from ẑ_0, see `generator.py`
+    (5) L = (1) + (2) + (3) + (4)
 
-(1) and (2) begin with the same pass through the captioner, (3) and (4) with the same through the U-Net, so that what
-the cycle adds to learning from labels is a second half to each. Sums over t are means over the batch's pieces, norms
-are means over elements, as both stock models have them.
+(1) and (2) share a pass through the captioner, (3) and (4) one through the U-Net, so the cycle adds a
+second half to each loss on labels. Sums over t are means over the tokens of a batch, squared norms are means over
+elements, as in both stock models. Only the query projections of cross-attention are trained (BLIP-2: query tokens).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,38 +17,35 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from dalleflamingo.bridge import Bridge, relax
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.generator import Generator, NoisyLatents, add_noise
 
+LOSS_NAMES = ("caption", "image_reconstruction", "generation", "caption_reconstruction")  # (1) to (4)
+UPDATES = ("both", "captioner", "generator")
+
 
 def captioner_parameters(captioner: Captioner) -> dict[str, nn.Parameter]:
-    """Name -> parameter of what a captioner learns by. Errors as `generator_parameters`."""
-    own = hasattr(captioner.model, "query_tokens")  # BLIP-2, whose Q-Former has cross-attention, too
-    return _named(captioner.model, "query_tokens" if own else "crossattention.self.query.")
-
-
-def generator_parameters(generator: Generator) -> dict[str, nn.Parameter]:
-    """Name -> parameter of what a generator learns by.
+    """Name -> trained parameter of a captioner: BLIP's queries of cross-attention, BLIP-2's query tokens.
 
     Raises:
         ValueError: the model has no such parameter.
     """
+    is_blip2 = hasattr(captioner.model, "query_tokens")  # its Q-Former has cross-attention too, which is not trained
+    return _named(captioner.model, "query_tokens" if is_blip2 else "crossattention.self.query.")
+
+
+def generator_parameters(generator: Generator) -> dict[str, nn.Parameter]:
+    """Name -> trained parameter of a generator: the queries of the U-Net's cross-attention. Raises likewise."""
     return _named(generator.pipeline.unet, "attn2.to_q.")
 
 
-def freeze_all_but(model: nn.Module, learning: dict[str, nn.Parameter]) -> None:
-    """Let gradients reach these parameters of the model only."""
+def freeze_all_but(model: nn.Module, trainable: dict[str, nn.Parameter]) -> None:
+    """Let gradients reach only those parameters of a model that `trainable` names."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in learning)
-
-
-def count_parameters(learning: dict[str, nn.Parameter]) -> int:
-    """How many numbers are trained."""
-    return sum(parameter.numel() for parameter in learning.values())
+        parameter.requires_grad_(name in trainable)
 
 
 def _named(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
@@ -57,23 +55,19 @@ def _named(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
     return found
 
 
-NAMES = ("caption", "image_reconstruction", "generation", "caption_reconstruction")  # (1) to (4)
-MOVED = ("both", "captioner", "generator")
-
-
 @dataclass(frozen=True)
 class Losses:
-    """Which of the four, how much of each, and whom they move.
+    """Weights of the four losses, and which model each of them updates.
 
     Attributes:
         caption, image_reconstruction, generation, caption_reconstruction: weights of (1) to (4); 0 leaves one out.
-        image_updates, caption_updates: whom (2) and (4) update: "both", "captioner" or "generator".
-        mode, temperature: of the bridge, as `bridge.relax`.
-        latest: (4) is taken of pictures whose timestep lies below this share of all; what is decoded from later ones
-            is mostly the error of ε.
+        image_updates, caption_updates: which models (2) and (4) update: "both", "captioner" or "generator".
+        mode, temperature: settings of the bridge, see `bridge.relax`.
+        max_timestep: a share of all timesteps in (0, 1]: (4) leaves out images noised to later ones, because x̂ decoded
+            from late timesteps shows little but the error in ε.
         decoded_size: side in pixels at which x̂ is decoded; None: the generator's own.
-        previous_sample, unnormalised: as in the code that the authors released: x̂ is decoded from what the scheduler's
-            `step` makes of the clean latents, z for z_t, and reaches the captioner without its normalisation.
+    Raises:
+        ValueError: a weight is negative, or a value is not one of those allowed here.
     """
 
     caption: float = 1.0
@@ -84,53 +78,57 @@ class Losses:
     caption_updates: str = "both"
     mode: str = "straight-through"
     temperature: float = 1.0
-    latest: float = 1.0
+    max_timestep: float = 1.0
     decoded_size: int | None = None
-    previous_sample: bool = False
-    unnormalised: bool = False
 
     def __post_init__(self):
         for name in ("image_updates", "caption_updates"):
-            if getattr(self, name) not in MOVED:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(MOVED)}")
-        if not 0 < self.latest <= 1:
-            raise ValueError(f"latest = {self.latest}: it is a share of the timesteps, above 0 and at most 1")
-        if any(getattr(self, name) < 0 for name in NAMES):
-            raise ValueError(f"weights {[getattr(self, name) for name in NAMES]}: none may be below 0")
+            if getattr(self, name) not in UPDATES:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(UPDATES)}")
+        if not 0 < self.max_timestep <= 1:
+            raise ValueError(f"max_timestep = {self.max_timestep}: it is a share of all, above 0 and at most 1")
+        if any(getattr(self, name) < 0 for name in LOSS_NAMES):
+            raise ValueError(f"weights {[getattr(self, name) for name in LOSS_NAMES]}: none may be below 0")
+        relax(
+            torch.zeros(1), self.mode, self.temperature
+        )  # refuses an unknown mode or temperature now, not in training
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures with a human caption each: a whole batch, or the part of one that a process has.
+    """B images with one human caption each: a whole batch of N, or one process's part of it.
 
     Attributes:
-        pixel_values: (B, 3, H, W) as the captioner's processor makes them.
+        pixel_values: (B, 3, H, W) from the captioner's processor.
+        captions: B texts.
         latents: (B, 4, h, w), scaled.
-        states: (B, 77, D), τ of the captions.
-        first: where the part begins in the whole.
-        pieces: of every caption of the whole, its end included: the mean over parts of a part's loss is the loss of
-            the whole, however long each part's captions are.
+        encoder_hidden_states: (B, 77, D), τ of the captions.
+        token_counts: (N,) number of tokens of every caption in the whole batch, including its end token, so that the
+            mean of the parts' losses is the loss of the whole, however long each part's captions are.
+        first: position of the part's first image in the whole batch.
     """
 
     pixel_values: Tensor
     captions: Sequence[str]
     latents: Tensor
-    states: Tensor
-    pieces: Tensor
+    encoder_hidden_states: Tensor
+    token_counts: Tensor
     first: int = 0
 
     @property
     def share(self) -> float:
-        """Of the whole that this part is."""
-        return len(self.captions) / len(self.pieces)
+        """The share of the whole batch's images that this part holds, in (0, 1]."""
+        return len(self.captions) / len(self.token_counts)
 
 
 class Cycle:
     """A captioner and a generator that teach each other.
 
     Args:
-        bridge: from the captioner's pieces to the generator's text encoder.
-        captioner_learns, generator_learns: the parameters that are trained; see `cycle.trainable`.
+        captioner, generator: p_θ; ε_φ with τ and the VAE.
+        bridge: from the captioner's tokens to the generator's text encoder.
+        trainable_captioner, trainable_generator: the trained parameters, see `captioner_parameters`.
+        losses: weights and settings.
     """
 
     def __init__(
@@ -138,131 +136,130 @@ class Cycle:
         captioner: Captioner,
         generator: Generator,
         bridge: Bridge,
-        captioner_learns: Sequence[nn.Parameter],
-        generator_learns: Sequence[nn.Parameter],
+        trainable_captioner: Sequence[nn.Parameter],
+        trainable_generator: Sequence[nn.Parameter],
         losses: Losses = Losses(),
     ):
-        self.captioner, self.generator, self.bridge, self.weights = captioner, generator, bridge, losses
-        self.learns = {"captioner": list(captioner_learns), "generator": list(generator_learns)}
+        self.captioner, self.generator, self.bridge, self.losses = captioner, generator, bridge, losses
+        self.trainable = {"captioner": list(trainable_captioner), "generator": list(trainable_generator)}
 
-    def from_image(self, batch: Batch, draw: torch.Generator) -> dict[str, Tensor]:
-        """(1) and (2), those that have a weight, each without it."""
-        weights, found = self.weights, {}
-        if not (weights.caption or weights.image_reconstruction):
-            return found
+    def image_losses(self, batch: Batch, draw: torch.Generator) -> dict[str, Tensor]:
+        """(1) and (2) where their weight is above 0, unweighted; `draw` (CPU) seeds timesteps, noise and samples."""
+        losses, found = self.losses, {}
         logits, ids = self.captioner.token_logits(batch.pixel_values, batch.captions)
-        if weights.caption:
-            found["caption"] = caption_loss(logits, ids, self.captioner.pad_id, batch.pieces.sum() * batch.share)
-        if weights.image_reconstruction:
+        if losses.caption:
+            found["caption"] = caption_loss(logits, ids, self.captioner.pad_id, batch.token_counts.sum() * batch.share)
+        if losses.image_reconstruction:
             found["image_reconstruction"] = self.image_reconstruction(logits, ids, batch, draw)
         return found
 
-    def from_text(self, batch: Batch, draw: torch.Generator) -> dict[str, Tensor]:
-        """(3) and (4), those that have a weight, each without it."""
-        weights, found = self.weights, {}
-        if not (weights.generation or weights.caption_reconstruction):
-            return found
-        noised = self.noised(batch, draw)
-        predicted = self.generator.predict(noised, batch.states)
-        if weights.generation:
-            found["generation"] = noised.loss(predicted)
-        if weights.caption_reconstruction:
-            found["caption_reconstruction"] = self.caption_reconstruction(predicted, noised, batch)
+    def text_losses(self, batch: Batch, draw: torch.Generator) -> dict[str, Tensor]:
+        """(3) and (4), in the same form as `image_losses`."""
+        losses, found = self.losses, {}
+        noisy = self.noisy_latents(batch, draw)
+        model_output = self.generator.predict(noisy, batch.encoder_hidden_states)
+        if losses.generation:
+            found["generation"] = noisy.loss(model_output)
+        if losses.caption_reconstruction:
+            found["caption_reconstruction"] = self.caption_reconstruction(model_output, noisy, batch)
         return found
 
-    def noised(self, batch: Batch, draw: torch.Generator) -> NoisyLatents:
-        """The batch's latents with noise."""
+    def noisy_latents(self, batch: Batch, draw: torch.Generator) -> NoisyLatents:
+        """z_t of the batch, at timesteps drawn uniformly."""
         scheduler = self.generator.pipeline.scheduler
-        return add_noise(batch.latents, scheduler, draw, batch.first, len(batch.pieces))
+        return add_noise(batch.latents, scheduler, draw, batch.first, len(batch.token_counts))
 
     def image_reconstruction(self, logits: Tensor, ids: Tensor, batch: Batch, draw: torch.Generator) -> Tensor:
-        """Eq. 2, from what the captioner says of the pictures; only whom it moves receives a gradient."""
-        weights = self.weights
-        logits = logits if weights.image_updates != "generator" else logits.detach()
-        noised = self.noised(batch, draw)
-        states = self.bridge(self._relaxed(logits, batch, draw), ids, batch.captions)
-        with still(self.learns["generator"] if weights.image_updates == "captioner" else []):
-            return noised.loss(self.generator.predict(noised, states))
+        """Eq. 2 from the captioner's (B, T, V) logits along (B, T) ids; a scalar."""
+        logits = logits if self.losses.image_updates != "generator" else logits.detach()
+        noisy = self.noisy_latents(batch, draw)
+        encoder_hidden_states = self.bridge(self._distributions(logits, batch, draw), ids, batch.captions)
+        with frozen(self.trainable["generator"] if self.losses.image_updates == "captioner" else []):
+            return noisy.loss(self.generator.predict(noisy, encoder_hidden_states))
 
-    def _relaxed(self, logits: Tensor, batch: Batch, draw: torch.Generator) -> Tensor:
-        """(B, T, V) distributions; a picture's sample is its own, whichever part of the whole batch this is."""
-        mode, temperature = self.weights.mode, self.weights.temperature
+    def _distributions(self, logits: Tensor, batch: Batch, draw: torch.Generator) -> Tensor:
+        """(B, T, V) relaxed logits; each image has its own Gumbel sample, however the batch is divided into parts."""
+        mode, temperature = self.losses.mode, self.losses.temperature
         if mode != "gumbel":
             return relax(logits, mode, temperature)
-        seeds = torch.randint(2**62, (len(batch.pieces),), generator=draw)[batch.first :].tolist()
+        seeds = torch.randint(2**62, (len(batch.token_counts),), generator=draw)[batch.first :].tolist()
         draws = [torch.Generator().manual_seed(seed) for seed in seeds[: len(logits)]]
-        return torch.stack([relax(row, mode, temperature, one) for row, one in zip(logits, draws, strict=True)])
+        return torch.stack([relax(row, mode, temperature, own) for row, own in zip(logits, draws, strict=True)])
 
-    def caption_reconstruction(self, predicted: Tensor, noised: NoisyLatents, batch: Batch) -> Tensor:
-        """Eq. 4, from what the generator predicts; 0 where every timestep of the batch is too late."""
-        weights = self.weights
-        limit = weights.latest * len(self.generator.pipeline.scheduler.alphas_cumprod)
-        early, pieces = noised.timesteps < limit, batch.pieces[noised.batch_timesteps < limit].sum() * batch.share
+    def caption_reconstruction(self, model_output: Tensor, noisy: NoisyLatents, batch: Batch) -> Tensor:
+        """Eq. 4 from the U-Net's (B, 4, h, w) output; a scalar, 0 where every timestep is above `max_timestep`."""
+        limit = self.losses.max_timestep * len(self.generator.pipeline.scheduler.alphas_cumprod)
+        early = noisy.timesteps < limit
         if not early.any():
-            return predicted.sum() * 0  # with a gradient, so that every process has one
-        predicted = predicted if weights.caption_updates != "captioner" else predicted.detach()
-        latents = self._one_step(noised.of(early), predicted[early])
-        captions = [caption for caption, kept in zip(batch.captions, early.tolist(), strict=True) if kept]
-        with still(self.learns["captioner"] if weights.caption_updates == "generator" else []):
-            pictures = self.generator.decode(self._reduced(latents))
-            pictures = as_seen(self.captioner, pictures, normalised=not weights.unnormalised)
-            logits, ids = self.captioner.token_logits(pictures, captions)
-            return caption_loss(logits, ids, self.captioner.pad_id, pieces)
+            return model_output.sum() * 0  # with a gradient, so that every process has one
+        token_count = batch.token_counts[noisy.batch_timesteps < limit].sum() * batch.share
+        model_output = model_output if self.losses.caption_updates != "captioner" else model_output.detach()
+        latents = self.one_step_latents(noisy.select(early), model_output[early])
+        captions = [caption for caption, is_early in zip(batch.captions, early.tolist(), strict=True) if is_early]
+        with frozen(self.trainable["captioner"] if self.losses.caption_updates == "generator" else []):
+            images = self.captioner_pixels(self.generator.decode(self._resized(latents)))
+            logits, ids = self.captioner.token_logits(images, captions)
+            return caption_loss(logits, ids, self.captioner.pad_id, token_count)
 
-    def _one_step(self, noised: NoisyLatents, predicted: Tensor) -> Tensor:
-        """The latents of x̂: ẑ_0, or what the released code takes for it."""
-        if not self.weights.previous_sample:
-            return noised.estimate(predicted)
-        # a new one goes from t to t − 1, whatever the own was set to; and not every scheduler can
-        scheduler = DDPMScheduler.from_config(self.generator.pipeline.scheduler.config)
-        parts = zip(predicted, noised.timesteps, noised.clean, strict=True)  # `step` takes one timestep at a time
-        return torch.stack([scheduler.step(answer, int(t), clean).prev_sample for answer, t, clean in parts])
+    def one_step_latents(self, noisy: NoisyLatents, model_output: Tensor) -> Tensor:
+        """(B, 4, h, w) latents of x̂: ẑ_0."""
+        return noisy.original_sample(model_output)
 
-    def _reduced(self, latents: Tensor) -> Tensor:
-        if self.weights.decoded_size is None:
+    def captioner_pixels(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) generated images as the captioner's encoder expects them."""
+        return captioner_pixels(self.captioner, images)
+
+    def _resized(self, latents: Tensor) -> Tensor:
+        if self.losses.decoded_size is None:
             return latents
-        side = self.weights.decoded_size // self.generator.pipeline.vae_scale_factor
+        side = self.losses.decoded_size // self.generator.pipeline.vae_scale_factor
         return F.interpolate(latents, (side, side), mode="bilinear", antialias=True)
 
 
-def total(found: dict[str, Tensor], losses: Losses) -> Tensor:
-    """Eq. 5: the weighted sum of those that were computed."""
+def total_loss(found: dict[str, Tensor], losses: Losses) -> Tensor:
+    """Eq. 5: the weighted sum of the losses that were computed (name -> scalar)."""
     return sum(getattr(losses, name) * loss for name, loss in found.items())
 
 
-def caption_loss(logits: Tensor, ids: Tensor, pad_id: int, pieces: Tensor | float) -> Tensor:
-    """Eqs. 1 and 4: −log p of the captions' pieces and of their ends, over `pieces`; padding does not count.
+def caption_loss(logits: Tensor, ids: Tensor, pad_id: int, token_count: Tensor | float) -> Tensor:
+    """Eqs. 1 and 4: −log p of the captions' tokens and end tokens; padding does not count.
 
     Args:
-        logits: (B, T, V). ids: (B, T), of `Captioner.token_logits`, which leaves the prompt out.
-        pieces: how many there are; for a part of a batch, how many a part has in the mean.
+        logits: (B, T, V) from `Captioner.token_logits`, which leaves the prompt out.
+        ids: (B, T), likewise.
+        pad_id: id of padding.
+        token_count: number of tokens to divide by; for a part of a batch, the mean over all parts.
+    Returns:
+        scalar, in float32 at least.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    spent = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=pad_id, reduction="sum")
-    return spent / pieces
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=pad_id, reduction="sum") / token_count
 
 
-def as_seen(captioner: Captioner, pictures: Tensor, normalised: bool = True) -> Tensor:
-    """Pictures (B, 3, H, W) about in [-1, 1] as the captioner's processor would make them; gradients pass.
+def captioner_pixels(captioner: Captioner, images: Tensor) -> Tensor:
+    """Generated images (B, 3, H, W), about in [-1, 1], as the captioner's processor would prepare them: (B, 3, H', W').
 
-    Clamped, resized as PIL resizes, normalised, unless that is left out. Where a picture leaves [-1, 1] its gradient
-    is 0.
+    Gradients flow through; they are 0 where a value is outside [-1, 1].
     """
     processor = captioner.processor.image_processor
-    precise = torch.promote_types(pictures.dtype, torch.float32)  # in bfloat16 a CPU cannot resize
-    pixels = (pictures.to(precise).clamp(-1, 1) + 1) / 2
-    side = processor.size["height"], processor.size["width"]
-    if pixels.shape[-2:] != side:
-        pixels = F.interpolate(pixels, side, mode="bicubic", antialias=True).clamp(0, 1)
-    if not normalised:
-        return pixels.to(captioner.model.dtype)
+    pixels = resized_pixels(captioner, images)
     mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
     return ((pixels - mean) / std).to(captioner.model.dtype)
 
 
+def resized_pixels(captioner: Captioner, images: Tensor) -> Tensor:
+    """(B, 3, H, W) images in [-1, 1] to (B, 3, H', W') in [0, 1], clamped, and resized as PIL does."""
+    size = captioner.processor.image_processor.size
+    precise = torch.promote_types(images.dtype, torch.float32)  # in bfloat16 a CPU cannot resize
+    pixels = (images.to(precise).clamp(-1, 1) + 1) / 2
+    if pixels.shape[-2:] == (size["height"], size["width"]):
+        return pixels
+    return F.interpolate(pixels, (size["height"], size["width"]), mode="bicubic", antialias=True).clamp(0, 1)
+
+
 @contextmanager
-def still(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """What is computed meanwhile sends no gradient to these parameters."""
+def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Nothing computed inside the context sends gradients to these parameters."""
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:

@@ -1,12 +1,11 @@
 """Images with their reference captions: readers and writers of the formats that captioning uses.
 
-COCO captions, Karpathy's splits, NoCaps and a folder of one's own pictures all become the same `Dataset` of `Example`s,
-so that nothing after this file knows where a picture came from. Predictions travel as COCO results JSON. Captions are
-kept as published, character by character: tokenizing is the metrics' business.
+COCO captions, Karpathy's splits, NoCaps, and a folder or text file of the user's own all become a `Dataset` of
+`Example`s, so that the rest of the package does not depend on the source. Predictions are exchanged as COCO results
+JSON. Captions are kept exactly as published; metrics tokenize them.
 """
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from dalleflamingo.intervals import derive_seed
+from dalleflamingo.runs import write_whole
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # NoCaps: are the image's things among COCO's 80 classes?
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -26,19 +26,19 @@ class DatasetError(ValueError):
 
 
 class UnreadableImage(DatasetError):
-    """One picture that cannot be opened: `path`, `reason` and `remedy`. A run may skip it and go on."""
+    """One image that cannot be opened: `path`, `reason` and `remedy`. A run may skip it and go on."""
 
     def __init__(self, path: Path, reason: str, remedy: str):
         super().__init__(path, reason, remedy)
         self.path, self.reason, self.remedy = path, reason, remedy
 
     def __str__(self) -> str:
-        return f"cannot read the picture {self.path}: {self.reason}; {self.remedy}"
+        return f"cannot read the image {self.path}: {self.reason}; {self.remedy}"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image: `references` are its human captions, `extra` whatever else its record holds (a scene, a licence)."""
+    """One image: `references` are its human captions, `extra` the rest of its record (a scene, a licence)."""
 
     image_id: int
     path: Path
@@ -47,10 +47,10 @@ class Example:
     extra: dict = field(default_factory=dict, hash=False)
 
     def sample_reference(self, seed: int) -> str:
-        """One of its captions, drawn at random (§3.1, Table 4), for one seed always the same.
+        """One of its captions, chosen at random (§3.1, Table 4), the same for the same `seed`.
 
         Raises:
-            DatasetError: it has none.
+            DatasetError: it has no caption.
         """
         if not self.references:
             raise DatasetError(f"image {self.image_id} has no caption to start from: give it one, or leave it out")
@@ -59,10 +59,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset(Sequence[Example]):
-    """Examples under a name, in file order. A slice of it is a `Dataset` too.
+    """Named examples, in file order. A slice is a `Dataset` too.
 
     Raises:
-        DatasetError: two examples share an image id, which every table of results is keyed by.
+        DatasetError: two examples share an image id, which is the key of every table of results.
     """
 
     name: str
@@ -78,15 +78,15 @@ class Dataset(Sequence[Example]):
     def __getitem__(self, index):
         return Dataset(self.name, self.examples[index]) if isinstance(index, slice) else self.examples[index]
 
-    def only(self, image_ids: Collection[int]) -> "Dataset":
-        """The examples of these images, in file order; ids that it does not have are passed over."""
+    def filter(self, image_ids: Collection[int]) -> "Dataset":
+        """The examples whose ids are among `image_ids`, in file order; unknown ids are ignored."""
         return Dataset(self.name, tuple(example for example in self.examples if example.image_id in image_ids))
 
     def subset(self, n: int, seed: int = 0) -> "Dataset":
         """`n` examples chosen by `seed`, in file order.
 
-        The choice looks at image ids only: it is the same on every machine, and a smaller subset of the same seed lies
-        inside a larger one, so that `smoke` shows pictures of `mini`.
+        The choice depends on the seed and the image ids only: it is the same on every machine, and for one seed a
+        smaller subset lies inside a larger one, so that the images of `smoke` are among those of `mini`.
 
         Raises:
             DatasetError: `n` is below 1 or above the size.
@@ -94,10 +94,10 @@ class Dataset(Sequence[Example]):
         if not 1 <= n <= len(self):
             raise DatasetError(f"a subset of {n} was asked of {self.name}: ask for 1 to {len(self)}, its size")
         chosen = sorted(self.examples, key=lambda example: derive_seed("subset", seed, example.image_id))[:n]
-        return self.only({example.image_id for example in chosen})
+        return self.filter({example.image_id for example in chosen})
 
     def by_domain(self) -> dict[str, "Dataset"]:
-        """NoCaps's domains that occur, in the order in, near, out; empty for a data set without domains."""
+        """{domain: its examples} for the domains that occur, in the order of `DOMAINS`; {} if there are none."""
         return {
             domain: Dataset(f"{self.name}/{domain}", members)
             for domain in DOMAINS
@@ -105,18 +105,15 @@ class Dataset(Sequence[Example]):
         }
 
     def open(self, example: Example) -> Image.Image:
-        """The picture as RGB, turned as its EXIF tag says, transparency over white.
-
-        Raises:
-            UnreadableImage: the file is missing, truncated or no picture.
-        """
+        """The image of `example`; result and errors as `open_image`."""
         return open_image(example.path)
 
 
 class ImageFiles(Sequence[Image.Image]):
-    """Picture files as a sequence that opens them when they are asked for, so that thousands never lie in memory.
+    """A sequence of images that opens each file on access, so that thousands of images need little memory.
 
-    Errors as `Dataset.open`.
+    Args:
+        paths: paths of the image files; access raises as `open_image`.
     """
 
     def __init__(self, paths: Iterable[Path]):
@@ -126,22 +123,26 @@ class ImageFiles(Sequence[Image.Image]):
         return len(self.paths)
 
     def __getitem__(self, index):
-        found = self.paths[index]
-        return [open_image(path) for path in found] if isinstance(index, slice) else open_image(found)
+        paths = self.paths[index]
+        return [open_image(path) for path in paths] if isinstance(index, slice) else open_image(paths)
 
 
 def open_image(path: Path) -> Image.Image:
-    """As `Dataset.open`, for one file."""
+    """Open an image file as RGB, turned upright by its EXIF tag, with transparent pixels on white.
+
+    Raises:
+        UnreadableImage: the file is missing, truncated or not an image.
+    """
     path = Path(path)
     try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
             if upright.has_transparency_data:
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
             return upright.convert("RGB")
     except FileNotFoundError as error:
         raise UnreadableImage(path, "there is no such file", "download or draw it, or leave the example out") from error
-    except Exception as error:  # decoders meet broken files with OSError, SyntaxError, ValueError, zlib.error and more
+    except Exception as error:  # for broken files, decoders raise OSError, SyntaxError, ValueError, zlib.error and more
         size = f"it has {path.stat().st_size:,} bytes, and " if path.is_file() else ""
         reason = f"{size}{type(error).__name__} says: {error}"
         raise UnreadableImage(path, reason, "fetch or draw it again, or leave the example out") from error
@@ -150,40 +151,29 @@ def open_image(path: Path) -> Image.Image:
 def read_coco(annotations: Path, images: Path, name: str | None = None) -> Dataset:
     """COCO captions: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
 
-    Karpathy's `*_gt.json` names no files; there the path is `images/COCO_val2014_{id:012d}.jpg`, where both of its
-    evaluation splits come from. An image without annotations has no references; one may have a `domain`, as in NoCaps.
+    NoCaps has the same format, with a `domain` in each image record. An image without annotations has no references.
 
+    Args:
+        annotations: the JSON file. Karpathy's `*_gt.json` names no image files; then their paths are
+            `images/COCO_val2014_{id:012d}.jpg`, because both of his evaluation splits are from val2014.
+        images: the folder that file names are relative to.
+        name: the data set's name; by default the file's.
     Raises:
-        DatasetError: not JSON, another shape, a repeated id, a caption of an image that is not listed, or a domain that
-            is none of `DOMAINS`.
+        DatasetError: not JSON, another format, a repeated id, a caption of an unlisted image, or a domain that is not
+            one of `DOMAINS`.
     """
-    annotations, images = Path(annotations), Path(images)
-    payload = _load(annotations)
-    pictures = _objects(payload, "images", annotations)
-    references = _references(_objects(payload, "annotations", annotations), pictures, annotations)
-    return Dataset(name or annotations.stem, tuple(_example(p, images, references, annotations) for p in pictures))
-
-
-def read_nocaps(annotations: Path, images: Path) -> Dataset:
-    """NoCaps: COCO's shape with a `domain` in each image record. Its published header has neither domains nor captions.
-
-    Raises:
-        DatasetError: as `read_coco`.
-    """
-    annotations, images = Path(annotations), Path(images)
-    payload = _load(annotations)
-    pictures = _objects(payload, "images", annotations)
-    captions = _objects(payload, "annotations", annotations) if "annotations" in payload else []
-    references = _references(captions, pictures, annotations)
-    return Dataset(annotations.stem, tuple(_example(p, images, references, annotations) for p in pictures))
+    path = Path(annotations)
+    payload = _load(path)
+    records = _objects(payload, "images", path)
+    references = _references(_objects(payload, "annotations", path), records, path)
+    return Dataset(name or path.stem, tuple(_example(record, Path(images), references, path) for record in records))
 
 
 def read_karpathy(dataset_json: Path, images: Path, split: str) -> Dataset:
-    """Karpathy's `dataset_coco.json`, as published.
-
-    It reads `{"images": [{"cocoid", "filepath", "filename", "split", "sentences": [{"raw"}]}]}`.
+    """Karpathy's file: `{"images": [{"cocoid", "filepath", "filename", "split", "sentences": [{"raw"}]}]}`.
 
     Args:
+        dataset_json: `dataset_coco.json`, as published.
         images: the folder that holds `train2014` and `val2014`.
         split: "train" (its `train` and `restval`, 113,287 images in all), "val" or "test" (5,000 each).
     Raises:
@@ -192,56 +182,41 @@ def read_karpathy(dataset_json: Path, images: Path, split: str) -> Dataset:
     if split not in KARPATHY_SPLITS:
         raise DatasetError(f"Karpathy's splits are {', '.join(KARPATHY_SPLITS)}, not {split!r}")
     path, images = Path(dataset_json), Path(images)
-    members = [
-        _karpathy_example(record, images, path)
-        for record in _objects(_load(path), "images", path)
-        if _value(record, "split", str, path) in KARPATHY_SPLITS[split]
-    ]
+    members = []
+    for record in _objects(_load(path), "images", path):
+        if _value(record, "split", str, path) in KARPATHY_SPLITS[split]:
+            file = images / _value(record, "filepath", str, path) / _value(record, "filename", str, path)
+            captions = (_value(sentence, "raw", str, path) for sentence in _objects(record, "sentences", path))
+            members.append(Example(_value(record, "cocoid", int, path), file, tuple(captions)))
     return Dataset(f"{path.stem}/{split}", tuple(members))
 
 
 def read_folder(folder: Path) -> Dataset:
-    """A folder of one's own pictures, by name; its subfolders are not searched.
+    """The images in one of the user's own folders, sorted by name; its subfolders are not searched.
 
-    An image id is a hash of the file's name, so that it, and every seed made from it, stays when pictures are added.
+    An image id is a hash of the file's name, so neither it nor a seed derived from it changes when images are added.
 
     Raises:
-        DatasetError: no folder, or no picture in it.
+        DatasetError: there is no such folder, or it holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DatasetError(f"there is no folder {folder}: give the path of a folder that holds pictures")
+        raise DatasetError(f"there is no folder {folder}: give the path of a folder that holds images")
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    pictures = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
-    if not pictures:
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
         found = f"{len(files)} other files, such as {files[0].name}" if files else "no files at all"
         raise DatasetError(
-            f"{folder} holds no pictures but {found}: put files ending in {' '.join(IMAGE_SUFFIXES)} there "
+            f"{folder} holds no images but {found}: put files ending in {' '.join(IMAGE_SUFFIXES)} there "
             "(subfolders are not searched)"
         )
-    return Dataset(folder.name, tuple(Example(derive_seed("picture", p.name), p) for p in pictures))
-
-
-def write_coco(path: Path, examples: Iterable[Example], images: Path | None = None) -> None:
-    """Write examples as COCO captions, so that `read_coco` (or `read_nocaps`) gives them back.
-
-    Args:
-        images: the folder that file names are relative to; by default a name alone is written.
-    """
-    pictures, annotations = [], []
-    for example in examples:
-        file_name = example.path.relative_to(images).as_posix() if images else example.path.name
-        domain = {} if example.domain is None else {"domain": example.domain}
-        pictures.append({"id": int(example.image_id), "file_name": file_name, **domain, **example.extra})
-        for caption in example.references:
-            annotations.append({"id": len(annotations), "image_id": int(example.image_id), "caption": caption})
-    _write(Path(path), {"images": pictures, "annotations": annotations})
+    return Dataset(folder.name, tuple(Example(derive_seed("picture", p.name), p) for p in images))
 
 
 def read_captions(path: str | Path) -> Dataset:
-    """A text file of one's own captions, one a line, each as an example without a picture; blank lines are passed over.
+    """A text file of the user's own captions, one per line, each an example without image; blank lines are skipped.
 
-    An image id is a hash of the caption, and of how often it stood there before, so that it stays when lines are added.
+    An image id is a hash of the caption and of how often it occurred before: adding lines does not change it.
 
     Raises:
         DatasetError: there is no such file, it is not text, or it holds no caption.
@@ -263,10 +238,10 @@ def read_captions(path: str | Path) -> Dataset:
 
 
 def read_results(path: Path) -> dict[int, str]:
-    """COCO results, `[{"image_id", "caption"}]` -> {image_id: caption}.
+    """COCO results JSON, `[{"image_id", "caption"}]`, as {image_id: caption}.
 
     Raises:
-        DatasetError: not JSON, another shape, or two captions for one image.
+        DatasetError: not JSON, another format, or two captions for one image.
     """
     path = Path(path)
     payload = _load(path)
@@ -280,8 +255,11 @@ def read_results(path: Path) -> dict[int, str]:
 
 
 def write_results(path: Path, captions: Mapping[int, str]) -> None:
-    """{image_id: caption} -> COCO results, one caption an image."""
-    _write(Path(path), [{"image_id": int(image_id), "caption": caption} for image_id, caption in captions.items()])
+    """Write {image_id: caption} as COCO results JSON, replacing an older file; a missing folder is created."""
+    results = [{"image_id": int(image_id), "caption": caption} for image_id, caption in captions.items()]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    # ASCII escapes, since captions may contain characters that UTF-8 cannot encode
+    write_whole(Path(path), lambda part: part.write_text(json.dumps(results), encoding="ascii"))
 
 
 def _example(record: dict, images: Path, references: Mapping[int, list[str]], path: Path) -> Example:
@@ -295,16 +273,9 @@ def _example(record: dict, images: Path, references: Mapping[int, list[str]], pa
     return Example(image_id, images / file_name, tuple(references.get(image_id, ())), domain, extra)
 
 
-def _karpathy_example(record: dict, images: Path, path: Path) -> Example:
-    image_id = _value(record, "cocoid", int, path)
-    file_name = Path(_value(record, "filepath", str, path)) / _value(record, "filename", str, path)
-    references = tuple(_value(sentence, "raw", str, path) for sentence in _objects(record, "sentences", path))
-    return Example(image_id, images / file_name, references)
-
-
-def _references(captions: list[dict], pictures: list[dict], path: Path) -> dict[int, list[str]]:
-    """{image_id: its captions in file order}, every caption checked to be of a listed image."""
-    listed = _unique([_value(picture, "id", int, path) for picture in pictures], str(path), "image id")
+def _references(captions: list[dict], images: list[dict], path: Path) -> dict[int, list[str]]:
+    """{image_id: its captions in file order}, after checking that every caption belongs to a listed image."""
+    listed = _unique([_value(image, "id", int, path) for image in images], str(path), "image id")
     _unique([_value(caption, "id", int, path) for caption in captions if "id" in caption], str(path), "annotation id")
     references = defaultdict(list)
     for caption in captions:
@@ -341,7 +312,7 @@ def _objects(payload, key: str, path: Path) -> list[dict]:
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DatasetError(
             f'{path} holds {_shape(payload)}; expected an object whose "{key}" is a list of objects: '
-            "is it for another reader (read_coco, read_karpathy, read_nocaps, read_results)?"
+            "is it for another reader (read_coco, read_karpathy, read_results)?"
         )
     return records
 
@@ -373,11 +344,3 @@ def _shape(payload) -> str:
     if isinstance(payload, list):
         return f"a list of {len(payload)}" + (f", the first one {_shape(payload[0])}" if payload else "")
     return f"a {type(payload).__name__}"
-
-
-def _write(path: Path, payload) -> None:
-    """Write JSON whole or not at all; ASCII escapes, since captions may hold what UTF-8 cannot encode."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(payload), encoding="ascii")
-    os.replace(unfinished, path)

@@ -1,19 +1,20 @@
-"""How the captioner chooses the next word: what may be drawn, how it is drawn, and how many words there may be.
+"""How the captioner chooses the next token, and how many words a caption may have.
 
 Three rules, each one of transformers' logits processors, applied in this order at every step:
 
-1. `WordLimits`: between min and max words (§3: 5-30), counted in words, not in WordPieces.
+1. `WordLimits`: between min and max words (§3: 5 to 30), counted in words, not in tokens.
 2. a strategy (App. A.2): `Nucleus`, `TopK` or `Temperature`, by transformers' own warpers.
-3. `GumbelNoise`: the largest of (log-probability + Gumbel noise) is an exact draw from the softmax. Each row has its
-   own random numbers, so greedy search over the sum samples every row independently of its neighbours.
+3. `GumbelNoise`: the argmax of log-probability + Gumbel noise is an exact sample of the softmax. Each row has its own
+   random numbers, so that greedy search over the sum samples every row independently of its neighbours.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LogitsProcessor,
     PreTrainedTokenizerBase,
@@ -22,10 +23,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dalleflamingo.tokens import style, token_bytes
+from dalleflamingo.tokens import token_bytes, tokenizer_style
 
 WORD = re.compile(r"[^\W_]+")
-NEVER = -torch.inf
+SMALL_MODEL = 20_000_000  # parameters; the miniature's captioners have 2 million, BLIP base 224 million
 
 
 def count_words(text: str) -> int:
@@ -64,6 +65,7 @@ class Temperature:
 
 
 Strategy = Nucleus | TopK | Temperature
+PAPER_SAMPLING = Nucleus(p=0.9)
 
 
 class GumbelNoise(LogitsProcessor):
@@ -75,10 +77,10 @@ class GumbelNoise(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         uniform = torch.stack([torch.rand(scores.shape[-1], generator=g) for g in self.generators])  # (B, V) in [0, 1)
-        return scores + gumbel(uniform).to(scores.device)
+        return scores + gumbel_noise(uniform).to(scores.device)
 
 
-def gumbel(uniform: Tensor) -> Tensor:
+def gumbel_noise(uniform: Tensor) -> Tensor:
     """Gumbel(0, 1) noise, finite, from random numbers in [0, 1)."""
     return -torch.log(-torch.log(uniform.clamp_min(torch.finfo(uniform.dtype).tiny)))
 
@@ -87,53 +89,77 @@ class WordLimits(LogitsProcessor):
     """A caption may end after `min_words` words, and ends where word `max_words` + 1 would begin.
 
     At the upper limit the probability of every token that would begin another word goes to the end token: a caption
-    that would have gone on is cut off between two words, and none is bent into another ending.
+    that would have gone on is cut off between two words, and no caption gets another ending instead.
+
+    Raises:
+        ValueError: not 0 <= min_words <= max_words.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        vocabulary_size: int,
-        prompt_length: int,
-        end: int,
+        vocabulary_size: int,  # V, the columns of the scores; may exceed the tokenizer's own
+        prompt_length: int,  # tokens before the caption, whose words do not count
+        end_id: int,  # the token that ends a caption
         min_words: int,
         max_words: int,
     ):
         if not 0 <= min_words <= max_words:
             raise ValueError(f"expected 0 <= min_words <= max_words, got min_words={min_words}, max_words={max_words}")
-        self.tokenizer, self.prompt_length, self.end = tokenizer, prompt_length, end
+        self.tokenizer, self.prompt_length, self.end_id = tokenizer, prompt_length, end_id
         self.min_words, self.max_words = min_words, max_words
-        lettered = {id: text for id, text in _texts(tokenizer).items() if count_words(text)}
-        self.lettered = _table(lettered, vocabulary_size)
-        self.beginning = _table([id for id, text in lettered.items() if not text[0].isalnum()], vocabulary_size)
+        lettered = {id: text for id, text in _token_texts(tokenizer).items() if count_words(text)}
+        after_a_space = [id for id, text in lettered.items() if not text[0].isalnum()]
+        self.lettered, self.after_a_space = (_mask(ids, vocabulary_size) for ids in (lettered, after_a_space))  # (V,)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
         words = torch.tensor([count_words(text) for text in texts], device=scores.device)
         in_word = torch.tensor([text[-1:].isalnum() for text in texts], device=scores.device)
         scores = scores.clone()
-        scores[words < self.min_words, self.end] = NEVER
+        scores[words < self.min_words, self.end_id] = -torch.inf
         full = words >= self.max_words
         if full.any():
             scores[full] = self._end_at_next_word(scores[full], in_word[full])
         return scores
 
     def _end_at_next_word(self, scores: Tensor, in_word: Tensor) -> Tensor:
-        # "##s", or "s" without its space, continues a word that is open; after a comma it would begin one
-        beginning, lettered = self.beginning.to(scores.device), self.lettered.to(scores.device)
-        begins = torch.where(in_word[:, None], beginning, lettered)  # (B, V)
-        surplus = scores.masked_fill(~begins, NEVER).logsumexp(-1)
-        scores = scores.masked_fill(begins, NEVER)
-        scores[:, self.end] = torch.logaddexp(scores[:, self.end], surplus)
+        # "##s", or "s" without a space before it, continues an open word; after a comma it would begin a word
+        after_a_space, lettered = self.after_a_space.to(scores.device), self.lettered.to(scores.device)
+        begins_word = torch.where(in_word[:, None], after_a_space, lettered)  # (B, V)
+        surplus = scores.masked_fill(~begins_word, -torch.inf).logsumexp(-1)
+        scores = scores.masked_fill(begins_word, -torch.inf)
+        scores[:, self.end_id] = torch.logaddexp(scores[:, self.end_id], surplus)
         return scores
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Id -> what a token adds to the text, the space before a word included; special tokens add nothing.
+@contextmanager
+def decoding_threads(model: nn.Module) -> Iterator[None]:
+    """One thread while a small model decodes on a CPU; afterwards as many as before.
 
-    A byte of a letter that takes several counts as a letter: alone it is nothing, but with the next it may be a word.
+    A decoding step is hundreds of tiny operations, and after each the threads wait for each other: for about 8 ms where
+    another process has one of their cores. Sampling 160 captions with 1.7 million parameters on two cores took 0.5 s
+    with two threads and 0.7 s with one; beside two other busy processes 2 to 24 s with two and 1.1 s with one.
+    `benchmarks/threads.py` measures it anew. The number of threads may change the last digits of floats.
+
+    Args:
+        model: large models, `SMALL_MODEL` parameters or more, and models on other devices keep all threads.
     """
-    how, special = style(tokenizer), set(tokenizer.all_special_ids)
+    before, parameters = torch.get_num_threads(), list(model.parameters())
+    if sum(map(Tensor.numel, parameters)) < SMALL_MODEL and parameters[0].device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Id -> what a token adds to the text, with the space before a word; special tokens add nothing.
+
+    A byte of a letter that takes several bytes counts as a letter: with the next byte it may make a word.
+    """
+    how, special = tokenizer_style(tokenizer), set(tokenizer.all_special_ids)
     return {
         id: "".join(chr(byte) if byte < 128 else "x" for byte in token_bytes(token, how))
         for token, id in tokenizer.get_vocab().items()
@@ -141,7 +167,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     }
 
 
-def _table(ids: Iterable[int], size: int) -> Tensor:
-    table = torch.zeros(size, dtype=torch.bool)
-    table[list(ids)] = True
-    return table
+def _mask(ids: Iterable[int], size: int) -> Tensor:
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[list(ids)] = True
+    return mask

@@ -5,7 +5,9 @@ nucleus sampling; NoCaps validation has 4,500 images). A profile holds numbers a
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
@@ -17,22 +19,25 @@ class Profile:
     """The size of one run.
 
     Attributes:
-        name: what `DALLEFLAMINGO_PROFILE` is set to.
-        images: input images of an experiment.
-        candidates: K captions sampled for each image, hence pictures drawn for each image.
+        name: the value of `DALLEFLAMINGO_PROFILE` that chooses it.
+        images: number of input images of an experiment.
+        candidates: K, captions sampled for each image, and so images generated for each.
         steps: denoising steps of the generator.
-        scheduler: that draws, as `Generator.from_pretrained` takes it; None is the model's own. The paper's is DDPM
-            (§3.1), as the miniature's is; Stable Diffusion v1-4 is shipped with another.
+        scheduler: of the generator, as `Generator.from_pretrained` takes it; None: the model's own. The paper uses DDPM
+            (§3.1), as the miniature does; Stable Diffusion v1-4 comes with another.
         guidance_scale: of classifier-free guidance; 1 turns it off.
-        image_size: side of a generated picture, in pixels.
-        dino_size: side in pixels at which DINO looks (App. A: 384); None is the model's own.
-        dtype: "float32" or "float16", the weights' type on a GPU; see `torch_dtype`.
+        image_size: side of a generated image, in pixels.
+        dino_size: side of DINO's input, in pixels (App. A: 384); None: the model's own.
+        dtype: "float32" or "float16", the type of the weights on a GPU; see `torch_dtype`.
         captioner, generator, clip, dino, inception, dataset: names in `registry.ENTRIES`.
-        coco: likewise; the data set that Table 1 has beside it, its split "test".
-        other_captioner, other_generator: likewise; what Table 8 has instead. The authors' LAFITE is on no hub, so the
-            real profiles have no other generator.
-        batch_size: pictures drawn at once; bounded by memory, without influence on any picture.
-        cycle_steps: of cycle finetuning, live; the paper's five epochs of COCO are 70,804 steps of 8.
+        judge: likewise; the recogniser that knows what an image of `dataset` shows. None: nobody knows.
+        coco: likewise; the data set that Table 1 has beside `dataset`; its split "test" is used.
+        captioners: likewise; those of Table 3, beginning with `captioner`.
+        other_captioner, other_generator: likewise; those of Table 8. The authors' LAFITE is on no hub, so the real
+            profiles have no other generator.
+        batch_size: images generated at once; it bounds memory and changes no image.
+        cycle: fields of `CycleConfig` that differ from its defaults in live cycle finetuning, with those of `Losses`
+            under "losses". The paper's five epochs of COCO are 70,804 steps of 8.
     """
 
     name: str
@@ -49,12 +54,21 @@ class Profile:
     clip: str
     dino: str
     inception: str
+    judge: str | None
     dataset: str
     coco: str
+    captioners: tuple[str, ...]
     other_captioner: str
     other_generator: str | None
     batch_size: int
-    cycle_steps: int
+    cycle: Mapping[str, object] = field(hash=False)
+
+    def __post_init__(self):
+        """Makes `cycle` read-only, and float32 ("no") its precision on a CPU, which has no half precision."""
+        cycle = {name: MappingProxyType(dict(v)) if isinstance(v, Mapping) else v for name, v in self.cycle.items()}
+        if "precision" in cycle and self.device == "cpu":
+            cycle["precision"] = "no"
+        object.__setattr__(self, "cycle", MappingProxyType(cycle))
 
     @property
     def device(self) -> str:
@@ -78,10 +92,14 @@ _MINIATURE = dict(
     clip="miniature/clip",
     dino="miniature/dino",
     inception="miniature/inception",
+    judge="miniature/recogniser",
     dataset="miniature/nocaps",
     coco="miniature/coco",
+    captioners=("miniature/blip", "miniature/blip-large", "miniature/blip2"),
     other_captioner="miniature/blip2",
     other_generator="miniature/lafite",
+    # chosen on images of their own, with so few labels that labels alone do harm
+    cycle=dict(images=100, learning_rate=3e-4, losses=dict(max_timestep=0.4)),
 )
 _REAL = dict(
     scheduler="DDPM",
@@ -94,19 +112,28 @@ _REAL = dict(
     clip="clip-vit-l-14",
     dino="dino-vitb8",
     inception="inception-v3",
+    judge=None,
     dataset="nocaps",
     coco="coco",
+    captioners=("blip-large", "blip-base", "blip2-opt-2.7b"),
     other_captioner="blip2-opt-2.7b",
     other_generator=None,
+    # fits into the 15 GB of a free GPU
+    cycle=dict(accumulation=8, checkpointing=True, precision="fp16", losses=dict(max_timestep=0.4, decoded_size=256)),
 )
+
+
+def _profile(shared: dict, cycle_steps: int, **own) -> Profile:
+    return Profile(**shared | own | {"cycle": shared["cycle"] | {"steps": cycle_steps}})
+
 
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile(name="smoke", images=4, candidates=2, steps=4, batch_size=8, cycle_steps=8, **_MINIATURE),
-        Profile(name="mini", images=24, candidates=5, steps=20, batch_size=16, cycle_steps=160, **_MINIATURE),
-        Profile(name="colab", images=24, candidates=5, steps=50, batch_size=4, cycle_steps=100, **_REAL),
-        Profile(name="paper", images=4500, candidates=10, steps=50, batch_size=8, cycle_steps=70_804, **_REAL),
+        _profile(_MINIATURE, name="smoke", images=4, candidates=2, steps=4, batch_size=8, cycle_steps=8),
+        _profile(_MINIATURE, name="mini", images=24, candidates=5, steps=20, batch_size=16, cycle_steps=160),
+        _profile(_REAL, name="colab", images=24, candidates=5, steps=50, batch_size=4, cycle_steps=100),
+        _profile(_REAL, name="paper", images=4500, candidates=10, steps=50, batch_size=8, cycle_steps=70_804),
     )
 }
 

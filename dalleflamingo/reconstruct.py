@@ -1,9 +1,10 @@
 """Image → text → image and text → image → text (§3.1): what comes back tells which candidate was best.
 
-Each image gets K captions (the paper: K = 10 by nucleus sampling, p = 0.9), each caption one picture, and each picture
-a similarity to the image it should give back. The similarity ranks the captions; Insight I says that the caption ranked
-first is the better one. The other way round each caption gets N pictures, each picture one description by beam search,
-and the similarity of description and caption ranks the pictures (Insight II).
+The captioner writes K captions of an image x (the paper: K = 10 by nucleus sampling, p = 0.9), the generator makes an
+image of each, and a similarity compares these with x. Insight I: the caption whose image is most like x is the best
+caption. The other way round, the generator makes N images of a caption w, the captioner describes each by beam search,
+and a similarity compares the descriptions with w. Insight II: the image whose description is most like w is the best
+image.
 """
 
 import time
@@ -11,284 +12,183 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
 from PIL.Image import Image
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from dalleflamingo import profiles, registry
-from dalleflamingo.captioner import PAPER, Captioner
-from dalleflamingo.datasets import (
-    Dataset,
-    DatasetError,
-    Example,
-    UnreadableImage,
-    open_image,
-)
-from dalleflamingo.decoding import Strategy
+from dalleflamingo import registry
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage, open_image
+from dalleflamingo.decoding import PAPER_SAMPLING, Strategy
 from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import derive_seed
-from dalleflamingo.runs import RunFolder, describe
+from dalleflamingo.profiles import Profile
+from dalleflamingo.runs import RunFolder
 from dalleflamingo.similarity import ClipImage, Dino, Similarity
+
+_CANDIDATE = {"image_id": pa.int64(), "domain": pa.string(), "candidate": pa.int64(), "seed": pa.int64()}
+
+
+@dataclass(frozen=True)
+class JourneySettings:
+    """How many candidates a journey makes, and how their images are generated.
+
+    Attributes:
+        candidates: K captions of each image, or N images of each caption.
+        steps: denoising steps of the generator.
+        guidance_scale: of classifier-free guidance; 1 turns it off.
+        seed: with image id and number of the candidate, it determines all random numbers of a candidate.
+        batch_size: images generated at once; bounded by memory, without influence on any candidate.
+    Raises:
+        ValueError: candidates, steps or batch_size < 1.
+    """
+
+    candidates: int
+    steps: int
+    guidance_scale: float
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self):
+        for name in ("candidates", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
+
+    @classmethod
+    def of(cls, profile: Profile, **changes: float) -> "JourneySettings":
+        """The profile's settings, with `changes` to some of the fields."""
+        fields = ("candidates", "steps", "guidance_scale", "batch_size")
+        return cls(**{name: getattr(profile, name) for name in fields} | changes)
 
 
 @dataclass(frozen=True)
 class Journey:
-    """A way there and back: the two that talk, the similarities that judge, and how pictures are drawn.
+    """A way there and back. A subclass says what its source is, and how candidates are made of it."""
 
-    what: its name for people. columns: of its table, before the similarities'.
-    """
-
-    what: ClassVar[str]
-    columns: ClassVar[dict[str, pa.DataType]]
+    name: ClassVar[str]
+    columns: ClassVar[dict[str, pa.DataType]]  # of its table, before those of the similarities
 
     captioner: Captioner
     generator: Generator
     similarities: Sequence[Similarity]
-    candidates: int
-    steps: int
-    guidance_scale: float
-    seed: int
-    batch_size: int
+    settings: JourneySettings
 
-    def settings(self) -> dict[str, object]:
-        """All that a candidate depends on, but for the data set; batch_size and similarities change nothing in it."""
-        return dict(
-            trip=self.what,
-            captioner=describe(self.captioner),
-            generator=describe(self.generator),
-            candidates=self.candidates,
-            steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            seed=self.seed,
-        )
+    def __post_init__(self):
+        names = [similarity.name for similarity in self.similarities]
+        if len(self.columns | dict.fromkeys(names)) < len(self.columns) + len(names):
+            raise ValueError(f"similarities named {names}: give names that differ, and none of {list(self.columns)}")
 
-    def open(self, dataset: Dataset, example: Example) -> Image | str:
-        """What the trip starts from. Raises DatasetError where it cannot be had."""
+    def identity(self) -> dict[str, object]:
+        """All that a candidate depends on but the data set: so neither the batch size nor the similarities."""
+        models = {"captioner": self.captioner.fingerprint(), "generator": self.generator.fingerprint()}
+        settings = {name: value for name, value in vars(self.settings).items() if name != "batch_size"}
+        return {"journey": self.name} | models | settings
+
+    def open_source(self, dataset: Dataset, example: Example) -> Image | str:
+        """What the journey starts from. Raises DatasetError where the example has none."""
         raise NotImplementedError
 
     def make(self, examples: list[Example], sources: list, run: RunFolder, bar: tqdm) -> list[dict]:
-        """The B · K rows of B examples, their pictures saved."""
+        """The B · K rows of B examples and their sources; the generated images are saved in the run folder."""
         raise NotImplementedError
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> Image | str:
-        """What is held against the source, of a row that was made."""
+        """What the similarities compare with the source, of one row that was made."""
         raise NotImplementedError
 
     def seeds(self, examples: Sequence[Example]) -> list[list[int]]:
-        """(B, K), one a candidate."""
-        return [[derive_seed(self.seed, e.image_id, k) for k in range(self.candidates)] for e in examples]
+        """(B, K): a seed for each candidate of B examples."""
+        seed, candidates = self.settings.seed, range(self.settings.candidates)
+        return [[derive_seed(seed, example.image_id, k) for k in candidates] for example in examples]
 
-    def draw(self, captions: Sequence[str], seeds: Sequence[int], bar: tqdm) -> list[Image]:
-        """A picture for each caption and seed."""
-        drawn = []
+    def render(self, captions: Sequence[str], seeds: Sequence[int], bar: tqdm) -> list[Image]:
+        """One generated image for each caption and seed; the bar shows how many there are."""
+        done = 0
 
-        def note(count: int) -> None:
-            drawn.append(count)
-            bar.set_postfix_str(f"{sum(drawn)} of {len(captions)} pictures")
+        def show(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.set_postfix_str(f"{done} of {len(captions)} images generated")
 
-        return self.generator.render(captions, seeds, self.steps, self.guidance_scale, self.batch_size, note)
+        how = self.settings
+        return self.generator.render(captions, seeds, how.steps, how.guidance_scale, how.batch_size, show)
 
-    def compare(self, similarity: Similarity, sources: list, candidates: list) -> list[float]:
-        """B · K numbers; of B sources and their candidates in a row.
+    def rows(self, examples: list[Example], images: list[Image], run: RunFolder, **columns: Sequence) -> list[dict]:
+        """The B · K rows of B examples, each of `columns` with B · K values; the images are saved."""
+        columns |= {"seed": list(chain.from_iterable(self.seeds(examples)))}
+        candidates, rows = [(example, k) for example in examples for k in range(self.settings.candidates)], []
+        for (example, k), image, *values in zip(candidates, images, *columns.values(), strict=True):
+            row = {"image_id": example.image_id, "domain": example.domain, "candidate": k}
+            row["image"] = run.save_image(f"{example.image_id:012d}-{k:02d}", image)
+            rows.append(row | dict(zip(columns, values, strict=True)))
+        return rows
 
-        Raises:
-            ValueError: the similarity gives another shape than (B, K).
-        """
-        rows = [candidates[i : i + self.candidates] for i in range(0, len(candidates), self.candidates)]
-        found = similarity.compare(sources, rows)
-        if found.shape != (len(sources), self.candidates):
+    def compare(self, similarity: Similarity, sources: list, rows: list[list[dict]], run: RunFolder) -> list[float]:
+        """How like its source what each row gives back is: B · K numbers, for B sources with K rows each."""
+        found = similarity.compare(sources, [[self.reconstruction(row, run) for row in own] for own in rows])
+        if found.shape != (len(sources), self.settings.candidates):
             raise ValueError(
                 f"similarity {similarity.name!r} gave {tuple(found.shape)} numbers for {len(sources)} sources with "
-                f"{self.candidates} candidates each: expected a row a source and a number a candidate"
+                f"{self.settings.candidates} candidates each: expected one row per source, one number per candidate"
             )
         return found.flatten().tolist()
-
-    def rows(self, examples: list[Example], pictures: list[Image], run: RunFolder, columns: dict) -> list[dict]:
-        """The rows of B examples, their pictures saved; each column holds B · K values."""
-        rows = []
-        for i, picture in enumerate(pictures):
-            example, candidate = examples[i // self.candidates], i % self.candidates
-            rows.append(
-                {
-                    "image_id": example.image_id,
-                    "domain": example.domain,
-                    "candidate": candidate,
-                    "seed": derive_seed(self.seed, example.image_id, candidate),
-                    "picture": run.save_image(f"{example.image_id:012d}-{candidate:02d}", picture),
-                    **{name: column[i] for name, column in columns.items()},
-                }
-            )
-        return rows
 
 
 @dataclass(frozen=True)
 class ImageTextImage(Journey):
-    """Image → text → image: K captions of an image, a picture of each, held against the image."""
+    """K captions of an image and an image generated from each, compared with the first one."""
 
-    strategy: Strategy
-    shared_noise: bool
+    strategy: Strategy = PAPER_SAMPLING
+    shared_noise: bool = True
 
-    what = "image → text → image"
-    columns = {
-        "image_id": pa.int64(),
-        "domain": pa.string(),
-        "candidate": pa.int64(),
-        "seed": pa.int64(),
-        "noise_seed": pa.int64(),
-        "caption": pa.string(),
-        "picture": pa.string(),
-    }
+    name = "image → text → image"
+    columns = _CANDIDATE | {"noise_seed": pa.int64(), "caption": pa.string(), "image": pa.string()}
 
-    def settings(self) -> dict[str, object]:
-        return super().settings() | dict(strategy=repr(self.strategy), shared_noise=self.shared_noise)
+    def identity(self) -> dict[str, object]:
+        return super().identity() | {"strategy": repr(self.strategy), "shared_noise": self.shared_noise}
 
-    def open(self, dataset: Dataset, example: Example) -> Image:
+    def open_source(self, dataset: Dataset, example: Example) -> Image:
         return dataset.open(example)
 
     def make(self, examples: list[Example], sources: list[Image], run: RunFolder, bar: tqdm) -> list[dict]:
         seeds = self.seeds(examples)  # (B, K)
         bar.set_postfix_str("captions")
         captions = list(chain.from_iterable(self.captioner.sample(sources, seeds, self.strategy)))
-        noise = [row[0] if self.shared_noise else seed for row in seeds for seed in row]
-        pictures = self.draw(captions, noise, bar)
-        return self.rows(examples, pictures, run, {"noise_seed": noise, "caption": captions})
+        noise_seeds = [row[0] if self.shared_noise else seed for row in seeds for seed in row]
+        images = self.render(captions, noise_seeds, bar)
+        return self.rows(examples, images, run, noise_seed=noise_seeds, caption=captions)
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> Image:
-        return open_image(run.folder / row["picture"])
+        return open_image(run.folder / row["image"])
 
 
 @dataclass(frozen=True)
 class TextImageText(Journey):
-    """Text → image → text: N pictures of a caption, what is said of each, held against the caption."""
+    """N images generated from a caption and a description of each, compared with the caption."""
 
-    what = "text → image → text"
-    columns = {
-        "image_id": pa.int64(),
-        "domain": pa.string(),
-        "candidate": pa.int64(),
-        "seed": pa.int64(),
-        "caption": pa.string(),
-        "picture": pa.string(),
-        "recovered": pa.string(),
-    }
+    name = "text → image → text"
+    columns = _CANDIDATE | {"caption": pa.string(), "image": pa.string(), "recovered": pa.string()}
 
-    def open(self, dataset: Dataset, example: Example) -> str:
-        """One of the example's captions, drawn by the trip's seed (§3.2)."""
-        if not example.path.is_file():  # the real picture is what drawn ones are judged by later
+    def open_source(self, dataset: Dataset, example: Example) -> str:
+        """One of the example's captions, sampled by the journey's seed (§3.2)."""
+        if not example.path.is_file():  # generated images are compared with the real one later
             raise UnreadableImage(example.path, "there is no such file", "fetch it, or leave the example out")
-        return example.sample_reference(self.seed)
+        return example.sample_reference(self.settings.seed)
 
     def make(self, examples: list[Example], sources: list[str], run: RunFolder, bar: tqdm) -> list[dict]:
-        seeds = self.seeds(examples)  # (B, N)
-        captions = [source for source in sources for _ in range(self.candidates)]
-        pictures = self.draw(captions, list(chain.from_iterable(seeds)), bar)
+        captions = [source for source in sources for _ in range(self.settings.candidates)]
+        images = self.render(captions, list(chain.from_iterable(self.seeds(examples))), bar)
         bar.set_postfix_str("descriptions")
-        batches = (pictures[i : i + self.batch_size] for i in range(0, len(pictures), self.batch_size))
+        size = self.settings.batch_size
+        batches = [images[start : start + size] for start in range(0, len(images), size)]
         recovered = list(chain.from_iterable(map(self.captioner.describe, batches)))
-        return self.rows(examples, pictures, run, {"caption": captions, "recovered": recovered})
+        return self.rows(examples, images, run, caption=captions, recovered=recovered)
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> str:
         return row["recovered"]
-
-
-def run_journey(trip: Journey, dataset: Dataset, run_folder: str | Path, chunk: int) -> pd.DataFrame:
-    """Make the rows of every example that can be opened, `chunk` of them at a time; what is there is not made again.
-
-    Arguments, result and errors as of the two functions of `reconstruct`.
-    """
-    began = time.monotonic()
-    names = [similarity.name for similarity in trip.similarities]
-    if trip.steps < 1:
-        raise ValueError(f"steps = {trip.steps}: give at least 1 step of denoising")
-    if trip.candidates < 1 or len(trip.columns | dict.fromkeys(names)) < len(trip.columns) + len(names):
-        raise ValueError(
-            f"candidates = {trip.candidates}, similarities named {names}: give at least 1 candidate, and similarities "
-            f"with different names that are not columns already ({', '.join(trip.columns)})"
-        )
-    run = RunFolder(run_folder, {"dataset": dataset.name} | trip.settings(), pa.schema(trip.columns))
-    kept = run.rows().groupby("image_id")
-    scored = {s.name: set(run.scores(_key(s)).image_id) for s in trip.similarities}
-    there = {e.image_id for e in dataset}.intersection(kept.groups, *scored.values())
-    skipped: list[dict] = []
-    with tqdm(total=len(dataset), initial=len(there), desc=trip.what, unit="image") as bar:
-        try:
-            for start in range(0, len(dataset), chunk):
-                pending = [example for example in dataset[start : start + chunk] if example.image_id not in there]
-                sources = _open(trip, dataset, pending, skipped, bar)
-                if not sources:
-                    continue
-                rows = {i: kept.get_group(i).to_dict("records") for i in sources if i in kept.groups}
-                rows |= _make(trip, [e for e in pending if e.image_id in sources.keys() - rows], sources, run, bar)
-                bar.set_postfix_str("similarities")
-                for similarity in trip.similarities:
-                    left = {i: rows[i] for i in sources if i not in scored[similarity.name]}
-                    _score(trip, similarity, sources, left, run)
-                bar.update(len(sources))
-        except BaseException:
-            bar.write(f"Interrupted: {bar.n} of {len(dataset)} images are kept; the same call goes on in {run.folder}")
-            raise
-    return _finish(trip, run, dataset, skipped, len(there), time.monotonic() - began)
-
-
-def _key(similarity: Similarity) -> str:
-    return f"{similarity.name} {describe(similarity)}"
-
-
-def _make(trip: Journey, examples: list[Example], sources: dict, run: RunFolder, bar: tqdm) -> dict[int, list[dict]]:
-    """Image id -> its rows, made and kept."""
-    if not examples:
-        return {}
-    rows = trip.make(examples, [sources[example.image_id] for example in examples], run, bar)
-    run.add(rows)
-    return {e.image_id: rows[i * trip.candidates :][: trip.candidates] for i, e in enumerate(examples)}
-
-
-def _score(trip: Journey, similarity: Similarity, sources: dict, rows: dict[int, list[dict]], run: RunFolder) -> None:
-    """Score the rows of some of the sources, by image id, and keep the scores."""
-    if rows:
-        flat = list(chain.from_iterable(rows.values()))
-        candidates = [trip.reconstruction(row, run) for row in flat]
-        run.add_scores(_key(similarity), flat, trip.compare(similarity, [sources[i] for i in rows], candidates))
-
-
-def _open(
-    trip: Journey, dataset: Dataset, examples: list[Example], skipped: list[dict], bar: tqdm
-) -> dict[int, object]:
-    """Image id -> source of those that can be opened; the others are named and noted in `skipped`."""
-    sources = {}
-    for example in examples:
-        try:
-            sources[example.image_id] = trip.open(dataset, example)
-        except DatasetError as error:
-            skipped.append({"image_id": example.image_id, "path": str(example.path), "reason": str(error)})
-            bar.write(f"Skipped image {example.image_id}: {error}")
-    return sources
-
-
-def _finish(
-    trip: Journey, run: RunFolder, dataset: Dataset, skipped: list[dict], there: int, seconds: float
-) -> pd.DataFrame:
-    place = {example.image_id: i for i, example in enumerate(dataset)}
-    rows = run.rows()
-    table = rows[rows.image_id.isin(place)].sort_values(["image_id", "candidate"], ignore_index=True)
-    table = table.sort_values("image_id", key=lambda ids: ids.map(place), kind="stable", ignore_index=True)
-    if table.empty:
-        reason = skipped[0]["reason"] if skipped else f"the data set {dataset.name} is empty"
-        raise DatasetError(f"not one of {len(dataset)} images could be read; the first: {reason}")
-    for similarity in trip.similarities:
-        scores = run.scores(_key(similarity)).rename(columns={"score": similarity.name})
-        table = table.merge(scores, how="left", on=["image_id", "candidate"])
-    path = run.finish(table, skipped)
-    print(
-        f"{len(table)} candidates of {len(dataset) - len(skipped)} images ({there} were there already, {len(skipped)} "
-        f"skipped) in {seconds:.0f} s: {path}, pictures in {run.folder / 'pictures'}"
-    )
-    table.attrs = {"run_folder": str(run.folder), "skipped": skipped}
-    return table
 
 
 def image_text_image(
@@ -297,43 +197,43 @@ def image_text_image(
     generator: Generator,
     similarities: Sequence[Similarity],
     run_folder: str | Path,
+    settings: JourneySettings,
     *,
-    candidates: int,
-    steps: int,
-    guidance_scale: float,
-    strategy: Strategy = PAPER,
+    strategy: Strategy = PAPER_SAMPLING,
     shared_noise: bool = True,
-    seed: int = 0,
     chunk: int = 8,
-    batch_size: int = 16,
 ) -> pd.DataFrame:
-    """Caption every image K times, draw every caption, and measure how much of the image came back.
+    """Caption every image K times, generate an image from every caption, and measure how much of the image came back.
 
     A candidate depends on the models, the settings, its image and its number, and on nothing else in the data set. So a
-    run that was killed goes on when called again and ends with the same table, and one over more images of the same
-    data set reuses what is there. A picture changed under the same image id goes unnoticed.
+    run that was killed goes on when called again and ends with the same table, and a run over more images of the same
+    data set reuses those that are there. An image that changes under the same image id goes unnoticed.
 
     Args:
-        similarities: of pictures; each becomes a column under its name. With others than before, or retrained ones,
-            a run that is kept is scored by them as it is, and nothing is drawn again.
+        dataset: the images.
+        captioner: writes the captions.
+        generator: makes an image of each.
+        similarities: of two images; each becomes a column under its name. Others than before, or retrained ones, score
+            the candidates that are kept, and nothing is generated again.
         run_folder: laid out as in `runs`; its candidates.parquet is the returned table.
-        candidates: K. steps: of denoising. guidance_scale: of classifier-free guidance.
-        shared_noise: the pictures of one image start from the same noise, so that what differs between them comes from
-            the captions, and equal captions are drawn once; False: each candidate has its own.
-        chunk: images finished together: what a kill can cost. batch_size: pictures drawn at once.
+        settings: K and how images are generated.
+        strategy: how captions are sampled.
+        shared_noise: the images generated for one source start from the same noise, so that only their captions differ,
+            and equal captions are rendered once; False: each has its own.
+        chunk: images finished together: at most so many are lost when the run is killed.
     Returns:
         one row for each image × candidate, in the order of the data set:
             image_id; domain (None outside NoCaps); candidate, 0 … K − 1;
-            seed, of the caption's sampling; noise_seed, of the picture's noise; caption;
-            picture, a PNG relative to run_folder; each similarity, higher is more alike.
+            seed, of the caption's sampling; noise_seed, of the generated image; caption;
+            image, the generated PNG relative to run_folder; each similarity, higher is more alike.
         `.attrs`: "run_folder", and "skipped": the unreadable images as {"image_id", "path", "reason"}.
     Raises:
         RunFolderError: run_folder was made with other settings or other models.
         DatasetError: not one image could be read.
-        ValueError: candidates or steps < 1, or the similarities' names are not usable as columns.
+        ValueError: the similarities' names are not usable as columns, or one gives a wrong number of values.
     """
-    models = captioner, generator, similarities, candidates, steps, guidance_scale, seed, batch_size
-    return run_journey(ImageTextImage(*models, strategy, shared_noise), dataset, run_folder, chunk)
+    journey = ImageTextImage(captioner, generator, similarities, settings, strategy, shared_noise)
+    return run_journey(journey, dataset, run_folder, chunk)
 
 
 def text_image_text(
@@ -342,76 +242,110 @@ def text_image_text(
     generator: Generator,
     similarities: Sequence[Similarity],
     run_folder: str | Path,
+    settings: JourneySettings,
     *,
-    candidates: int,
-    steps: int,
-    guidance_scale: float,
-    seed: int = 0,
     chunk: int = 8,
-    batch_size: int = 16,
 ) -> pd.DataFrame:
-    """Draw a caption of every image N times, describe every picture, and measure how much of the caption came back.
+    """Generate N images from a caption of every image, describe each, and measure how much of the caption came back.
 
-    The caption is one of the image's, drawn by `seed`; texts of one's own come by `datasets.read_captions`. Everything
-    else is as in `image_text_image`.
+    The caption is one of the image's, sampled by `settings.seed`. Errors are those of `image_text_image`.
 
     Args:
-        similarities: of texts; each becomes a column under its name.
-        candidates: N.
+        dataset: of images with captions; `datasets.read_captions` makes one of your own texts.
+        captioner: describes the generated images, by beam search.
+        generator: makes N images of each caption.
+        similarities: of two texts; else as in `image_text_image`.
+        run_folder: as in `image_text_image`.
+        settings: N and how images are generated.
+        chunk: as in `image_text_image`.
     Returns:
         one row for each image × candidate, in the order of the data set:
-            image_id; domain; candidate, 0 … N − 1; seed, of the picture's noise; caption, the source;
-            picture, a PNG relative to run_folder; recovered, its description; each similarity, higher is more alike.
+            image_id; domain; candidate, 0 … N − 1; seed, of the generated image; caption, the source;
+            image, the generated PNG relative to run_folder; recovered, its description; each similarity.
         `.attrs`: "run_folder", and "skipped": examples without a caption as {"image_id", "path", "reason"}.
-    Raises:
-        as `image_text_image`.
     """
-    models = captioner, generator, similarities, candidates, steps, guidance_scale, seed, batch_size
-    return run_journey(TextImageText(*models), dataset, run_folder, chunk)
+    return run_journey(TextImageText(captioner, generator, similarities, settings), dataset, run_folder, chunk)
 
 
-def reconstruction_score(
-    images: Sequence[Image],
-    captions: Sequence[str],
-    generator: Generator,
-    similarity: Similarity,
-    *,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
-    pictures: int = 1,
-    seed: int = 0,
-    batch_size: int = 16,
-) -> Tensor:
-    """How good captions are, without any reference: how like its image is what the generator draws from it (§6).
+def run_journey(journey: Journey, dataset: Dataset, run_folder: str | Path, chunk: int) -> pd.DataFrame:
+    """Make the rows of every example that can be opened, `chunk` of them at a time; rows that are there are reused.
 
-    Args:
-        images, captions: B of each, in pairs.
-        similarity: of pictures, CLIP's or DINO's or one's own.
-        pictures: drawn from each caption, from noise of their own; the score is the mean over them.
-    Returns:
-        (B,) higher is better; captions of one image compare, those of different images hardly.
-    Raises:
-        ValueError: not as many captions as images, or pictures < 1.
+    Arguments, result and errors are those of `image_text_image`.
     """
-    if len(images) != len(captions) or pictures < 1:
-        raise ValueError(
-            f"{len(images)} images, {len(captions)} captions, {pictures} pictures of each: give as many captions as "
-            "images, and at least one picture"
-        )
-    texts = [caption for caption in captions for _ in range(pictures)]
-    seeds = [derive_seed(seed, j) for _ in captions for j in range(pictures)]  # equal captions are drawn once
-    drawn = generator.render(texts, seeds, steps, guidance_scale, batch_size)
-    rows = [drawn[i : i + pictures] for i in range(0, len(drawn), pictures)]
-    return similarity.compare(images, rows).mean(dim=1)
+    began = time.monotonic()
+    run = RunFolder(run_folder, {"dataset": dataset.name} | journey.identity(), pa.schema(journey.columns))
+    # the fingerprint keeps the scores of a retrained model of the same name apart
+    keys = {similarity.name: f"{similarity.name} {similarity.fingerprint()}" for similarity in journey.similarities}
+    kept = run.rows().groupby("image_id")
+    scored = {name: set(run.scores(key).image_id) for name, key in keys.items()}
+    finished = {example.image_id for example in dataset}.intersection(kept.groups, *scored.values())
+    skipped: list[dict] = []
+    with tqdm(total=len(dataset), initial=len(finished), desc=journey.name, unit="image") as bar:
+        try:
+            for start in range(0, len(dataset), chunk):
+                pending = [example for example in dataset[start : start + chunk] if example.image_id not in finished]
+                sources = _open_sources(journey, dataset, pending, skipped, bar)
+                rows = {i: kept.get_group(i).to_dict("records") for i in sources if i in kept.groups}
+                if missing := [example for example in pending if example.image_id in sources.keys() - rows]:
+                    made = journey.make(missing, [sources[example.image_id] for example in missing], run, bar)
+                    run.add(made)
+                    for row in made:
+                        rows.setdefault(row["image_id"], []).append(row)
+                bar.set_postfix_str("similarities")
+                for similarity in journey.similarities:
+                    if ids := [i for i in sources if i not in scored[similarity.name]]:
+                        own = [rows[i] for i in ids]
+                        values = journey.compare(similarity, [sources[i] for i in ids], own, run)
+                        run.add_scores(keys[similarity.name], list(chain.from_iterable(own)), values)
+                bar.update(len(sources))
+        except BaseException:
+            bar.write(f"Interrupted: {bar.n} of {len(dataset)} images are kept; the same call goes on in {run.folder}")
+            raise
+    table = _collect(run, dataset, keys, skipped)
+    path, seconds = run.finish(table, skipped), time.monotonic() - began
+    print(
+        f"{len(table)} candidates of {len(dataset) - len(skipped)} images ({len(finished)} were there already, "
+        f"{len(skipped)} skipped) in {seconds:.0f} s: {path}, images in {run.folder / 'images'}"
+    )
+    table.attrs = {"run_folder": str(run.folder), "skipped": skipped}
+    return table
+
+
+def _open_sources(journey: Journey, dataset: Dataset, examples: list[Example], skipped: list[dict], bar: tqdm) -> dict:
+    """Image id -> source of the examples that can be opened; the others are named and noted in `skipped`."""
+    sources = {}
+    for example in examples:
+        try:
+            sources[example.image_id] = journey.open_source(dataset, example)
+        except DatasetError as error:
+            skipped.append({"image_id": example.image_id, "path": str(example.path), "reason": str(error)})
+            bar.write(f"Skipped image {example.image_id}: {error}")
+    return sources
+
+
+def _collect(run: RunFolder, dataset: Dataset, keys: Mapping[str, str], skipped: list[dict]) -> pd.DataFrame:
+    """The candidate table, in the order of the data set, with a column for each similarity of `keys`."""
+    order = {example.image_id: i for i, example in enumerate(dataset)}
+    rows = run.rows().sort_values("candidate").query("image_id in @order")
+    table = rows.sort_values("image_id", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
+    if table.empty:
+        reason = skipped[0]["reason"] if skipped else f"the data set {dataset.name} is empty"
+        raise DatasetError(f"not one of {len(dataset)} images could be read; the first: {reason}")
+    for name, key in keys.items():
+        scores = run.scores(key).rename(columns={"score": name})
+        table = table.merge(scores, how="left", on=["image_id", "candidate"])
+    return table
 
 
 def rank(table: pd.DataFrame, by: str) -> pd.DataFrame:
-    """The table with a column `rank`: 1 is the candidate most alike by column `by`, among those of its image.
+    """The table with a column `rank`: for each image 1 has the highest value in `by`, of equals the first in the table.
 
-    Of equals, the one that stands first in the table has the better rank.
-
+    Args:
+        table: of candidates, as a journey returns it.
+        by: a column, such as a similarity.
     Raises:
-        KeyError: no such column. ValueError: it holds NaN.
+        KeyError: there is no such column.
+        ValueError: it holds NaN.
     """
     if by not in table:
         raise KeyError(f"no column {by!r} to rank by; the table has {', '.join(table.columns)}")
@@ -421,35 +355,45 @@ def rank(table: pd.DataFrame, by: str) -> pd.DataFrame:
 
 
 def select(table: pd.DataFrame, by: str) -> pd.DataFrame:
-    """The candidate ranked first by column `by` for each image, in the order of the table. Errors as `rank`."""
+    """The candidate ranked first for each image, in the order of the table; arguments and errors as `rank`."""
     return rank(table, by).query("rank == 1").drop(columns="rank").reset_index(drop=True)
 
 
-def load_models(
-    profile: profiles.Profile, scheduler: str | None = None
-) -> tuple[Captioner, Generator, list[Similarity]]:
-    """The profile's captioner, generator, and CLIP and DINO. Errors as `registry.locate`.
+class Models(NamedTuple):
+    """What image → text → image needs: `image_text_image(dataset, *load_models(profile), run_folder, settings)`."""
+
+    captioner: Captioner
+    generator: Generator
+    similarities: list[Similarity]
+
+
+def load_models(profile: Profile, scheduler: str | None = None) -> Models:
+    """The profile's captioner and generator, with CLIP and DINO; arguments and errors are those of `load_generator`."""
+    similarities = [
+        ClipImage.from_pretrained(**registry.source_of(profile.clip, profile.device)),
+        Dino.from_pretrained(**registry.source_of(profile.dino, profile.device), image_size=profile.dino_size),
+    ]
+    return Models(load_captioner(profile), load_generator(profile, scheduler=scheduler), similarities)
+
+
+def load_captioner(profile: Profile, name: str | None = None) -> Captioner:
+    """A captioner by its name in the registry (None: the profile's), for the profile's device; errors as `locate`."""
+    name = name or profile.captioner
+    settings = {"dtype": profile.torch_dtype, "prompt": registry.entry_of(name).prompt}
+    return Captioner.from_pretrained(**registry.source_of(name, profile.device), **settings)
+
+
+def load_generator(profile: Profile, name: str | None = None, scheduler: str | None = None) -> Generator:
+    """A generator by its name in the registry, for the profile's device.
 
     Args:
-        scheduler: the generator's, in place of the profile's; as `Generator.from_pretrained`, with its error.
+        profile: says which generator and scheduler where none are named, and the type of the weights.
+        name: in the registry; unknown names and missing weights are a RegistryError.
+        scheduler: of diffusers, as `Generator.from_pretrained` takes it; one that does not fit is a ValueError.
     """
-    drawn = dict(dtype=profile.torch_dtype, scheduler=scheduler or profile.scheduler)
-    return (
-        load_captioner(profile, profile.captioner),
-        Generator.from_pretrained(**source_of(profile, profile.generator), **drawn),
-        [
-            ClipImage.from_pretrained(**source_of(profile, profile.clip)),
-            Dino.from_pretrained(**source_of(profile, profile.dino), image_size=profile.dino_size),
-        ],
-    )
-
-
-def load_captioner(profile: profiles.Profile, name: str) -> Captioner:
-    """A captioner by its name in the registry, for the profile's device. Errors as `registry.locate`."""
-    prompt = registry.ENTRIES[name].prompt
-    return Captioner.from_pretrained(**source_of(profile, name), dtype=profile.torch_dtype, prompt=prompt)
-
-
-def source_of(profile: profiles.Profile, name: str) -> dict:
-    """A registry name as arguments of `from_pretrained`: where it is, its revision, the profile's device."""
-    return dict(name_or_path=registry.locate(name), revision=registry.ENTRIES[name].revision, device=profile.device)
+    name = name or profile.generator
+    source = registry.source_of(name, profile.device) | {"dtype": profile.torch_dtype}
+    if other := registry.class_of(name):  # not a diffusion model: it has no scheduler
+        return other.from_pretrained(**source)
+    scheduler = scheduler or profile.scheduler
+    return Generator.from_pretrained(**source, scheduler=scheduler, image_size=profile.image_size)

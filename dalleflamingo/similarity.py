@@ -1,85 +1,54 @@
-"""How alike two pictures are: cosines by CLIP and DINO, and how near their pixels or features lie (§3.1, App. A.1).
+"""How similar two images or two texts are: by CLIP, DINO and SBERT (§3.1, App. A.1), or by a function of one's own.
 
-Higher is more alike. An encoder says what "alike" means: CLIP learned from captions and sees what one would say of a
-picture; DINO learned from pictures alone and sees how things look. How alike texts are says `text_similarity`.
+Higher is more similar. The encoder decides what counts: CLIP was trained with captions and compares what a caption
+would say; DINO was trained on images alone and compares what they look like; SBERT compares what sentences mean.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
 import open_clip
 import torch
 from huggingface_hub import hf_hub_download
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-    BaseImageProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ViTModel,
-)
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor, PreTrainedModel, ViTModel
 
 from dalleflamingo.registry import check_weights
+from dalleflamingo.runs import fingerprint
 
-BATCH = 32  # pictures or texts encoded at once; bounds memory, does not change an embedding
+BATCH = 32  # images or texts encoded at once; bounds memory, does not change an embedding
+SBERT_TOKENS = 256
 T = TypeVar("T", Image, str)
 
 
 class Similarity(Protocol[T]):
-    """What `reconstruct` ranks by: T is a picture on the way image → text → image, a text on the other."""
+    """What `reconstruct` ranks by: T is an image in image → text → image, a text in text → image → text."""
 
     name: str
 
     def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
-        """(B, K): how like its source each candidate is, higher is more alike, for B sources with K candidates each."""
+        """Similarity of B sources with K candidates each, (B, K); higher is more similar."""
 
-
-class Encoder(Generic[T]):
-    """A similarity that is the cosine of two embeddings; subclasses say what an embedding is."""
-
-    name: str
-
-    def embed(self, items: Sequence[T]) -> Tensor:
-        """(N, D) float32 embeddings of N pictures or texts, on the CPU."""
-        raise NotImplementedError
-
-    def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
-        """(B, K) cosines in [-1, 1]; each source is embedded once."""
-        embedded = self.embed(list(chain.from_iterable(candidates)))
-        return cosine_similarity(self.embed(sources), embedded.reshape(len(sources), -1, embedded.shape[-1]))
-
-
-@dataclass(frozen=True)
-class PairSimilarity(Generic[T]):
-    """A similarity of one's own: a function of a source and a candidate, higher where they are more alike."""
-
-    name: str
-    function: Callable[[T, T], float]
-
-    def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
-        """As `Similarity.compare`."""
-        pairs = zip(sources, candidates, strict=True)
-        return torch.tensor([[float(self.function(source, other)) for other in others] for source, others in pairs])
+    def fingerprint(self) -> str:
+        """A text that changes with everything that changes a result: a kept run is scored again when it does."""
 
 
 def cosine_similarity(source: Tensor, candidates: Tensor) -> Tensor:
     """Cosine similarity of each source with its own candidates.
 
     Args:
-        source: (B, D) embeddings of the input pictures.
-        candidates: (B, K, D) embeddings of the K pictures drawn for each.
+        source: (B, D) embeddings of the inputs.
+        candidates: (B, K, D) embeddings of the K candidates generated for each.
     Returns:
         (B, K) in [-1, 1].
     Raises:
-        ValueError: if the numbers of pictures or the embedding sizes differ.
+        ValueError: the numbers of inputs or the embedding sizes differ.
     """
     if source.ndim != 2 or candidates.ndim != 3 or len(source) != len(candidates):
         raise ValueError(
@@ -93,101 +62,173 @@ def cosine_similarity(source: Tensor, candidates: Tensor) -> Tensor:
     return (F.normalize(source, dim=-1).unsqueeze(1) * F.normalize(candidates, dim=-1)).sum(-1)  # (B, 1, D) · (B, K, D)
 
 
+class Encoder(Generic[T]):
+    """A similarity that is the cosine of two embeddings; subclasses say how a batch is encoded.
+
+    Attributes:
+        model: the module that encodes.
+        settings: what changes an embedding beside the weights: preprocessing, limits.
+    """
+
+    name: str
+    model: nn.Module
+    settings: Mapping[str, object]
+
+    @torch.no_grad()
+    def embed(self, items: Sequence[T]) -> Tensor:
+        """(N, D) float32 embeddings of N images or texts, on the CPU.
+
+        Raises:
+            ValueError: there are no items.
+        """
+        if not items:
+            raise ValueError("nothing to embed: give at least one image or text")
+        batches = [self._encode(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
+        return torch.cat(batches).float().cpu()
+
+    def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
+        """(B, K) cosines in [-1, 1]; each source is embedded once."""
+        embedded = self.embed(list(chain.from_iterable(candidates)))
+        return cosine_similarity(self.embed(sources), embedded.reshape(len(sources), -1, embedded.shape[-1]))
+
+    def fingerprint(self) -> str:
+        """As `Similarity.fingerprint`: weights and settings."""
+        return fingerprint(type(self).__name__, modules=[self.model], settings=self.settings)
+
+    def _encode(self, items: Sequence[T]) -> Tensor:
+        """(B, D) embeddings of one batch, on the encoder's device."""
+        raise NotImplementedError
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+@dataclass(frozen=True)
+class PairSimilarity(Generic[T]):
+    """A similarity of one's own, by a function of a source and a candidate, higher where they are more similar."""
+
+    name: str  # of its column in a run's table
+    function: Callable[[T, T], float]
+    version: str = "1"  # change it when you change the function, so that a kept run is scored again
+
+    def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
+        """As `Similarity.compare`."""
+        pairs = zip(sources, candidates, strict=True)
+        return torch.tensor([[float(self.function(source, other)) for other in others] for source, others in pairs])
+
+    def fingerprint(self) -> str:
+        """As `Similarity.fingerprint`, by name and version."""
+        return fingerprint(type(self).__name__, settings={"name": self.name, "version": self.version})
+
+
 class ClipImage(Encoder[Image]):
     """CLIP's projected image embedding (the paper: ViT-L/14, 768-d)."""
 
     name = "clip"
 
     def __init__(self, model: open_clip.CLIP, preprocess: Callable[[Image], Tensor]):
-        self.visual, self.preprocess = model.visual.eval(), preprocess  # the text tower is not needed
+        self.model, self.preprocess = model.visual.eval(), preprocess  # the text tower is not needed
+        self.settings = {"preprocess": re.sub(r" at 0x[0-9a-f]+", "", repr(preprocess))}  # without addresses
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "ClipImage":
-        """CLIP from an open_clip folder, or by the hub id of published weights; errors as `load_clip`."""
+        """CLIP's image encoder on `device`; other arguments and errors as `load_clip`."""
         model, preprocess, _ = load_clip(name_or_path, revision)
         return cls(model.to(device), preprocess)
 
-    def embed(self, images: Sequence[Image]) -> Tensor:
-        """(N, D) float32 embeddings, on the CPU."""
-        return in_batches(self._encode, images)
-
     def _encode(self, images: Sequence[Image]) -> Tensor:
-        device = next(self.visual.parameters()).device
-        return self.visual(torch.stack([self.preprocess(image) for image in images]).to(device))
+        return self.model(torch.stack([self.preprocess(image) for image in images]).to(self._device))
+
+
+class ClipText(Encoder[str]):
+    """CLIP's projected text embedding (the paper: ViT-L/14). Tokens beyond the model's limit, 77, are not read."""
+
+    name = "text_clip"
+
+    def __init__(self, model: open_clip.CLIP, tokenizer: Callable[[Sequence[str]], Tensor]):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.settings = {"tokens": getattr(tokenizer, "context_length", None)}
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "ClipText":
+        """CLIP's text encoder on `device`; other arguments and errors as `load_clip`."""
+        model, _, tokenizer = load_clip(name_or_path, revision)
+        model.visual = nn.Identity()  # not needed, and the larger half
+        return cls(model.to(device), tokenizer)
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        return self.model.encode_text(self.tokenizer(list(texts)).to(self._device))
 
 
 class Dino(Encoder[Image]):
     """DINO's [CLS] embedding (the paper: ViT-B/8 on 384 × 384 pixels, 768-d).
 
     Attributes:
-        image_size: side in pixels that pictures are resized to; embeddings at two sizes are not to be mixed.
+        image_size: side in pixels that images are resized to; embeddings at two sizes are not to be mixed.
     """
 
     name = "dino"
 
     def __init__(self, model: ViTModel, processor: BaseImageProcessor):
-        self.model, self.processor = model.eval(), processor
+        self.model, self.processor, self.settings = model.eval(), processor, processor.to_dict()
         self.image_size: int = processor.size["height"]
 
     @classmethod
     def from_pretrained(
         cls, name_or_path: str, device: str = "cpu", revision: str | None = None, image_size: int | None = None
     ) -> "Dino":
-        """DINO from a folder or a hub.
+        """DINO from a folder or a hub, on `device`; `revision`: commit, tag or branch of a hub's model.
 
-        Args:
-            image_size: another size than the model's own preprocessing has (published DINO: 224); the position
-                embeddings are interpolated to it.
+        `image_size` replaces that of the model's own preprocessing (published DINO: 224 pixels); the position
+        embeddings are interpolated to it.
+
         Raises:
             RegistryError: the folder's weights are missing or cut short.
         """
-        name = check_weights(name_or_path)
-        where = {} if revision is None else {"revision": revision}
-        model = ViTModel.from_pretrained(
-            name, dtype=torch.float32, add_pooling_layer=False, use_safetensors=True, **where
-        )
+        source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
+        model = ViTModel.from_pretrained(**source, dtype=torch.float32, add_pooling_layer=False, use_safetensors=True)
         size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-        return cls(model.to(device), AutoImageProcessor.from_pretrained(name, **where, **size))
-
-    def embed(self, images: Sequence[Image]) -> Tensor:
-        """(N, D) float32 embeddings, on the CPU."""
-        return in_batches(self._encode, images)
+        return cls(model.to(device), AutoImageProcessor.from_pretrained(**source, **size))
 
     def _encode(self, images: Sequence[Image]) -> Tensor:
         images = [image.convert("RGB") for image in images]
-        pixel_values = self.processor(images, return_tensors="pt").pixel_values.to(self.model.device)
+        pixel_values = self.processor(images, return_tensors="pt").pixel_values.to(self._device)
         return self.model(pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 0]
 
 
-class Pixels:
-    """The negative mean squared difference of two pictures' pixels; needs no model."""
+class Sbert(Encoder[str]):
+    """SBERT, all-MiniLM-L6-v2: the mean of the last layer's token embeddings, 384-d and of length 1.
 
-    name = "pixels"
+    The paper takes the [CLS] embedding; this model was trained for the mean, of texts of at most `SBERT_TOKENS`.
+    """
 
-    def compare(self, sources: Sequence[Image], candidates: Sequence[Sequence[Image]]) -> Tensor:
-        """(B, K) in [-1, 0]; candidates are resized to their source."""
-        pairs = zip(sources, candidates, strict=True)
-        return torch.tensor([[-_squared_difference(source, other) for other in others] for source, others in pairs])
+    name = "text_sbert"
 
+    def __init__(self, model: PreTrainedModel, tokenizer: Callable):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.settings = {"vocabulary": tokenizer.get_vocab(), "tokens": SBERT_TOKENS}
 
-def _squared_difference(source: Image, other: Image) -> float:
-    a, b = (np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in (source, other.resize(source.size)))
-    return float(np.square(a - b).mean())
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "Sbert":
+        """SBERT from a folder or a hub; arguments and errors as `Dino.from_pretrained`."""
+        source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
+        model = AutoModel.from_pretrained(**source, dtype=torch.float32, use_safetensors=True)
+        return cls(model.to(device), AutoTokenizer.from_pretrained(**source))
 
-
-@torch.no_grad()
-def in_batches(encode: Callable[[Sequence[T]], Tensor], items: Sequence[T]) -> Tensor:
-    """(N, D) float32 on the CPU: N pictures or texts encoded a few at a time."""
-    if not items:
-        raise ValueError("nothing to embed: give at least one picture or text")
-    batches = [encode(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
-    return torch.cat(batches).float().cpu()
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        options = dict(padding=True, truncation=True, max_length=SBERT_TOKENS, return_tensors="pt")
+        inputs = self.tokenizer(list(texts), **options).to(self._device)
+        mask = inputs.attention_mask.unsqueeze(-1)  # (B, T, 1)
+        hidden_states = self.model(**inputs).last_hidden_state * mask
+        return F.normalize(hidden_states.sum(1) / mask.sum(1), dim=-1)
 
 
 def load_clip(name_or_path: str, revision: str | None = None) -> tuple[open_clip.CLIP, Callable, Callable]:
-    """An open_clip folder's model, or a published one by its hub id, with its preprocessing and its tokenizer.
+    """A CLIP with its preprocessing of images and its tokenizer.
 
-    Published weights are taken at a pinned revision and never from a pickle.
+    From an open_clip folder, or by the hub id of published weights that open_clip knows, at a commit, tag or branch
+    (None: the main branch) and never from a pickle.
 
     Raises:
         RegistryError: the folder's weights are missing or cut short.
@@ -214,66 +255,3 @@ def load_clip(name_or_path: str, revision: str | None = None) -> tuple[open_clip
         architecture, pretrained=file, force_quick_gelu=weights.get("quick_gelu", False)
     )
     return model, preprocess, open_clip.get_tokenizer(architecture)
-
-
-SBERT_TOKENS = 256  # more were not read in training
-
-
-class ClipText(Encoder[str]):
-    """CLIP's projected text embedding (the paper: ViT-L/14)."""
-
-    name = "text_clip"
-
-    def __init__(self, model: open_clip.CLIP, tokenizer: Callable[[Sequence[str]], Tensor]):
-        self.model, self.tokenizer = model.eval(), tokenizer
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "ClipText":
-        """As `similarity.ClipImage.from_pretrained`."""
-        model, _, tokenizer = load_clip(name_or_path, revision)
-        model.visual = nn.Identity()  # not needed, and the larger half
-        return cls(model.to(device), tokenizer)
-
-    def embed(self, items: Sequence[str]) -> Tensor:
-        """(N, D) float32 embeddings, on the CPU; what lies behind CLIP's 77 tokens is not read."""
-        return in_batches(self._encode, items)
-
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        device = next(self.model.parameters()).device
-        return self.model.encode_text(self.tokenizer(list(texts)).to(device))
-
-
-class Sbert(Encoder[str]):
-    """SBERT, all-MiniLM-L6-v2: the mean of the last layer's token embeddings, 384-d.
-
-    The paper takes the [CLS] embedding; this model was trained for the mean.
-    """
-
-    name = "text_sbert"
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self.model, self.tokenizer = model.eval(), tokenizer
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "Sbert":
-        """SBERT from a folder or a hub.
-
-        Raises:
-            RegistryError: the folder's weights are missing or cut short.
-        """
-        name = check_weights(name_or_path)
-        where = {} if revision is None else {"revision": revision}
-        model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **where)
-        return cls(model.to(device), AutoTokenizer.from_pretrained(name, **where))
-
-    def embed(self, items: Sequence[str]) -> Tensor:
-        """(N, 384) float32 embeddings of length 1, on the CPU."""
-        return in_batches(self._encode, items)
-
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        inputs = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=SBERT_TOKENS, return_tensors="pt"
-        ).to(self.model.device)
-        mask = inputs.attention_mask.unsqueeze(-1)  # (B, T, 1)
-        states = self.model(**inputs).last_hidden_state * mask
-        return F.normalize(states.sum(1) / mask.sum(1), dim=-1)

@@ -1,27 +1,27 @@
 """The map from the captioner's tokens to the generator's, learned from captions (§4.1, App. G).
 
-Given are the captioner's distributions P (T × |V_source|), one a position, and the caption it walked along, its
-*path*: the teacher-forced text in training, its own argmax otherwise. Wanted is the same caption in the generator's
-vocabulary, still as distributions, so that gradients find the way back. Three maps:
+At every position t of a caption the captioner has a distribution P_t over its vocabulary. The caption itself is known:
+in training it is the human caption, otherwise the captioner's argmax. A map turns P into distributions over the
+generator's vocabulary, and gradients flow back through it. There are two kinds:
 
-* **one-to-one**, the paper's P·M as we read App. G: every source piece becomes one target piece. 68 % of COCO captions
-  fall into the same pieces, 67 % cross unchanged.
-* **released**, the authors' code as described: a target piece reads off the source piece it is paired with, so that
-  one source piece may become many target pieces, and mass is made.
-* **word-aligned**, ours. Walking along the path, the captioner takes its piece s_t with probability p_t = P_t(s_t) or
-  *departs* from it to some other piece v. Target place j holds the source places G_j that begin in it, and its row is
+* **one-to-one** is the paper's P·M as we read App. G: every source token becomes one target token. 68 % of COCO's
+  captions have the same tokens on both sides, and 67 % arrive unchanged.
+* **word-aligned** is ours. At position t the captioner either *follows* the caption by predicting its token s_t, with
+  probability p_t = P_t(s_t), or *departs* from it by predicting another token v. Let G_j be the source
+  positions whose tokens belong to the target token u_j at position j (see `tokens.py`). Row j of the result is
 
       Q_j = Σ_{t ∈ G_j}  Π_{i ∈ G_j, i < t} p_i · Σ_{v ≠ s_t} P_t(v) M_v   +   Π_{t ∈ G_j} p_t · e_{u_j}
 
-  the departures on the way, each read by its row of M, and the path's own target piece u_j for all who never departed.
-  The weights telescope to 1, so a row sums to 1 whatever the captioner says, and a caption said with certainty is
-  exactly the target's own reading of the text, however differently the two cut it. (A place in which no source piece
-  begins is e_{u_j}: like a teacher-forced P_t, a row is given that the path was kept until there.)
+  The first term holds the departures, each mapped by its own row of M; the second holds the probability that the
+  captioner never departs. The weights add up to 1, so every row sums to 1 whatever the captioner predicts. If it is
+  certain of the caption, Q is exactly the generator's own tokenization, however differently the two sides tokenize.
+  (If G_j is empty, Q_j = e_{u_j}: like a teacher-forced P_t, a row assumes that the caption was followed so far.)
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,71 +29,61 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dalleflamingo.tokens import (
-    END_OF_WORD,
     Alignment,
     align_texts,
     align_token_ids,
-    style,
     token_bytes,
     tokenize_captions,
+    tokenizer_style,
 )
 
-KINDS = ("one-to-one", "released", "word-aligned")
+MAP_KINDS = ("one-to-one", "word-aligned")
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class VocabularyMap:
-    """Carries captions of token distributions from a source to a target vocabulary.
+    """Maps captions of token distributions from a source vocabulary to a target vocabulary.
 
     Attributes:
-        kind: one of `KINDS`.
-        matrix: M, sparse (|V_source|, |V_target|), float32; rows sum to 1, but for those of `released`.
-        source, target: the tokenizers.
-        captions: how many it was learned from.
+        kind: one of `MAP_KINDS`; a map of any other kind is used as P·M.
+        matrix: M, sparse (|V_source|, |V_target|), float32. The rows of a learned map sum to 1.
+        source: the captioner's tokenizer.
+        target: the generator's tokenizer.
+        captions: the number of captions that the map was learned from.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        matrix: Tensor,
-        source: PreTrainedTokenizerBase,
-        target: PreTrainedTokenizerBase,
-        captions: int,
-    ):
-        self.kind, self.matrix, self.captions = kind, matrix, captions
-        self.source, self.target = source, target
+    kind: str
+    matrix: Tensor
+    source: Tokenizer
+    target: Tokenizer
+    captions: int
 
     @classmethod
     def learn(
-        cls,
-        source: PreTrainedTokenizerBase,
-        target: PreTrainedTokenizerBase,
-        captions: Sequence[str],
-        kind: str = "word-aligned",
+        cls, source: Tokenizer, target: Tokenizer, captions: Sequence[str], kind: str = "word-aligned"
     ) -> "VocabularyMap":
-        """A map from any corpus of captions.
+        """Learns a map from the texts of any captions; no images are needed. `kind` is one of `MAP_KINDS`.
 
         Raises:
-            ValueError: there are no captions, the kind is unknown, or a tokenizer is of a kind that is not known here
-                or, for "released", not WordPiece on the one side and byte pairs with `</w>` on the other.
+            ValueError: there are no captions, the kind is unknown, or as `tokenizer_style`.
             TypeError: `captions` is one string.
         """
-        if kind not in KINDS:
-            raise ValueError(f"no map is called {kind!r}: choose one of {', '.join(KINDS)}")
+        if kind not in MAP_KINDS:
+            raise ValueError(f"no map is called {kind!r}: choose one of {', '.join(MAP_KINDS)}")
         if len(captions) == 0:
             raise ValueError("a map is learned from captions, and there are none: was the right file read?")
-        if kind == "released":
-            return cls(kind, _released(source, target), source, target, captions=0)
-        paths = align_texts(source, target, captions)
-        counts = _counts(paths, len(source), len(target), alike_only=kind == "one-to-one")
-        readings = _readings(source, target)
-        matrix = _normalised(counts, readings) if kind == "word-aligned" else _most_frequent(counts, readings)
+        alignments = align_texts(source, target, captions)
+        counts = _counts(alignments, len(source), len(target), paired_only=kind == "one-to-one")
+        fallback = _fallback_ids(source, target)
+        matrix = _most_frequent(counts, fallback) if kind == "one-to-one" else _shares(counts, fallback)
         return cls(kind, matrix, source, target, len(captions))
 
     def save(self, folder: str | Path) -> None:
-        """`map.safetensors` (the entries of M) and `map.json` (kind, size, fingerprints of both vocabularies)."""
+        """Writes `map.safetensors` (the entries of M) and `map.json` (kind, size, digests of the vocabularies)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         rows, columns = self.matrix.indices()
@@ -104,229 +94,205 @@ class VocabularyMap:
         (folder / "map.json").write_text(json.dumps(about, indent=1) + "\n")
 
     @classmethod
-    def load(
-        cls, folder: str | Path, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase
-    ) -> "VocabularyMap":
-        """The map that `save` wrote, identical.
+    def load(cls, folder: str | Path, source: Tokenizer, target: Tokenizer) -> "VocabularyMap":
+        """Loads the map that `save` wrote to a folder, for the tokenizers `source` and `target` it was learned for.
 
         Raises:
-            ValueError: it was learned for other vocabularies than these.
+            ValueError: it was learned for other vocabularies.
         """
         folder = Path(folder)
         about = json.loads((folder / "map.json").read_text())
         for side, tokenizer in (("source", source), ("target", target)):
             if about[side] != (found := _fingerprint(tokenizer)):
                 raise ValueError(
-                    f"the map in {folder} was learned for another {side} vocabulary ({about[side]['pieces']} pieces) "
-                    f"than this tokenizer's ({found['pieces']}): load the tokenizers it was learned with, or learn anew"
+                    f"the map in {folder} was learned for another {side} vocabulary ({about[side]['tokens']} tokens) "
+                    f"than this tokenizer's ({found['tokens']}): load the tokenizers it was learned with, or learn anew"
                 )
         entries = load_file(folder / "map.safetensors")
-        where = torch.stack([entries["rows"], entries["columns"]]).long()
-        matrix = _sparse(where, entries["values"], (about["outputs"], len(target)))
+        indices = torch.stack([entries["rows"], entries["columns"]]).long()
+        matrix = _sparse(indices, entries["values"], (about["outputs"], len(target)))
         return cls(about["kind"], matrix, source, target, about["captions"])
 
-    def widened(self, size: int) -> "VocabularyMap":
-        """The same map for a model with more outputs than its tokenizer has pieces.
+    def resize(self, size: int) -> "VocabularyMap":
+        """The same map for a captioner with `size` outputs, more than its tokenizer has tokens.
 
-        BLIP's [DEC] and [ENC] are such, and padding to a round number. They spell nothing and are read as [UNK].
+        BLIP has outputs for [DEC] and [ENC]; other models pad their vocabulary. The extra outputs are mapped to [UNK].
 
         Raises:
-            ValueError: the model has fewer outputs than the tokenizer has pieces.
+            ValueError: the captioner has fewer outputs than the tokenizer has tokens.
         """
         rows, columns = self.matrix.shape
         if size < rows:
-            raise ValueError(f"the model has {size} outputs, its tokenizer {rows} pieces: are they of the same model?")
+            raise ValueError(f"the model has {size} outputs, its tokenizer {rows} tokens: are they of the same model?")
         more = torch.stack([torch.arange(rows, size), torch.full((size - rows,), self.target.unk_token_id)])
-        where = torch.cat([self.matrix.indices(), more], dim=1)
+        indices = torch.cat([self.matrix.indices(), more], dim=1)
         values = torch.cat([self.matrix.values(), torch.ones(size - rows)])
-        return VocabularyMap(
-            self.kind, _sparse(where, values, (size, columns)), self.source, self.target, self.captions
-        )
+        return replace(self, matrix=_sparse(indices, values, (size, columns)))
 
-    def paths(self, ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None) -> list[Alignment]:
-        """How captions cross.
+    def align(self, ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None) -> list[Alignment]:
+        """Aligns captions between the two vocabularies.
 
         Args:
-            ids: rows of source pieces without special tokens.
-            texts: the captions as written, where they are known; what pieces alone cannot tell (accents, `."`) then
-                crosses too.
+            ids: rows of source tokens without special tokens.
+            texts: the captions as written, where known. They hold what tokens alone do not (accents, spaces in `. "`).
         Raises:
-            ValueError: not as many texts as rows, or a text that is not what its ids say.
+            ValueError: the numbers of texts and rows differ, or a text's tokens are not those of its row.
         """
         if texts is None:
             return align_token_ids(self.source, self.target, ids)
         if len(ids) != len(texts):
             raise ValueError(f"{len(ids)} rows of tokens and {len(texts)} texts: give each row its own text")
-        paths = align_texts(self.source, self.target, texts)
-        for row, text, path in zip(ids, texts, paths, strict=True):
-            if tuple(map(int, row)) != path.source:
-                said = self.source.decode(list(row))
-                raise ValueError(f"the text is {text!r}, but the tokens say {said!r}: give each row its own text")
-        return paths
+        alignments = align_texts(self.source, self.target, texts)
+        for row, text, alignment in zip(ids, texts, alignments, strict=True):
+            if tuple(map(int, row)) != alignment.source:
+                spelled = self.source.decode(list(row))
+                raise ValueError(f"the text is {text!r}, but the tokens say {spelled!r}: give each row its own text")
+        return alignments
 
-    def rows(self, distributions: Tensor, paths: Sequence[Alignment]) -> Tensor:
-        """Soft captions in the target vocabulary.
-
-        Args:
-            distributions: (B, T, |V_source|), T at least the longest path; what stands behind a path is not read.
-        Returns:
-            (B, T', |V_target|), T' the longest caption there (here, with the other two maps), in pieces; rows behind a
-            shorter caption are 0.
-        Raises:
-            ValueError: there are no captions, or the shapes do not fit the paths.
-        """
-        readings = self.matrix.to(distributions.device, distributions.dtype)
-        return self._carry(
-            distributions, paths, readings, lambda ids: F.one_hot(ids, len(self.target)).to(distributions.dtype)
-        )
-
-    def carry(self, distributions: Tensor, paths: Sequence[Alignment], readings: Tensor, table: Tensor) -> Tensor:
-        """`rows` times a table, Q·E, from M·E and E, without ever writing the rows down.
+    def target_distributions(self, distributions: Tensor, alignments: Sequence[Alignment]) -> Tensor:
+        """Q: captions as distributions over the target vocabulary.
 
         Args:
-            distributions: (B, T, |V_source|).
-            readings: M·E, (|V_source|, D).
-            table: E, (|V_target|, D).
+            distributions: P, (B, T, |V_source|), T at least the longest caption's; positions after a caption's end
+                are ignored.
+            alignments: one for each caption.
         Returns:
-            (B, T', D), T' as for `rows`.
+            (B, T', |V_target|), T' the longest caption in target tokens (in source tokens if the map is not
+            word-aligned); rows after a shorter caption's end are 0.
         Raises:
-            ValueError: as `rows`.
+            ValueError: there are no captions, or the shapes do not fit the alignments.
         """
-        return self._carry(distributions, paths, readings, lambda ids: F.embedding(ids, table))
+        matrix, size = self.matrix.to(distributions.device, distributions.dtype), len(self.target)
+        return self._map(distributions, alignments, matrix, lambda ids: F.one_hot(ids, size).to(distributions.dtype))
 
-    def _carry(
-        self, distributions: Tensor, paths: Sequence[Alignment], readings: Tensor, look_up: Callable[[Tensor], Tensor]
+    def expected_embeddings(
+        self, distributions: Tensor, alignments: Sequence[Alignment], mapped_embeddings: Tensor, embeddings: Tensor
     ) -> Tensor:
-        if not paths:
-            raise ValueError("there are no captions to carry: give at least one")
-        source, target, lands = (_padded(part, distributions.device) for part in zip(*paths, strict=True))
+        """Q·E, without ever forming Q.
+
+        Args:
+            distributions: P, (B, T, |V_source|), as for `target_distributions`.
+            alignments: one for each caption.
+            mapped_embeddings: M·E, (|V_source|, D).
+            embeddings: E, (|V_target|, D).
+        Returns:
+            (B, T', D), T' as for `target_distributions`.
+        Raises:
+            ValueError: as `target_distributions`.
+        """
+        return self._map(distributions, alignments, mapped_embeddings, lambda ids: F.embedding(ids, embeddings))
+
+    def _map(self, distributions: Tensor, alignments: Sequence[Alignment], mapped: Tensor, look_up: Callable) -> Tensor:
+        """The equation above times E; `mapped` is M·E, (|V_source|, D), and `look_up` gives the rows of E for ids."""
+        if not alignments:
+            raise ValueError("there are no captions to map: give at least one")
+        source, target, positions = (  # s_t (B, T), u_j (B, T'), j of each t (B, T); −1 after a caption's end
+            pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, -1).to(distributions.device)
+            for rows in zip(*alignments, strict=True)
+        )
         if distributions.shape[-1] != self.matrix.shape[0]:
             raise ValueError(
-                f"distributions over {distributions.shape[-1]} pieces, but the map is for {self.matrix.shape[0]}: if "
-                f"the model has outputs that its tokenizer lacks, take `widened({distributions.shape[-1]})`"
+                f"distributions over {distributions.shape[-1]} tokens, but the map is for {self.matrix.shape[0]}: if "
+                f"the model has outputs that its tokenizer lacks, take `resize({distributions.shape[-1]})`"
             )
-        soft = distributions[:, : source.shape[1]]
-        if soft.shape[:2] != source.shape:
+        P = distributions[:, : source.shape[1]]
+        if P.shape[:2] != source.shape:
             raise ValueError(
-                f"distributions of shape {tuple(distributions.shape)} for {len(paths)} captions of up to "
-                f"{source.shape[1]} pieces: give each caption a row, and each of its pieces a position"
+                f"distributions of shape {tuple(distributions.shape)} for {len(alignments)} captions of up to "
+                f"{source.shape[1]} tokens: give each caption a row, and each of its tokens a position"
             )
-        soft = soft.masked_fill((source < 0)[..., None], 0)
+        P = P.masked_fill((source < 0)[..., None], 0)
         if self.kind != "word-aligned":
-            return _product(soft, readings)
-        spoken = source.clamp(min=0)[..., None]  # (B, T, 1)
-        kept = soft.gather(2, spoken)[..., 0]  # p_t, (B, T)
-        departures = _product(soft.scatter(2, spoken, 0), readings)  # (B, T, D)
-        arrive, stay = _arrivals(kept, lands, target.shape[1])
-        stay = stay * (target >= 0)
-        return arrive @ departures + stay[..., None] * look_up(target.clamp(min=0))
+            return _product(P, mapped)
+        tokens = source.clamp(min=0)[..., None]  # s_t, (B, T, 1)
+        follows = P.gather(2, tokens)[..., 0]  # p_t, (B, T)
+        departures = _product(P.scatter(2, tokens, 0), mapped)  # Σ_{v ≠ s_t} P_t(v) M_v E, (B, T, D)
+        departing, never = _weights(follows, positions, target.shape[1])  # (B, T', T), (B, T')
+        never = never * (target >= 0)
+        return departing @ departures + never[..., None] * look_up(target.clamp(min=0))
 
 
-def _arrivals(kept: Tensor, lands: Tensor, places: int) -> tuple[Tensor, Tensor]:
-    """The weights of the word-aligned map.
+def _weights(follows: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The weights of the equation above, from p_t, (B, T), and the target position of each source token, (B, T).
 
-    Args:
-        kept: p_t, (B, T); lands: (B, T), the target place of each source place or −1; places: T'.
     Returns:
-        (B, T', T), Π_{i ∈ G_j, i < t} p_i where t ∈ G_j, else 0; and (B, T'), Π_{t ∈ G_j} p_t.
+        (B, T', T), Π_{i ∈ G_j, i < t} p_i where t ∈ G_j, else 0; and (B, T'), Π_{t ∈ G_j} p_t. T' is `length`.
     """
-    inside = lands[:, None] == torch.arange(places, device=lands.device)[:, None]  # (B, T', T)
-    factors = torch.where(inside, kept[:, None], 1)
-    through = factors.cumprod(-1)  # places outside G_j count as 1
+    belongs = positions[:, None] == torch.arange(length, device=positions.device)[:, None]  # t ∈ G_j, (B, T', T)
+    factors = torch.where(belongs, follows[:, None], 1)
+    through = factors.cumprod(-1)  # positions outside G_j count as 1
     before = torch.cat([torch.ones_like(through[..., :1]), through[..., :-1]], dim=-1)
-    return before * inside, factors.prod(-1)
+    return before * belongs, factors.prod(-1)
 
 
-def _product(distributions: Tensor, readings: Tensor) -> Tensor:
-    """(B, T, V) · (V, D) -> (B, T, D); sparse readings are multiplied from the left, as PyTorch wants it."""
-    if not readings.is_sparse:
-        return distributions @ readings
+def _product(distributions: Tensor, mapped: Tensor) -> Tensor:
+    """(B, T, V) · (V, D) -> (B, T, D); PyTorch multiplies a sparse matrix from the left only."""
+    if not mapped.is_sparse:
+        return distributions @ mapped
     flat = distributions.flatten(0, 1)
-    return torch.sparse.mm(readings.t(), flat.t()).t().unflatten(0, distributions.shape[:2])
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """(B, longest) integers, −1 behind each row."""
-    longest = max(map(len, rows), default=0)
-    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows], dtype=torch.long, device=device)
+    return torch.sparse.mm(mapped.t(), flat.t()).t().unflatten(0, distributions.shape[:2])
 
 
 # ── learning ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _counts(paths: Sequence[Alignment], rows: int, columns: int, alike_only: bool) -> Tensor:
-    """Sparse (rows, columns): how often a source piece began in a target piece.
+def _counts(alignments: Sequence[Alignment], rows: int, columns: int, paired_only: bool) -> Tensor:
+    """Sparse (rows, columns): how often each source token belonged to each target token.
 
-    alike_only: count captions that both sides cut into as many pieces, each beginning in its own: the paper says that
-    M is "one-to-one" and learned from such captions, and no more.
+    With `paired_only` captions count only if their tokens pair up one by one. App. G says only that M is "one-to-one"
+    and learned from such captions.
     """
-    kept = [path for path in paths if not alike_only or path.lands == tuple(range(len(path.target)))]
-    source = np.fromiter((id for path in kept for id in path.source), np.int64)
-    target = np.fromiter((path.target[land] if land >= 0 else -1 for path in kept for land in path.lands), np.int64)
+    if paired_only:
+        alignments = [one for one in alignments if one.target_positions == tuple(range(len(one.target)))]
+    source = np.fromiter((id for one in alignments for id in one.source), np.int64)
+    target = np.fromiter(
+        (one.target[j] if j >= 0 else -1 for one in alignments for j in one.target_positions), np.int64
+    )
     pairs, times = np.unique(np.stack([source, target])[:, target >= 0], axis=1, return_counts=True)
     return _sparse(torch.from_numpy(pairs), torch.from_numpy(times), (rows, columns))
 
 
-def _readings(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> Tensor:
-    """(|V_source|,) the target piece that the text of each source piece begins with: the reading of a rare piece.
+def _fallback_ids(source: Tokenizer, target: Tokenizer) -> Tensor:
+    """(|V_source|,) target ids for source tokens that no caption contains: the first target token of the token's text.
 
-    The end of a caption is read as the end of a caption, every other special token as [UNK] (which CLIP writes the
-    same: <|endoftext|>).
+    The end of a caption becomes the end of a caption. Every other special token becomes [UNK], which in CLIP is
+    <|endoftext|> as well.
     """
-    how, special = style(source), set(source.all_special_ids)
-    tokens = source.convert_ids_to_tokens(list(range(len(source))))
+    style, special = tokenizer_style(source), set(source.all_special_ids)
     texts = [
-        "" if id in special else token_bytes(token, how).decode(errors="ignore").strip()
-        for id, token in enumerate(tokens)
+        "" if id in special else token_bytes(token, style).decode(errors="ignore").strip()
+        for id, token in enumerate(source.convert_ids_to_tokens(list(range(len(source)))))
     ]
-    first = [cut.ids[0] if cut.ids else target.unk_token_id for cut in tokenize_captions(target, texts)]
-    ends = {source.sep_token_id, source.eos_token_id} - {None}
-    end = target.sep_token_id if target.eos_token_id is None else target.eos_token_id
-    return torch.tensor([end if id in ends else piece for id, piece in enumerate(first)])
+    first = [text.ids[0] if text.ids else target.unk_token_id for text in tokenize_captions(target, texts)]
+    source_ends = {source.sep_token_id, source.eos_token_id} - {None}
+    target_end = target.sep_token_id if target.eos_token_id is None else target.eos_token_id
+    return torch.tensor([target_end if id in source_ends else target_id for id, target_id in enumerate(first)])
 
 
-def _normalised(counts: Tensor, readings: Tensor) -> Tensor:
-    """Counts as shares of each row; where nothing was counted, all to the reading."""
+def _shares(counts: Tensor, fallback: Tensor) -> Tensor:
+    """Each row of the counts divided by its sum; where nothing was counted, 1 at the fallback."""
     totals = counts.sum(1).to_dense()  # (|V_source|,)
     rows, columns = counts.indices()
     unseen = (totals == 0).nonzero()[:, 0]
-    where = torch.stack([torch.cat([rows, unseen]), torch.cat([columns, readings[unseen]])])
+    indices = torch.stack([torch.cat([rows, unseen]), torch.cat([columns, fallback[unseen]])])
     values = torch.cat([counts.values() / totals[rows], torch.ones(len(unseen))])
-    return _sparse(where, values, counts.shape)
+    return _sparse(indices, values, counts.shape)
 
 
-def _most_frequent(counts: Tensor, readings: Tensor) -> Tensor:
-    """One 1 a row, at the largest count, of equals at the largest id; where nothing was counted, at the reading."""
+def _most_frequent(counts: Tensor, fallback: Tensor) -> Tensor:
+    """A single 1 in each row, at its largest count (the largest id if counts tie), or else at the fallback."""
     rows, columns = counts.indices()
     order = counts.values().argsort(stable=True)  # the largest is written last
-    chosen = readings.clone().numpy()
+    chosen = fallback.clone().numpy()
     chosen[rows[order].numpy()] = columns[order].numpy()
-    where = torch.stack([torch.arange(len(chosen)), torch.from_numpy(chosen)])
-    return _sparse(where, torch.ones(len(chosen)), counts.shape)
+    indices = torch.stack([torch.arange(len(chosen)), torch.from_numpy(chosen)])
+    return _sparse(indices, torch.ones(len(chosen)), counts.shape)
 
 
-def _released(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> Tensor:
-    """Every target piece reads off one source piece: its equal, inside a word else its equal with ##, else [UNK].
-
-    A reconstruction: of the authors' 49,408 pairs 13,038 are equal and word-final, 829 equal inside a word, 1,469 equal
-    to a ## piece, 5,189 unequal by no rule that we know, 28,883 [UNK]. Ours has 18,034, 5,064, 1,051, none, and 25,259.
-    """
-    prefix = style(source).continuation_prefix
-    if not prefix or not style(target).ends:
-        raise ValueError("the released rule leads from WordPiece to byte pairs with </w>: learn another kind of map")
-    ids, unknown = source.get_vocab(), source.unk_token_id
-    pairs = [unknown] * len(target)
-    for token, column in target.get_vocab().items():
-        text = token.removesuffix(END_OF_WORD)
-        pairs[column] = ids.get(text, ids.get(prefix + text, unknown) if not token.endswith(END_OF_WORD) else unknown)
-    where = torch.stack([torch.tensor(pairs), torch.arange(len(target))])
-    return _sparse(where, torch.ones(len(target)), (len(source), len(target)))
+def _sparse(indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_coo_tensor(indices, values.float(), shape, check_invariants=True).coalesce()
 
 
-def _sparse(where: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_coo_tensor(where, values.float(), shape, check_invariants=True).coalesce()
-
-
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | int]:
+def _fingerprint(tokenizer: Tokenizer) -> dict[str, str | int]:
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    return {"pieces": len(tokenizer), "sha256": hashlib.sha256(vocabulary).hexdigest()}
+    return {"tokens": len(tokenizer), "sha256": hashlib.sha256(vocabulary).hexdigest()}

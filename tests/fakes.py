@@ -1,5 +1,6 @@
 """Stand-ins for captioner, generator and similarity: instant, and functions of picture, caption and seed alone."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,12 @@ import torch
 from PIL import Image
 
 from dalleflamingo import datasets, reconstruct
-from dalleflamingo.decoding import Nucleus
 from dalleflamingo.intervals import derive_seed
+from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.similarity import Encoder, PairSimilarity
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "white": (250, 250, 250)}
-SETTINGS = dict(candidates=3, steps=2, guidance_scale=4.0, strategy=Nucleus(0.9), seed=5, chunk=3, batch_size=4)
+SETTINGS = JourneySettings(candidates=3, steps=2, guidance_scale=4.0, seed=5, batch_size=4)
 
 
 class Captioner:
@@ -24,6 +25,9 @@ class Captioner:
         self.temper = temper
         self._hidden = (log, delay)
         self.batches: list[list[tuple[int, ...]]] = []
+
+    def fingerprint(self):
+        return f"Captioner {self.temper}"
 
     def sample(self, images, seeds, strategy, min_words=5, max_words=30):
         log, delay = self._hidden
@@ -50,6 +54,9 @@ class Generator:
         self._hidden = (delay, on_draw, log)
         self.calls = []
 
+    def fingerprint(self):
+        return "Generator"
+
     def render(self, captions, seeds, steps=50, guidance_scale=7.5, batch_size=16, progress=None):
         self.calls.append(dict(captions=captions, seeds=seeds, steps=steps, guidance=guidance_scale, batch=batch_size))
         return [self._draw(caption, seed, progress) for caption, seed in zip(captions, seeds, strict=True)]
@@ -72,6 +79,9 @@ class MeanColour(Encoder):
 
     def __init__(self):
         self.embedded = []
+
+    def fingerprint(self):
+        return self.name
 
     def embed(self, images):
         self.embedded.append(len(images))
@@ -104,14 +114,29 @@ def dataset(folder: Path, n: int = 10) -> datasets.Dataset:
     return datasets.Dataset("coloured things", tuple(examples))
 
 
-def run(run_folder: Path, pictures: Path, log=None, delay=0.0, n=10, on_draw=lambda: None, **settings):
+def image_text_image(data, captioner, generator, similarities, run_folder, chunk=3, **changes):
+    """The journey with `SETTINGS` but for some changes."""
+    how = {name: changes.pop(name) for name in ("strategy", "shared_noise") if name in changes}
+    settings = dataclasses.replace(SETTINGS, **changes)
+    return reconstruct.image_text_image(
+        data, captioner, generator, similarities, run_folder, settings, chunk=chunk, **how
+    )
+
+
+def run(run_folder: Path, pictures: Path, log=None, delay=0.0, n=10, on_draw=lambda: None, **changes):
     """The whole way with fakes."""
     models = Captioner(log, delay), Generator(delay, on_draw), [MeanColour(), Corner()]
-    return reconstruct.image_text_image(dataset(pictures, n), *models, run_folder, **SETTINGS | settings)
+    return image_text_image(dataset(pictures, n), *models, run_folder, **changes)
 
 
-def run_texts(run_folder: Path, pictures: Path, log=None, delay=0.0, n=10, on_draw=lambda: None, **settings):
+def run_texts(run_folder: Path, pictures: Path, log=None, delay=0.0, n=10, on_draw=lambda: None, data=None):
     """The other way round; logs the image id of each caption that is drawn."""
     models = Captioner(), Generator(delay, on_draw, log), [PairSimilarity("letters", common_letters)]
-    common = {key: value for key, value in SETTINGS.items() if key != "strategy"}
-    return reconstruct.text_image_text(dataset(pictures, n), *models, run_folder, **common | settings)
+    return reconstruct.text_image_text(data or dataset(pictures, n), *models, run_folder, SETTINGS, chunk=3)
+
+
+def logits_with(log_likelihoods: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `Captioner.token_logits` returns for captions of one token, (B, 1, 2) and (B, 1), with these log p ≤ 0."""
+    other = torch.log(torch.expm1(-log_likelihoods))  # of two tokens: log p = −log(1 + exp(other))
+    logits = torch.stack([torch.zeros_like(other), other], dim=-1)
+    return logits[:, None], torch.zeros(len(other), 1, dtype=torch.long)

@@ -1,11 +1,11 @@
 """A process that starts runs which SIGKILL ends at random moments; `test_reconstruct` reads its record.
 
-    python killed_run.py WAY RUN_FOLDER PICTURES KILLS SEED
+    python killed_run.py FOLDER IMAGES KILLS SEED
 
-WAY is the name of a function of `fakes`, run or run_texts.
+It makes both journeys, by the functions `run` and `run_texts` of `fakes`, in FOLDER/run and FOLDER/run_texts.
 
-A moment is a number of pictures and some milliseconds after them, so that on a fast and on a busy machine alike a run
-dies midway: before its first picture, while drawing, saving, or writing a part.
+A moment is a number of generated images and some milliseconds after them, so that on a fast and on a busy machine alike
+a run dies midway: before its first image, while generating, saving, or writing a part.
 """
 
 import json
@@ -23,16 +23,16 @@ import pyarrow.parquet as pq
 
 
 class Death:
-    """SIGKILL for this process, `seconds` after it has drawn so many pictures."""
+    """SIGKILL for this process, `seconds` after it has generated so many images."""
 
-    def __init__(self, pictures: int, seconds: float):
-        self.pictures, self.seconds = pictures, seconds
-        if pictures == 0:
+    def __init__(self, images: int, seconds: float):
+        self.images, self.seconds = images, seconds
+        if images == 0:
             self._come()
 
     def __call__(self) -> None:
-        self.pictures -= 1
-        if self.pictures == 0:
+        self.images -= 1
+        if self.images == 0:
             self._come()
 
     def _come(self) -> None:
@@ -50,28 +50,30 @@ def kept(run_folder: Path) -> set[int]:
     return ids
 
 
-def attempt(way: Callable, run_folder: Path, pictures: Path, log: Path, moment: tuple[int, float] | None) -> dict:
+def attempt(way: Callable, run_folder: Path, images: Path, log: Path, moment: tuple[int, float] | None) -> dict:
     """One run, killed at the moment unless it ends before; what it found and what it did again."""
     before = kept(run_folder)
     log.touch()
     child = os.fork()
     if child == 0:
-        way(run_folder, pictures, log=log, delay=0.004, on_draw=Death(*moment) if moment else lambda: None)
+        way(run_folder, images, log=log, delay=0.004, on_draw=Death(*moment) if moment else lambda: None)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     again = sorted(before & {int(line) for line in log.read_text().split()})
     return {"kept": len(before), "again": again, "status": os.waitstatus_to_exitcode(status)}
 
 
-def main(way: str, run_folder: Path, pictures: Path, kills: int, seed: int) -> None:
-    rng = random.Random(seed)
-    moments = [(rng.randint(0, 11), rng.uniform(0, 0.02)) for _ in range(kills)]
-    record = [
-        attempt(getattr(fakes, way), run_folder, pictures, run_folder.with_name(f"captioned-{i}.txt"), moment)
-        for i, moment in enumerate([*moments, None])
-    ]
+def main(folder: Path, images: Path, kills: int, seed: int) -> None:
+    record = {}
+    for way in (fakes.run, fakes.run_texts):
+        rng = random.Random(seed)
+        moments = [(rng.randint(0, 11), rng.uniform(0, 0.02)) for _ in range(kills)]
+        record[way.__name__] = [
+            attempt(way, folder / way.__name__, images, folder / f"{way.__name__}-{i}.txt", moment)
+            for i, moment in enumerate([*moments, None])
+        ]
     print("RECORD " + json.dumps(record))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

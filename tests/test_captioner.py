@@ -2,6 +2,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -10,10 +12,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LogitsProcessor
 
-from dalleflamingo.captioner import Captioner, Nucleus, Temperature, TopK, count_words
-from dalleflamingo.decoding import GumbelNoise, WordLimits
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.decoding import (
+    GumbelNoise,
+    Nucleus,
+    Temperature,
+    TopK,
+    WordLimits,
+    count_words,
+    decoding_threads,
+)
 from dalleflamingo.miniature.training.tokenizers import train_opt_bpe
 
 PHOTOS = tiny.pictures(7)
@@ -90,11 +100,26 @@ def test_consecutive_words_are_independent_draws():
     assert _p_value(first * 5 + second, torch.outer(PROBABILITIES, PROBABILITIES).flatten().numpy()) > 1e-3
 
 
-def test_first_word_is_distributed_as_the_models_nucleus(captioner, stock, monkeypatch):
-    draws = 4_000
-    written, generate = [], captioner._generate
-    monkeypatch.setattr(captioner, "_generate", lambda *a, **k: written.append(generate(*a, **k)) or written[-1])
-    captioner.sample(PHOTOS[:1], [range(draws)], Nucleus(0.9), min_words=0, max_words=1)
+class FirstToken(LogitsProcessor):
+    """A nucleus that notes the first sampled token of each row, then ends all captions. Its own strategy."""
+
+    def __init__(self, p, prompt_length, end_id):
+        self.nucleus, self.prompt_length, self.end_id = Nucleus(p).warper(), prompt_length, end_id
+
+    def warper(self):
+        return self
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] == self.prompt_length:
+            return self.nucleus(input_ids, scores)
+        self.noted = input_ids[:, -1]
+        ends = torch.arange(scores.shape[1]) == self.end_id
+        return scores.masked_fill(~ends, -torch.inf)
+
+
+def test_first_token_is_distributed_as_the_models_nucleus(captioner, stock):
+    first = FirstToken(0.9, len(captioner.prompt_ids), captioner.end_id)
+    captioner.sample(PHOTOS[:1], [range(4_000)], first, min_words=0)
     pixel_values = captioner.processor(images=PHOTOS[:1], return_tensors="pt").pixel_values
     with torch.no_grad():
         probability = stock(pixel_values, captioner.prompt_ids[None]).logits[0, -1].double().softmax(-1).numpy()
@@ -103,7 +128,7 @@ def test_first_word_is_distributed_as_the_models_nucleus(captioner, stock, monke
     expected = np.zeros_like(probability)
     expected[nucleus] = probability[nucleus] / probability[nucleus].sum()
     assert 5 < len(nucleus) < len(probability) - 5
-    assert _p_value(written[0][:, len(captioner.prompt_ids)], expected) > 1e-3
+    assert _p_value(first.noted, expected) > 1e-3
 
 
 def _p_value(drawn, expected):
@@ -156,7 +181,7 @@ def test_limits_count_words_and_pass_the_surplus_probability_to_the_end(captione
     rows = [[bird, s, s, s], [bird, red, tree, ","], [bird, red, tree, pad]]
     ids = torch.tensor([[captioner.prompt_ids[-1], *tokenizer.convert_tokens_to_ids(row)] for row in rows])
     scores = torch.linspace(-2, 2, size).repeat(3, 1)
-    limited = WordLimits(tokenizer, size, prompt_length=1, end=end, min_words=2, max_words=3)(ids, scores)
+    limited = WordLimits(tokenizer, size, prompt_length=1, end_id=end, min_words=2, max_words=3)(ids, scores)
     assert limited[0, end] == -torch.inf, "one word in four pieces is one word"
     kept = torch.arange(size) != end
     torch.testing.assert_close(limited[0, kept], scores[0, kept])
@@ -173,9 +198,11 @@ def test_a_byte_of_a_letter_is_no_way_past_the_limit(tmp_path):
     bytes_of_e = tokenizer.tokenize("é")
     ids = tokenizer("a a", add_special_tokens=False, return_tensors="pt").input_ids
     end = tokenizer.convert_tokens_to_ids("Ċ")
-    limited = WordLimits(tokenizer, 260, prompt_length=0, end=end, min_words=0, max_words=2)(ids, torch.zeros(1, 260))
+    limited = WordLimits(tokenizer, 260, prompt_length=0, end_id=end, min_words=0, max_words=2)(
+        ids, torch.zeros(1, 260)
+    )
     space_then_e = tokenizer("a a ", add_special_tokens=False, return_tensors="pt").input_ids
-    begun = WordLimits(tokenizer, 260, prompt_length=0, end=end, min_words=0, max_words=2)(
+    begun = WordLimits(tokenizer, 260, prompt_length=0, end_id=end, min_words=0, max_words=2)(
         space_then_e, torch.zeros(1, 260)
     )
     first = tokenizer.convert_tokens_to_ids(bytes_of_e[0])
@@ -212,7 +239,7 @@ def test_another_kind_of_model_is_refused(tmp_path):
 
 
 def test_seeds_for_another_number_of_pictures_are_refused(captioner):
-    with pytest.raises(ValueError, match="2 pictures but 1 rows of seeds"):
+    with pytest.raises(ValueError, match="2 images but 1 rows of seeds"):
         captioner.sample(PHOTOS[:2], [[1]])
 
 
@@ -244,5 +271,62 @@ def test_token_logits_are_the_models_own_without_the_prompt(captioner, stock):
 
 
 def test_token_logits_want_a_caption_for_each_picture(captioner):
-    with pytest.raises(ValueError, match="2 pictures but 1 captions"):
+    with pytest.raises(ValueError, match="2 images but 1 captions"):
         captioner.token_logits(PHOTOS[:2], ["a bird"])
+
+
+# What a run notes
+
+
+def test_fingerprint_changes_with_weights_prompt_number_format_and_preprocessing(folder, captioner):
+    before = captioner.fingerprint()
+    assert Captioner.from_pretrained(folder).fingerprint() == before
+    assert Captioner.from_pretrained(folder, prompt="a bird of").fingerprint() != before
+    assert Captioner.from_pretrained(folder, dtype=torch.bfloat16).fingerprint() != before
+    other = Captioner.from_pretrained(folder)
+    other.processor.image_processor.size = {"height": 16, "width": 16}
+    assert other.fingerprint() != before
+    trained = Captioner.from_pretrained(folder)
+    with torch.no_grad():
+        [*trained.model.parameters()][-1].flatten()[0] += 1e-3
+    assert trained.fingerprint() != before
+
+
+def test_fingerprint_does_not_change_with_use_training_flags_or_attributes(captioner):
+    before = captioner.fingerprint()
+    captioner.sample(PHOTOS[:2], [[1], [2]])
+    captioner._seen_by_nobody = captioner.hook = "new"
+    captioner.model.requires_grad_(False)
+    assert captioner.fingerprint() == before
+    captioner.model.requires_grad_(True)
+
+
+# Threads
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("device", "parameters", "threads"), [("cpu", 10, 1), ("cpu", 3 * 10**7, 2), ("meta", 10, 2)])
+def test_small_models_on_a_cpu_decode_on_one_thread(two_threads, device, parameters, threads):
+    model = torch.nn.Linear(parameters, 1, bias=False, device=device)
+    with decoding_threads(model):
+        assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
+
+
+def test_captions_are_decoded_on_one_thread_even_where_that_fails(two_threads, captioner):
+    seen = []
+
+    def fails(ids, scores):
+        seen.append(torch.get_num_threads())
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        captioner.sample(PHOTOS[:1], [[1]], SimpleNamespace(warper=lambda: fails))
+    assert seen == [1] and torch.get_num_threads() == 2

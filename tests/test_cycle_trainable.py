@@ -10,6 +10,10 @@ from dalleflamingo import cycle_losses
 from dalleflamingo.captioner import Captioner
 
 
+def count(trainable: dict[str, torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in trainable.values())
+
+
 class Holder:
     """A captioner or generator of nothing but its model."""
 
@@ -18,10 +22,14 @@ class Holder:
         self.pipeline = type("Pipeline", (), {"unet": model})
 
 
-@pytest.mark.parametrize("vision", [
-    {"hidden_size": 768, "num_hidden_layers": 12},
-    {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-], ids=["base", "large"])  # fmt: skip
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"hidden_size": 768, "num_hidden_layers": 12},
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    ],
+    ids=["base", "large"],
+)
 def test_full_size_blip_learns_7_087_104_numbers(vision):
     config = BlipConfig(
         text_config={"hidden_size": 768, "num_hidden_layers": 12, "encoder_hidden_size": vision["hidden_size"]},
@@ -30,7 +38,7 @@ def test_full_size_blip_learns_7_087_104_numbers(vision):
     with torch.device("meta"):
         model = BlipForConditionalGeneration(config)
     learning = cycle_losses.captioner_parameters(Holder(model))
-    assert len(learning) == 2 * 12 and cycle_losses.count_parameters(learning) == 7_087_104
+    assert len(learning) == 2 * 12 and count(learning) == 7_087_104
     assert all(name.startswith("text_decoder.") for name in learning)
 
 
@@ -38,13 +46,13 @@ def test_stable_diffusion_v1_learns_12_390_400_numbers():
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)  # v1-4's config
     learning = cycle_losses.generator_parameters(Holder(unet))
-    assert len(learning) == 16 and cycle_losses.count_parameters(learning) == 12_390_400
+    assert len(learning) == 16 and count(learning) == 12_390_400
 
 
 def test_blip2_learns_its_query_tokens(tmp_path):
     captioner = Captioner.from_pretrained(str(tiny.blip2(tmp_path)))
     learning = cycle_losses.captioner_parameters(captioner)
-    assert list(learning) == ["query_tokens"] and cycle_losses.count_parameters(learning) == 3 * 16
+    assert list(learning) == ["query_tokens"] and count(learning) == 3 * 16
 
 
 def test_everything_else_is_frozen_and_a_model_without_them_is_refused(tmp_path):

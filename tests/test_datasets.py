@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from coco_files import write_coco
 from hypothesis import example as and_also
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,14 +69,14 @@ def test_nocaps_domains_are_read_and_split_in_the_order_of_the_tables(tmp_path):
     domains = datasets.DOMAINS[::-1] * 2
     images = [{"id": i, "file_name": f"{i}.png", "domain": domain} for i, domain in enumerate(domains)]
     path = _coco(tmp_path, images, [{"image_id": 5, "caption": "a kite"}])
-    found = datasets.read_nocaps(path, tmp_path)
+    found = datasets.read_coco(path, tmp_path)
     by_domain = found.by_domain()
     assert list(by_domain) == ["in-domain", "near-domain", "out-domain"]
     assert [e.image_id for e in by_domain["out-domain"]] == [0, 3]
     assert by_domain["in-domain"][1].references == ("a kite",)
     images[0]["domain"] = "overseas"
     with pytest.raises(DatasetError, match="image 0 has domain 'overseas'; expected in-domain, near-domain"):
-        datasets.read_nocaps(_coco(tmp_path, images, []), tmp_path)
+        datasets.read_coco(_coco(tmp_path, images, []), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_a_file_that_is_not_json_is_named_with_what_it_begins_with(tmp_path, con
 
 def test_a_missing_file_or_a_folder_instead_of_a_file_is_named(tmp_path):
     with pytest.raises(DatasetError, match="there is no file .*nowhere.json"):
-        datasets.read_nocaps(tmp_path / "nowhere.json", tmp_path)
+        datasets.read_coco(tmp_path / "nowhere.json", tmp_path)
     with pytest.raises(DatasetError, match="not JSON but a folder"):
         datasets.read_karpathy(tmp_path, tmp_path, "test")
 
@@ -136,18 +137,17 @@ def test_any_caption_survives_writing_and_reading(tmp_path_factory, captions):
         Example(10 * i, folder / f"{i}.png", tuple(c), domains[i], {"scene": {"things": c}})
         for i, c in enumerate(captions)
     )
-    datasets.write_coco(folder / "a.json", examples)
+    write_coco(folder / "a.json", examples)
     assert datasets.read_coco(folder / "a.json", folder).examples == examples
-    assert datasets.read_nocaps(folder / "a.json", folder).examples == examples
     results = {i: caption for i, c in enumerate(captions) for caption in c}
     datasets.write_results(folder / "r.json", results)
     assert datasets.read_results(folder / "r.json") == results
-    assert not list(folder.glob("*.unfinished"))
+    assert sorted(path.name for path in folder.iterdir()) == ["a.json", "r.json"]
 
 
 def test_subfolders_survive_a_round_trip_when_the_images_folder_is_named(tmp_path):
     examples = (Example(1, tmp_path / "val2014/1.jpg"), Example(2, tmp_path / "train2014/2.jpg"))
-    datasets.write_coco(tmp_path / "a.json", examples, images=tmp_path)
+    write_coco(tmp_path / "a.json", examples, images=tmp_path)
     assert datasets.read_coco(tmp_path / "a.json", tmp_path).examples == examples
 
 
@@ -160,7 +160,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 def test_pycocotools_reads_what_we_write(tmp_path):
     found = datasets.read_coco(_coco(tmp_path), tmp_path)
-    datasets.write_coco(tmp_path / "ours.json", found)
+    write_coco(tmp_path / "ours.json", found)
     datasets.write_results(tmp_path / "results.json", {3: "a bird", 7: "a boat"})
     stock = COCO(str(tmp_path / "ours.json"))
     for example in found:
@@ -208,7 +208,7 @@ def test_a_slice_is_a_data_set():
     assert _many(5)[1:3] == Dataset("many", _many(5).examples[1:3])
 
 
-def test_a_folder_of_pictures_keeps_its_ids_when_a_picture_is_added(tmp_path):
+def test_a_folder_of_images_keeps_its_ids_when_an_image_is_added(tmp_path):
     for name in ("b.PNG", "c.jpg", ".hidden.png", "notes.txt"):
         (tmp_path / name).touch()
     before = datasets.read_folder(tmp_path)
@@ -221,7 +221,7 @@ def test_a_folder_of_pictures_keeps_its_ids_when_a_picture_is_added(tmp_path):
 
 
 def test_an_empty_folder_is_refused_with_what_it_should_hold(tmp_path):
-    with pytest.raises(DatasetError, match="holds no pictures but no files at all: put files ending in .jpg"):
+    with pytest.raises(DatasetError, match="holds no images but no files at all: put files ending in .jpg"):
         datasets.read_folder(tmp_path)
     (tmp_path / "IMG_1.HEIC").touch()
     with pytest.raises(DatasetError, match="but 1 other files, such as IMG_1.HEIC"):
@@ -241,7 +241,7 @@ def _picture(path: Path) -> bytes:
     [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"<html>", lambda b: b[:60] + b"?" * 900],
     ids=["empty", "truncated", "html", "overwritten"],
 )
-def test_a_corrupted_picture_is_named_with_a_reason_and_a_remedy(tmp_path, suffix, spoil):
+def test_a_corrupted_image_is_named_with_a_reason_and_a_remedy(tmp_path, suffix, spoil):
     path = tmp_path / f"broken.{suffix}"
     path.write_bytes(spoil(_picture(path)))
     broken = Dataset("broken", (Example(1, path),))
@@ -251,7 +251,7 @@ def test_a_corrupted_picture_is_named_with_a_reason_and_a_remedy(tmp_path, suffi
     assert str(path) in str(refusal.value) and f"{path.stat().st_size:,} bytes" in str(refusal.value)
 
 
-def test_a_picture_that_claims_to_be_enormous_is_unreadable_not_a_crash(tmp_path):
+def test_an_image_that_claims_to_be_enormous_is_unreadable_not_a_crash(tmp_path):
     content = bytearray(_picture(tmp_path / "huge.png"))
     content[16:24] = struct.pack(">II", 40_000, 40_000)  # width and height in the header, 1.6 gigapixels
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
@@ -260,13 +260,13 @@ def test_a_picture_that_claims_to_be_enormous_is_unreadable_not_a_crash(tmp_path
         datasets.open_image(tmp_path / "huge.png")
 
 
-def test_a_missing_picture_is_unreadable_too(tmp_path):
+def test_a_missing_image_is_unreadable_too(tmp_path):
     lost = Dataset("lost", (Example(1, tmp_path / "lost.png"),))
     with pytest.raises(UnreadableImage, match="lost.png: there is no such file; download or draw it"):
         lost.open(lost[0])
 
 
-def test_pictures_open_as_rgb_upright_and_over_white(tmp_path):
+def test_images_open_as_rgb_upright_and_over_white(tmp_path):
     Image.new("RGBA", (2, 1), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     clear = datasets.open_image(tmp_path / "clear.png")
     assert clear.mode == "RGB" and clear.getpixel((0, 0)) == (255, 255, 255)
@@ -299,12 +299,14 @@ def test_real_karpathy_ground_truth_equals_what_pycocotools_finds(real_data, spl
 
 def test_real_karpathy_ground_truth_survives_a_round_trip(real_data, tmp_path):
     found = datasets.read_coco(real_data / "coco-karpathy/coco_karpathy_test_gt.json", tmp_path, "gt")
-    datasets.write_coco(tmp_path / "copy.json", found)
+    write_coco(tmp_path / "copy.json", found)
     assert datasets.read_coco(tmp_path / "copy.json", tmp_path, "gt") == found
 
 
-def test_real_nocaps_header_has_pictures_without_captions_or_domains(real_data):
-    found = datasets.read_nocaps(real_data / "nocaps/nocaps_val_image_info.json", Path("images"))
+def test_real_nocaps_header_names_4500_images_and_has_no_captions_or_domains(real_data, tmp_path):
+    header = json.loads((real_data / "nocaps/nocaps_val_image_info.json").read_text())
+    assert "annotations" not in header
+    found = datasets.read_coco(_coco(tmp_path, header["images"], []), Path("images"))
     assert len(found) == 4500
     assert found[0].path == Path("images/0013ea2087020901.jpg")
     assert found[0].extra["open_images_id"] == "0013ea2087020901"
@@ -341,7 +343,7 @@ def test_real_predictions_of_another_shape_are_refused_and_in_coco_shape_are_rea
     assert datasets.read_results(tmp_path / "magic.json") == captions and len(captions) == 4982
 
 
-def test_picture_files_are_opened_when_asked_for_and_not_before(tmp_path):
+def test_image_files_are_opened_on_access_and_not_before(tmp_path):
     for i, colour in enumerate(("red", "blue", "white")):
         Image.new("RGB", (4, 4), colour).save(tmp_path / f"{i}.png")
     pictures = datasets.ImageFiles([*(tmp_path / f"{i}.png" for i in range(3)), tmp_path / "gone.png"])

@@ -41,12 +41,46 @@ def test_interval_of_a_mean_is_that_of_normal_theory():
     assert interval.high == pytest.approx(values.mean() + half, abs=0.05 * half)
 
 
-def test_fast_mean_draws_the_same_samples_as_the_general_bootstrap():
+def plain_bootstrap(statistics, n, resamples, seed, recentred=False):
+    """The percentile bootstrap as a loop: (M, 3) values and bounds."""
+    rng = np.random.default_rng(seed)
+    value = statistics(np.arange(n))
+    drawn = np.array([statistics(rng.integers(n, size=n)) for _ in range(resamples)])
+    drawn = drawn + (value - drawn.mean(axis=0)) * np.asarray(recentred)
+    return np.column_stack([value, *np.quantile(drawn, [(1 - 0.95) / 2, (1 + 0.95) / 2], axis=0)])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    values=st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30).map(np.array),
+    seed=st.integers(0, 2**31 - 1),
+    resamples=st.integers(2, 40),
+    recentred=st.lists(st.booleans(), min_size=3, max_size=3),
+    block=st.sampled_from([1, 40, 1 << 20]),
+)
+def test_bootstrap_has_the_draws_and_bounds_of_a_plain_loop(values, seed, resamples, recentred, block):
+    n = len(values)
+
+    def statistics(indices):
+        return np.array([values[indices].mean(), values[indices].max(), values[indices[0]] - values[indices[-1]]])
+
+    expected = plain_bootstrap(statistics, n, resamples, seed, recentred)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "_DRAWN_AT_ONCE", block)
+        found = intervals.paired_bootstraps(statistics, n, resamples, seed, recentred)
+        mean = intervals.mean_interval(values, resamples, seed)
+    bounds = [(one.value, one.low, one.high) for one in found]
+    np.testing.assert_allclose(bounds, expected, rtol=1e-12, atol=1e-8)
+    alone = plain_bootstrap(lambda indices: np.array([values[indices].mean()]), n, resamples, seed)[0]
+    assert (mean.value, mean.low, mean.high) == tuple(alone)
+    assert {(one.n, one.seed) for one in (*found, mean)} == {(n, seed)}
+
+
+def test_bounds_are_those_of_scipys_percentile_interval():
     values = np.random.default_rng(0).exponential(size=37)
-    general = intervals.paired_bootstrap(lambda indices: values[indices].mean(), 37, resamples=300, seed=5)
-    fast = intervals.mean_interval(values, resamples=300, seed=5)
-    assert (fast.value, fast.low, fast.high) == pytest.approx((general.value, general.low, general.high), abs=1e-12)
-    assert (fast.n, fast.seed) == (general.n, general.seed) == (37, 5)
+    scipys = stats.bootstrap((values,), np.mean, n_resamples=300, method="percentile", rng=np.random.default_rng(5))
+    ours = intervals.mean_interval(values, resamples=300, seed=5)
+    assert (ours.low, ours.high) == pytest.approx(tuple(scipys.confidence_interval), rel=1e-12)
 
 
 def test_seed_decides_the_draws():
@@ -55,10 +89,10 @@ def test_seed_decides_the_draws():
     assert one == same and (one.low, one.high) != (other.low, other.high) and one.value == other.value
 
 
-def test_blocks_of_resamples_are_all_different(monkeypatch):
-    monkeypatch.setattr(intervals, "_DRAWN_AT_ONCE", 1)
-    blocks = [tuple(block[0]) for block in intervals._resamples(50, 200, seed=0)]
-    assert len(blocks) == len(set(blocks)) == 200
+def test_resamples_are_all_different():
+    seen = []
+    intervals.resample(lambda indices: np.array([seen.append(tuple(indices)) or 0.0]), 50, 200)
+    assert seen[0] == tuple(range(50)) and len(set(seen)) == 201
 
 
 def test_pairing_narrows_the_interval_of_a_difference():
@@ -86,6 +120,8 @@ def test_ninety_five_percent_intervals_cover_the_truth_about_as_often():
 def test_one_item_has_no_interval_and_none_is_an_error():
     alone = intervals.mean_interval(np.array([2.5]))
     assert alone.value == 2.5 and math.isnan(alone.low) and math.isnan(alone.high)
+    values, drawn = intervals.resample(lambda indices: 2.0 + indices, 1, 7)
+    assert values == 2 and drawn.shape == (7, 1) and (drawn == 2).all()
     with pytest.raises(ValueError, match="0 items"):
         intervals.mean_interval(np.array([]))
 
@@ -148,103 +184,28 @@ def test_spearman_names_missing_columns_and_nan():
         intervals.within_group_spearman(table, "image", "x", "y")
 
 
-def candidates(images=60, k=5, seed=0):
-    """`clip` is half the score, half noise; rows in no order, not as many for each image."""
-    rng = np.random.default_rng(seed)
-    score = rng.normal(size=images * k)
-    table = pd.DataFrame(
-        {
-            "image_id": np.repeat(rng.permutation(images) + 1000, k),
-            "domain": np.repeat(np.where(np.arange(images) % 3 == 0, "out-domain", "in-domain"), k),
-            "clip": score + rng.normal(size=images * k),
-            "score": score + np.repeat(rng.normal(0, 3, size=images), k),
-        }
-    )
-    return table.sample(frac=0.8, random_state=seed)
-
-
-def gains_by_hand(table):
-    return {
-        image: group.score[group["clip"].idxmax()] - group.score.mean() for image, group in table.groupby("image_id")
-    }
-
-
-def test_gain_is_the_first_ranked_minus_the_mean_of_its_image():
-    table = candidates()
-    by_hand = gains_by_hand(table)
-    result = intervals.ranked_minus_random(table, "clip", "score", resamples=400, seed=3)
-    assert set(result) == {"all", "in-domain", "out-domain"}
-    assert result["all"].value == pytest.approx(np.mean(list(by_hand.values())))
-    assert result["all"].n == 60 and result["out-domain"].n == 20
-    outside = set(table.image_id[table.domain == "out-domain"])
-    assert result["out-domain"].value == pytest.approx(np.mean([by_hand[i] for i in outside]))
-    assert result["all"].low > 0
-
-
-def test_exact_random_is_what_many_draws_come_to():
-    table = candidates()
-    scores = table.score.to_numpy()
-    exact = intervals.ranked_minus_random(table, "clip", "score", resamples=50)
-    drawn = intervals.ranked_minus_random(table, "clip", lambda rows: scores[rows].mean(-1), resamples=50, draws=1000)
-    assert set(exact) == set(drawn) == {"all", "in-domain", "out-domain"}
-    for name in exact:
-        assert drawn[name].value == pytest.approx(exact[name].value, abs=0.02)
-        assert drawn[name].low == pytest.approx(exact[name].low, abs=0.03)
-
-
-def test_corpus_metric_gets_one_row_of_each_image_and_is_recomputed_on_every_resample():
-    table = candidates()
-    image = table.image_id.to_numpy()
-    seen = []
-
-    def corpus(rows):
-        assert rows.shape == (21, 60) and (image[rows] == image[rows[0]]).all()
-        seen.append(tuple(rows[0]))
-        return table.score.to_numpy()[rows].max(axis=-1)
-
-    del table["domain"]
-    assert set(intervals.ranked_minus_random(table, "clip", corpus, resamples=30)) == {"all"}
-    assert len(set(seen)) == 31 and len(set(image[list(seen[0])])) == 60
-
-
-def test_ranking_by_noise_gains_nothing():
-    table = candidates(images=400)
-    table["noise"] = np.random.default_rng(1).normal(size=len(table))
-    gain = intervals.ranked_minus_random(table, "noise", "score", resamples=400)["all"]
-    assert gain.low < 0 < gain.high
-
-
-def test_first_of_equals_is_chosen():
-    table = pd.DataFrame({"image_id": [1, 1, 2, 2], "clip": [0.5, 0.5, 0.5, 0.5], "score": [3.0, 1.0, 5.0, 1.0]})
-    assert intervals.ranked_minus_random(table, "clip", "score", resamples=10)["all"].value == 1.5
-
-
-def test_images_without_domain_count_in_all_only():
-    table = pd.DataFrame(
-        {
-            "image_id": [1, 1, 2, 2],
-            "domain": [None, None, "near-domain", "near-domain"],
-            "clip": [1.0, 0, 1, 0],
-            "score": [1.0, 0, 1, 0],
-        }
-    )
-    result = intervals.ranked_minus_random(table, "clip", "score", resamples=10)
-    assert set(result) == {"all", "near-domain"} and result["near-domain"].n == 1
-
-
-def test_gain_refuses_unmeasured_candidates():
-    table = candidates()
-    table.iloc[3, table.columns.get_loc("score")] = float("nan")
-    with pytest.raises(ValueError, match="'score' holds 1 NaN"):
-        intervals.ranked_minus_random(table, "clip", "score")
-    with pytest.raises(KeyError, match="'dino'"):
-        intervals.ranked_minus_random(table, "dino", "score")
-    with pytest.raises(ValueError, match="0 items"):
-        intervals.ranked_minus_random(table.iloc[:0], "clip", "score")
-
-
 def test_interval_prints_value_bounds_n_and_seed():
     assert str(intervals.Interval(0.5, 0.25, 0.75, 24, 7)) == "0.500 [0.250, 0.750] (n = 24, seed 7)"
+
+
+floats = st.floats(allow_nan=False, allow_infinity=False)
+bounds = st.floats(allow_infinity=False)
+
+
+@settings(deadline=None)
+@given(
+    st.builds(intervals.Interval, floats, bounds, bounds, st.integers(1, 10**6), st.none() | st.integers(0, 2**31 - 1)),
+    st.text("abcdefgh_", max_size=5),
+)
+def test_an_interval_survives_a_row_of_a_table(interval, prefix):
+    row = interval.as_row(prefix)
+    assert set(row) == {f"{prefix}value", f"{prefix}low", f"{prefix}high", "n", "seed"}
+    other = intervals.Interval(0.0, -1.0, 1.0, 5, 3).as_row("other ")
+    in_a_table = pd.DataFrame([other | row, other]).iloc[0]  # a column with gaps turns whole numbers into floats
+    for back in (intervals.Interval.from_row(row, prefix), intervals.Interval.from_row(in_a_table, prefix)):
+        assert repr(back) == repr(interval)  # NaN is not equal to itself
+    del row["seed"]
+    assert intervals.Interval.from_row(row, prefix).seed is None
 
 
 def test_recentred_interval_of_a_biased_statistic_lies_around_its_value():
@@ -259,24 +220,3 @@ def test_recentred_interval_of_a_biased_statistic_lies_around_its_value():
     assert moved.low < 100 < moved.high and moved.high - moved.low == pytest.approx(plain.high - plain.low)
     both = intervals.paired_bootstraps(lambda rows: np.array([different(rows)] * 2), 100, 400, recentred=[True, False])
     assert both == [moved, plain]
-
-
-def test_runs_are_drawn_anew_and_items():
-    """Var of a two-way table's mean under the pigeonhole bootstrap (Owen 2007): σ²_runs/R + σ²_items/n, about."""
-    rng = np.random.default_rng(0)
-    values = 3 * rng.standard_normal((12, 1)) + 2 * rng.standard_normal((1, 80))
-    sample, drawn = intervals.resampled(lambda items: values[:, items].mean(1), 80, 4000)
-    np.testing.assert_allclose(sample, values.mean(1))
-    found = intervals.bootstrap_of_runs(lambda runs, means: means[runs].mean(), 12, sample, drawn, 80)
-    spread = (values.mean(1).var() / 12 + values.mean(0).var() / 80) ** 0.5
-    assert found.value == pytest.approx(values.mean()) and found.n == 80
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(spread, rel=0.08)
-
-
-def test_of_one_run_the_interval_is_over_its_items():
-    values = np.random.default_rng(1).standard_normal(60)
-    sample, drawn = intervals.resampled(lambda items: np.array([values[items].mean()]), 60)
-    found = intervals.bootstrap_of_runs(lambda runs, means: means[0], 1, sample, drawn, 60)
-    assert found == intervals.paired_bootstrap(lambda items: values[items].mean(), 60)
-    with pytest.raises(ValueError, match="nothing to draw from"):
-        intervals.bootstrap_of_runs(lambda runs, means: 0.0, 0, sample, drawn, 60)

@@ -24,33 +24,25 @@ def test_unknown_profile_is_refused_with_the_names_of_all(monkeypatch):
         profiles.current()
 
 
-def test_numbers_are_those_that_the_course_promises():
-    sizes = {p.name: (p.images, p.candidates, p.steps) for p in profiles.PROFILES.values()}
-    assert sizes == {"smoke": (4, 2, 4), "mini": (24, 5, 20), "colab": (24, 5, 50), "paper": (4500, 10, 50)}
-    assert {p.guidance_scale for p in profiles.PROFILES.values() if p.captioner == "blip-large"} == {7.5}
-
-
 @pytest.mark.parametrize("profile", profiles.PROFILES.values(), ids=lambda profile: profile.name)
 def test_every_name_in_a_profile_is_registered_as_what_it_is_used_for(profile):
     kinds = {
-        "captioner": "captioner",
-        "other_captioner": "captioner",
-        "generator": "generator",
-        "clip": "image similarity",
-        "dino": "image similarity",
-        "dataset": "data set",
-        "coco": "data set",
+        "captioner": [profile.captioner, *profile.captioners, profile.other_captioner],
+        "generator": [profile.generator, profile.other_generator],
+        "image similarity": [profile.clip, profile.dino],
+        "judge": [profile.inception, profile.judge],
+        "data set": [profile.dataset, profile.coco],
     }
-    if profile.other_generator:
-        kinds["other_generator"] = "generator"
-    for attribute, kind in kinds.items():
-        assert registry.ENTRIES[getattr(profile, attribute)].kind == kind
+    for kind, names in kinds.items():
+        assert {registry.ENTRIES[name].kind for name in names if name} == {kind}
 
 
 @pytest.mark.parametrize("profile", profiles.PROFILES.values(), ids=lambda profile: profile.name)
 def test_a_profile_is_of_one_scale(profile):
-    names = [profile.captioner, profile.other_captioner, profile.generator, profile.clip, profile.dino, profile.dataset]
-    assert len({name.startswith("miniature/") for name in names}) == 1
+    values = [value for name, value in vars(profile).items() if name != "name"]
+    names = [value for value in values if isinstance(value, str) and value in registry.ENTRIES]
+    assert len(names) >= 8 and len({registry.ENTRIES[name].shipped for name in (*names, *profile.captioners)}) == 1
+    assert profile.captioners[0] == profile.captioner
 
 
 def test_the_real_models_are_used_as_the_paper_uses_them(monkeypatch):
@@ -71,17 +63,20 @@ def test_the_real_models_are_used_as_the_paper_uses_them(monkeypatch):
 
 
 def test_half_precision_is_for_the_gpu_only(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert profiles.PROFILES["colab"].device == "cpu"
-    assert profiles.PROFILES["colab"].torch_dtype == torch.float32
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert profiles.PROFILES["colab"].device == "cuda"
-    assert profiles.PROFILES["colab"].torch_dtype == torch.float16
-    assert profiles.PROFILES["mini"].torch_dtype == torch.float32
+    for there, dtype, precision in ((False, torch.float32, "no"), (True, torch.float16, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        colab = dataclasses.replace(profiles.PROFILES["colab"], cycle={"precision": "fp16"})
+        assert colab.device == ("cuda" if there else "cpu")
+        assert colab.torch_dtype == dtype and colab.cycle["precision"] == precision
+    assert profiles.PROFILES["mini"].torch_dtype == torch.float32 and "precision" not in profiles.PROFILES["mini"].cycle
 
 
 def test_a_profile_cannot_be_changed_in_place_but_can_be_copied_with_a_change():
     mini = profiles.PROFILES["mini"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         mini.images = 1000
+    for settings in (mini.cycle, mini.cycle["losses"]):
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            settings["steps"] = 1
     assert dataclasses.replace(mini, images=2).images == 2 and mini.images == 24
+    assert len({mini, dataclasses.replace(mini), profiles.PROFILES["smoke"]}) == 2

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,8 @@ import torch
 from PIL import Image
 
 from dalleflamingo import datasets, intervals, profiles, reconstruct, registry, runs
-from dalleflamingo.__main__ import main
 from dalleflamingo.decoding import TopK
-from dalleflamingo.evaluation import similarities
+from dalleflamingo.generator import Generator
 from dalleflamingo.similarity import PairSimilarity
 
 HERE = Path(__file__).parent
@@ -50,12 +50,12 @@ def test_each_row_is_its_own_seed_caption_picture_and_similarity(clean):
     for row in table.itertuples():
         assert row.seed == intervals.derive_seed(5, row.image_id, row.candidate)
         assert row.caption == fakes.Captioner()._caption(source[row.image_id].getpixel((0, 0)), row.seed)
-        with Image.open(folder / row.picture) as kept:
+        with Image.open(folder / row.image) as kept:
             drawn = fakes.Generator()._draw(row.caption, row.noise_seed, lambda count: None)
             assert kept.format == "PNG" and np.array_equal(np.asarray(kept), np.asarray(drawn))
         a, b = fakes.MeanColour().embed([source[row.image_id], drawn])
         assert row.colour == pytest.approx(torch.cosine_similarity(a, b, dim=0).item(), abs=1e-6)
-    assert table.seed.is_unique and table.picture.is_unique and table.colour.nunique() > 15
+    assert table.seed.is_unique and table.image.is_unique and table.colour.nunique() > 15
 
 
 def test_returned_table_is_the_parquet_file(clean):
@@ -67,9 +67,7 @@ def test_returned_table_is_the_parquet_file(clean):
 
 def test_settings_reach_the_models_and_sources_are_embedded_once(tmp_path):
     captioner, generator, colour = fakes.Captioner(), fakes.Generator(), fakes.MeanColour()
-    reconstruct.image_text_image(
-        fakes.dataset(tmp_path / "p", 5), captioner, generator, [colour], tmp_path / "run", **fakes.SETTINGS
-    )
+    fakes.image_text_image(fakes.dataset(tmp_path / "p", 5), captioner, generator, [colour], tmp_path / "run")
     assert [len(batch) for batch in captioner.batches] == [3, 2]
     assert [(c["steps"], c["guidance"], c["batch"]) for c in generator.calls] == [(2, 4.0, 4)] * 2
     assert colour.embedded == [9, 3, 6, 2]
@@ -82,23 +80,32 @@ def clean_texts(tmp_path_factory):
     return folder / "run", fakes.run_texts(folder / "run", folder / "pictures")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("way", ["run", "run_texts"])
-def test_run_killed_at_20_random_moments_ends_with_the_same_table(way, request, tmp_path):
-    folder, table = request.getfixturevalue("clean" if way == "run" else "clean_texts")
-    pictures, run = folder.parent / "pictures", tmp_path / "run"
+@pytest.fixture(scope="module")
+def killed(clean, tmp_path_factory):
+    """(folder, record) of both journeys, each killed at 20 random moments and then left to end."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    folder = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
-        [sys.executable, HERE / "killed_run.py", way, run, pictures, "20", "11"],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, HERE / "killed_run.py", folder, clean[0].parent / "pictures", "20", "11"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
+    )
     assert "RECORD" in done.stdout, done.stderr
-    record = json.loads(done.stdout.split("RECORD ")[1].splitlines()[0])
+    return folder, json.loads(done.stdout.split("RECORD ")[1].splitlines()[0])
+
+
+@pytest.mark.parametrize("way", ["run", "run_texts"])
+def test_run_killed_at_20_random_moments_ends_with_the_same_table(way, request, killed):
+    folder, table = request.getfixturevalue("clean" if way == "run" else "clean_texts")
+    run, record = killed[0] / way, killed[1][way]
     statuses = [attempt["status"] for attempt in record]
     assert set(statuses) <= {-9, 0} and statuses.count(-9) >= 3 and statuses[-1] == 0
     assert any(0 < attempt["kept"] < 10 for attempt in record), record  # killed midway, not only at the ends
     assert [attempt["again"] for attempt in record] == [[]] * len(record)  # what was kept is not computed again
     equal(pd.read_parquet(run / "candidates.parquet"), table)
-    assert files(run / "pictures") == files(folder / "pictures")
+    assert files(run / "images") == files(folder / "images")
 
 
 def test_each_text_row_is_its_own_picture_description_and_similarity(clean_texts):
@@ -109,7 +116,7 @@ def test_each_text_row_is_its_own_picture_description_and_similarity(clean_texts
     for row in table.itertuples():
         assert row.seed == intervals.derive_seed(5, row.image_id, row.candidate)
         drawn = fakes.Generator()._draw(row.caption, row.seed, lambda count: None)
-        with Image.open(folder / row.picture) as kept:
+        with Image.open(folder / row.image) as kept:
             assert np.array_equal(np.asarray(kept), np.asarray(drawn))
         assert [row.recovered] == fakes.Captioner().describe([drawn])
         assert row.letters == len(set(row.caption) & set(row.recovered))
@@ -118,18 +125,17 @@ def test_each_text_row_is_its_own_picture_description_and_similarity(clean_texts
 
 def test_source_text_is_drawn_from_the_human_captions_by_the_seed(tmp_path):
     many = [dataclasses.replace(e, references=("one", "two", "three")) for e in fakes.dataset(tmp_path / "p")]
-    trip = reconstruct.TextImageText(None, None, [], 2, 2, 1.0, 5, 4)
-    other = dataclasses.replace(trip, seed=6)
-    first, second = ([t.open(None, example) for example in many] for t in (trip, other))
-    assert set(first) == {"one", "two", "three"} and first != second
-    assert first == [trip.open(None, example) for example in many]
+    journeys = [
+        reconstruct.TextImageText(None, None, [], dataclasses.replace(fakes.SETTINGS, seed=seed)) for seed in (5, 6, 5)
+    ]
+    first, second, again = ([journey.open_source(None, example) for example in many] for journey in journeys)
+    assert set(first) == {"one", "two", "three"} and first != second and first == again
 
 
-def test_example_without_a_caption_is_skipped_and_listed(tmp_path, monkeypatch):
+def test_example_without_a_caption_is_skipped_and_listed(tmp_path):
     mute = fakes.dataset(tmp_path / "p", 3).examples
     mute = datasets.Dataset("things", (mute[0], dataclasses.replace(mute[1], references=()), mute[2]))
-    monkeypatch.setattr(fakes, "dataset", lambda *args: mute)
-    table = fakes.run_texts(tmp_path / "run", tmp_path / "p")
+    table = fakes.run_texts(tmp_path / "run", tmp_path / "p", data=mute)
     assert table.image_id.unique().tolist() == [200, 194]
     assert [entry["image_id"] for entry in table.attrs["skipped"]] == [197]
     assert "has no caption to start from" in table.attrs["skipped"][0]["reason"]
@@ -139,12 +145,9 @@ def test_a_caption_whose_picture_is_missing_is_skipped_as_nothing_could_judge_it
     dataset = fakes.dataset(tmp_path / "p", 3)
     gone = dataset[1]
     gone.path.unlink()
-    judges = [PairSimilarity("letters", fakes.common_letters)]
-    table = reconstruct.text_image_text(
-        dataset, fakes.Captioner(), fakes.Generator(), judges, tmp_path / "run", candidates=2, steps=1, guidance_scale=1
-    )
+    table = fakes.run_texts(tmp_path / "run", tmp_path / "p", data=dataset)
     assert [entry["image_id"] for entry in table.attrs["skipped"]] == [gone.image_id]
-    assert "there is no such file" in table.attrs["skipped"][0]["reason"] and len(table) == 2 * 2
+    assert "there is no such file" in table.attrs["skipped"][0]["reason"] and len(table) == 2 * 3
 
 
 def test_pictures_of_an_image_share_their_noise_unless_told_otherwise(clean, tmp_path):
@@ -160,31 +163,28 @@ def test_similarity_of_another_shape_is_refused_by_name(tmp_path):
 
     models = fakes.Captioner(), fakes.Generator(), [Odd()]
     with pytest.raises(ValueError, match=r"'colour' gave \(3, 2\) numbers for 3 sources with 3 candidates"):
-        reconstruct.image_text_image(fakes.dataset(tmp_path / "p"), *models, tmp_path / "run", **fakes.SETTINGS)
+        fakes.image_text_image(fakes.dataset(tmp_path / "p"), *models, tmp_path / "run")
 
 
 def test_finished_run_computes_nothing_again(clean):
     folder, table = clean
     captioner = fakes.Captioner()
-    again = reconstruct.image_text_image(
-        fakes.dataset(folder.parent / "pictures"), captioner, fakes.Generator(), [fakes.MeanColour(), fakes.Corner()],
-        folder, **fakes.SETTINGS,
-    )  # fmt: skip
+    models = captioner, fakes.Generator(), [fakes.MeanColour(), fakes.Corner()]
+    again = fakes.image_text_image(fakes.dataset(folder.parent / "pictures"), *models, folder)
     assert captioner.batches == []
     equal(again, table)
 
 
-def test_an_error_midway_says_what_is_kept_and_the_next_call_goes_on(clean, tmp_path, monkeypatch, capsys):
-    def fails_in_the_third_chunk(self, images, seeds, strategy):
-        if len(self.batches) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return sample(self, images, seeds, strategy)
+def test_an_error_midway_says_what_is_kept_and_the_next_call_goes_on(clean, tmp_path, capsys):
+    class FailsInTheThirdChunk(fakes.Captioner):
+        def sample(self, images, seeds, strategy):
+            if len(self.batches) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().sample(images, seeds, strategy)
 
-    sample = fakes.Captioner.sample
-    with monkeypatch.context() as patch:
-        patch.setattr(fakes.Captioner, "sample", fails_in_the_third_chunk)
-        with pytest.raises(torch.OutOfMemoryError):
-            fakes.run(tmp_path / "run", clean[0].parent / "pictures")
+    models = FailsInTheThirdChunk(), fakes.Generator(), [fakes.MeanColour(), fakes.Corner()]
+    with pytest.raises(torch.OutOfMemoryError):
+        fakes.image_text_image(fakes.dataset(clean[0].parent / "pictures"), *models, tmp_path / "run")
     assert "6 of 10 images are kept" in capsys.readouterr().out
     equal(fakes.run(tmp_path / "run", clean[0].parent / "pictures"), clean[1])
     assert "(6 were there already" in capsys.readouterr().out
@@ -205,12 +205,16 @@ def test_run_over_more_images_reuses_those_that_are_there(clean, tmp_path):
     assert len(seen) == len(set(seen)) == 10
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:-20]),
-    lambda path: path.write_bytes(path.read_bytes()[:100]),
-    lambda path: path.write_bytes(b""),
-    lambda path: path.unlink(),
-], ids=["end cut off", "cut short", "empty", "gone"])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+    ],
+    ids=["end cut off", "cut short", "empty", "gone"],
+)
 def test_damaged_part_is_made_again_and_no_other(clean, tmp_path, damage):
     pictures, log = clean[0].parent / "pictures", tmp_path / "log.txt"
     fakes.run(tmp_path / "run", pictures)
@@ -222,10 +226,10 @@ def test_damaged_part_is_made_again_and_no_other(clean, tmp_path, damage):
 def test_image_whose_pictures_are_gone_is_made_again(clean, tmp_path):
     pictures, log = clean[0].parent / "pictures", tmp_path / "log.txt"
     table = fakes.run(tmp_path / "run", pictures)
-    (tmp_path / "run" / table.picture[4]).unlink()
+    (tmp_path / "run" / table.image[4]).unlink()
     equal(fakes.run(tmp_path / "run", pictures, log=log), clean[1])
     assert log.read_text().split() == [str(table.image_id[4])]
-    assert files(tmp_path / "run/pictures") == files(clean[0] / "pictures")
+    assert files(tmp_path / "run/images") == files(clean[0] / "images")
 
 
 def test_unreadable_images_are_named_skipped_and_listed_and_come_in_once_repaired(clean, tmp_path, capsys):
@@ -260,12 +264,15 @@ def test_not_one_readable_image_is_an_error(tmp_path):
         fakes.run(tmp_path / "run", tmp_path / "p", n=0)
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({"candidates": 4}, "candidates: 3 there, 4 now"),
-    ({"guidance_scale": 7.5, "steps": 3}, r"steps: 2 there, 3 now\n  guidance_scale: 4.0 there, 7.5 now"),
-    ({"strategy": TopK(10)}, r"strategy: 'Nucleus\(p=0.9\)' there, 'TopK\(k=10\)' now"),
-    ({"seed": 6}, "seed: 5 there, 6 now"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"candidates": 4}, "candidates: 3 there, 4 now"),
+        ({"guidance_scale": 7.5, "steps": 3}, r"steps: 2 there, 3 now\n  guidance_scale: 4.0 there, 7.5 now"),
+        ({"strategy": TopK(10)}, r"strategy: 'Nucleus\(p=0.9\)' there, 'TopK\(k=10\)' now"),
+        ({"seed": 6}, "seed: 5 there, 6 now"),
+    ],
+)
 def test_other_settings_are_refused_by_name_and_touch_nothing(clean, change, named):
     folder, _ = clean
     before = files(folder / "parts") | {"run.json": (folder / "run.json").read_bytes()}
@@ -284,7 +291,7 @@ def test_other_models_and_data_are_refused(clean):
         ((datasets.Dataset("other things", dataset.examples), *models), "dataset"),
     ]:
         with pytest.raises(runs.RunFolderError, match=f"settings:\n  {named}: .* now\nGive"):
-            reconstruct.image_text_image(*other, folder, **fakes.SETTINGS)
+            fakes.image_text_image(*other, folder)
 
 
 def test_another_similarity_scores_what_is_kept_and_draws_nothing(clean, tmp_path):
@@ -294,18 +301,17 @@ def test_another_similarity_scores_what_is_kept_and_draws_nothing(clean, tmp_pat
     dataset, colour = fakes.dataset(pictures), fakes.MeanColour()
 
     def again(*similarities):
-        return reconstruct.image_text_image(
-            dataset, fakes.Captioner(), generator, similarities, tmp_path / "run", **fakes.SETTINGS
-        )
+        return fakes.image_text_image(dataset, fakes.Captioner(), generator, similarities, tmp_path / "run")
 
     more = again(colour, brightness)
     equal(more.drop(columns="brightness"), table.drop(columns="corner"))
     assert more.brightness.eq(0.5).all() and generator.calls == [] == colour.embedded
-    kept = [Image.open(tmp_path / "run" / name) for name in table.picture]
+    kept = [Image.open(tmp_path / "run" / name) for name in table.image]
     assert [picture.tobytes() for picture in shown] == [picture.convert("RGB").tobytes() for picture in kept]
     again(brightness)
     assert len(shown) == 30  # once each
-    assert again(PairSimilarity("brightness", lambda a, b: 0.25)).brightness.eq(0.25).all()  # another of that name
+    other = PairSimilarity("brightness", lambda a, b: 0.25, version="2")
+    assert again(other).brightness.eq(0.25).all()  # the scores of another version are not taken for its own
 
 
 def test_kept_similarities_that_are_damaged_are_computed_again_and_no_others(clean, tmp_path):
@@ -313,10 +319,8 @@ def test_kept_similarities_that_are_damaged_are_computed_again_and_no_others(cle
     [folder] = (tmp_path / "run/scores").glob("colour *")
     (folder / "00001.parquet").write_bytes(b"")
     colour = fakes.MeanColour()
-    again = reconstruct.image_text_image(
-        fakes.dataset(clean[0].parent / "pictures"), fakes.Captioner(), fakes.Generator(), [colour, fakes.Corner()],
-        tmp_path / "run", **fakes.SETTINGS,
-    )  # fmt: skip
+    models = fakes.Captioner(), fakes.Generator(), [colour, fakes.Corner()]
+    again = fakes.image_text_image(fakes.dataset(clean[0].parent / "pictures"), *models, tmp_path / "run")
     equal(again, table)
     assert sum(colour.embedded) == 3 * 3 + 3
 
@@ -332,62 +336,53 @@ def test_folder_without_readable_settings_is_refused(tmp_path, content, message)
         fakes.run(tmp_path / "run", tmp_path / "p", n=3)
 
 
-def test_unusable_candidates_and_similarities_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least 1 candidate"):
-        fakes.run(tmp_path / "run", tmp_path / "p", candidates=0)
-    models = fakes.Captioner(), fakes.Generator(), [fakes.Corner(), fakes.Corner()]
-    with pytest.raises(ValueError, match=r"\['corner', 'corner'\].*different names"):
-        reconstruct.image_text_image(fakes.dataset(tmp_path / "p"), *models, tmp_path / "run", **fakes.SETTINGS)
+@pytest.mark.parametrize("name", ["candidates", "steps", "batch_size"])
+def test_settings_that_make_nothing_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} = 0: give at least 1"):
+        dataclasses.replace(fakes.SETTINGS, **{name: 0})
+
+
+def test_settings_are_the_profiles_but_for_what_is_changed():
+    mini = profiles.PROFILES["mini"]
+    settings = reconstruct.JourneySettings.of(mini, candidates=2, seed=7)
+    same = ("steps", "guidance_scale", "batch_size")
+    assert [getattr(settings, name) for name in same] == [getattr(mini, name) for name in same]
+    assert (settings.candidates, settings.seed) == (2, 7)
+
+
+@pytest.mark.parametrize("names", [["corner", "corner"], ["caption"]])
+def test_similarities_that_cannot_be_columns_are_refused(tmp_path, names):
+    models = fakes.Captioner(), fakes.Generator(), [PairSimilarity(name, fakes.common_letters) for name in names]
+    with pytest.raises(
+        ValueError,
+        match=rf"{re.escape(str(names))}: give names that differ, and none of \['image_id', ",
+    ):
+        fakes.image_text_image(fakes.dataset(tmp_path / "p"), *models, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_retrained_model_is_another_model():
-    holder = fakes.Captioner()
-    holder.model = torch.nn.Linear(3, 2)
-    before = runs.describe(holder)
-    assert runs.describe(holder) == before and before.startswith("Captioner ")
-    with torch.no_grad():
-        holder.model.bias[1] += 1e-4
-    assert runs.describe(holder) != before
-
-
-def test_reconstruction_score_is_the_mean_similarity_of_what_a_caption_draws(tmp_path):
-    dataset, generator, colour = fakes.dataset(tmp_path / "p", 2), fakes.Generator(), fakes.MeanColour()
-    images = [dataset.open(example) for example in dataset]  # red and green
-    captions = ["a red thing", "a red thing"]
-
-    def render(captions, seeds, steps, guidance, batch):
-        return [generator._draw(caption, seed, lambda n: None) for caption, seed in zip(captions, seeds, strict=True)]
-
-    generator.render = render
-    score = reconstruct.reconstruction_score(images, captions, generator, colour, pictures=3)
-    seeds = [intervals.derive_seed(0, j) for j in range(3)]
-    drawn = [generator._draw("a red thing", seed, lambda n: None) for seed in seeds]
-    expected = [torch.cosine_similarity(colour.embed([image]), colour.embed(drawn)).mean() for image in images]
-    torch.testing.assert_close(score, torch.stack(expected))
-    assert score[0] > 0.9 > score[1]
-    with pytest.raises(ValueError, match="2 images, 1 captions, 3 pictures"):
-        reconstruct.reconstruction_score(images, captions[:1], generator, colour, pictures=3)
+def test_a_generator_is_opened_by_the_class_that_its_registry_entry_names():
+    smoke = profiles.PROFILES["smoke"]
+    assert type(reconstruct.load_generator(smoke, "miniature/lafite")) is registry.class_of("miniature/lafite")
+    usual = reconstruct.load_generator(smoke, scheduler="DDIM")
+    assert type(usual) is Generator and type(usual.pipeline.scheduler).__name__ == "DDIMScheduler"
 
 
 def test_first_rank_goes_to_the_most_alike_and_of_equals_to_the_first_row():
-    table = pd.DataFrame({
-        "image_id": [9, 9, 9, 4, 4, 4],
-        "candidate": [0, 1, 2, 0, 1, 2],
-        "clip": [0.5, 0.5, 0.1, -0.2, 0.3, 0.0],
-    })  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "image_id": [9, 9, 9, 4, 4, 4],
+            "candidate": [0, 1, 2, 0, 1, 2],
+            "clip": [0.5, 0.5, 0.1, -0.2, 0.3, 0.0],
+        }
+    )
     assert reconstruct.rank(table, "clip")["rank"].tolist() == [1, 2, 3, 3, 1, 2]
     assert reconstruct.select(table, "clip").to_dict("list") == {
-        "image_id": [9, 4], "candidate": [0, 1], "clip": [0.5, 0.3]
-    }  # fmt: skip
+        "image_id": [9, 4],
+        "candidate": [0, 1],
+        "clip": [0.5, 0.3],
+    }
     assert "rank" not in table
-
-
-def test_selected_candidates_are_those_whose_gain_is_measured(clean):
-    table = clean[1].assign(score=np.random.default_rng(0).normal(size=30))
-    gain = intervals.ranked_minus_random(table, "colour", "score", resamples=10)["all"].value
-    selected = reconstruct.select(table, "colour").set_index("image_id").score
-    assert gain == pytest.approx((selected - table.groupby("image_id").score.mean()).mean())
 
 
 def test_ranking_by_what_was_not_measured_is_refused(clean):
@@ -407,8 +402,10 @@ def test_model_folders_go_there_and_back_whatever_the_chunk(tmp_path, monkeypatc
     dataset = fakes.dataset(tmp_path / "p", 3)
 
     def run(name, chunk, batch_size):
-        settings = dict(candidates=2, steps=2, guidance_scale=2.0, chunk=chunk, batch_size=batch_size)
-        return reconstruct.image_text_image(dataset, captioner, generator, similarities, tmp_path / name, **settings)
+        settings = reconstruct.JourneySettings(candidates=2, steps=2, guidance_scale=2.0, batch_size=batch_size)
+        return reconstruct.image_text_image(
+            dataset, captioner, generator, similarities, tmp_path / name, settings, chunk=chunk
+        )
 
     table, other = run("together", 3, 6), run("apart", 1, 1)
     equal(table.drop(columns=["clip", "dino"]), other.drop(columns=["clip", "dino"]))
@@ -418,43 +415,3 @@ def test_model_folders_go_there_and_back_whatever_the_chunk(tmp_path, monkeypatc
         generator.pipeline.unet.conv_in.bias[0] += 0.01
     with pytest.raises(runs.RunFolderError, match="settings:\n  generator: .* now\nGive"):
         run("together", 3, 6)
-
-
-def test_own_pictures_and_captions_by_command(tmp_path, monkeypatch, capsys):
-    fakes.dataset(tmp_path / "mine", 3)
-    monkeypatch.setenv(profiles.VARIABLE, "smoke")
-    models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()]
-    asked = []
-    monkeypatch.setattr(reconstruct, "load_models", lambda profile, scheduler: asked.append(scheduler) or models)
-    assert main(["reconstruct", str(tmp_path / "mine"), "--out", str(tmp_path / "run")]) == 0
-    assert len(pd.read_parquet(tmp_path / "run/candidates.parquet")) == 3 * 2
-    assert "6 candidates of 3 images (0 were there already, 0 skipped)" in capsys.readouterr().out
-
-    (tmp_path / "mine.txt").write_text("a red thing\n\na blue thing\n", encoding="utf-8")
-    texts = [PairSimilarity("letters", fakes.common_letters)]
-    monkeypatch.setattr(similarities, "load_text_similarities", lambda profile, corpus: texts)
-    assert main(["reconstruct", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts")]) == 0
-    table = pd.read_parquet(tmp_path / "texts/candidates.parquet")
-    assert table.caption.tolist() == ["a red thing"] * 2 + ["a blue thing"] * 2
-    (tmp_path / "mine.txt").write_text("a green thing\na blue thing\n", encoding="utf-8")
-    assert main(["reconstruct", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts")]) == 0
-    edited = pd.read_parquet(tmp_path / "texts/candidates.parquet")
-    assert edited.caption.tolist() == ["a green thing"] * 2 + ["a blue thing"] * 2  # no line has another's pictures
-    assert edited.image_id.tolist()[2:] == table.image_id.tolist()[2:]
-
-    quick = ["--scheduler", "DPMSolverMultistep", "--steps", "15"]
-    assert main(["reconstruct", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "quick"), *quick]) == 0
-    assert asked == [None, None, None, "DPMSolverMultistep"]
-    assert [models[1].calls[i]["steps"] for i in (0, -1)] == [profiles.PROFILES["smoke"].steps, 15]
-    with pytest.raises(SystemExit):
-        main(["reconstruct", str(tmp_path / "mine"), "--out", str(tmp_path / "none"), "--steps", "0"])
-    assert "steps = 0" in capsys.readouterr().err
-
-    with pytest.raises(SystemExit):
-        main(["reconstruct", str(tmp_path / "gone.txt"), "--out", str(tmp_path / "none")])
-    assert "gone.txt is no text file" in capsys.readouterr().err and len(asked) == 5
-
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit) as stopped:
-        main(["reconstruct", str(tmp_path / "empty"), "--out", str(tmp_path / "run")])
-    assert stopped.value.code == 2 and "holds no pictures" in capsys.readouterr().err

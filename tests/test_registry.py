@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from coco_files import write_coco
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
 from dalleflamingo import datasets, registry
+from dalleflamingo.miniature.inception import MiniatureInception
+from dalleflamingo.miniature.lafite import LafiteGenerator
+from dalleflamingo.miniature.recogniser import Recogniser
 from dalleflamingo.registry import ENTRIES, RegistryError
 
 UNET = "sd/unet/diffusion_pytorch_model.safetensors"
@@ -28,11 +32,14 @@ def miniature(tmp_path, monkeypatch) -> Path:
     files = {UNET: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}}
     (folder / "MANIFEST.json").write_text(json.dumps({"files": files, "models": {}}))
     for corpus, name, domain in (("coco", "captions_test", None), ("nocaps", "nocaps_val", "out-domain")):
-        picture = folder / corpus / "images" / "1.png"
-        picture.parent.mkdir(parents=True)
-        Image.new("RGB", (64, 64)).save(picture)
-        example = datasets.Example(1, picture, ("a bird",), domain, {"scene": {"ground": "sand"}})
-        datasets.write_coco(folder / corpus / "annotations" / f"{name}.json", [example])
+        images = folder / corpus / "images"
+        images.mkdir(parents=True)
+        examples = []
+        for i in (1, 2):
+            Image.new("RGB", (64, 64)).save(images / f"{i}.png")
+            extra = {"scene": {"ground": "sand"}}
+            examples.append(datasets.Example(i, images / f"{i}.png", ("a bird",), domain, extra))
+        write_coco(folder / corpus / "annotations" / f"{name}.json", examples)
     monkeypatch.setenv("DALLEFLAMINGO_DATA", str(tmp_path))
     return folder
 
@@ -54,19 +61,6 @@ def test_a_revision_is_a_whole_commit_hash_or_the_notes_say_why_there_is_none():
             assert file.endswith(".safetensors") and re.fullmatch("[0-9a-f]{64}", digest)
 
 
-def test_the_real_models_are_those_of_the_paper():
-    hub = {name: entry.source for name, entry in ENTRIES.items() if entry.revision}
-    assert hub == {
-        "blip-base": "Salesforce/blip-image-captioning-base",
-        "blip-large": "Salesforce/blip-image-captioning-large",
-        "blip2-opt-2.7b": "Salesforce/blip2-opt-2.7b",
-        "sd-v1-4": "CompVis/stable-diffusion-v1-4",
-        "clip-vit-l-14": "timm/vit_large_patch14_clip_224.openai",
-        "dino-vitb8": "facebook/dino-vitb8",
-        "sbert": "sentence-transformers/all-MiniLM-L6-v2",
-    }
-
-
 def test_our_clip_is_the_one_that_open_clip_calls_openai():
     from open_clip.pretrained import get_pretrained_cfg
 
@@ -76,19 +70,46 @@ def test_our_clip_is_the_one_that_open_clip_calls_openai():
 def test_a_real_model_is_located_by_its_hub_id_and_a_miniature_one_by_its_folder(miniature):
     assert registry.locate("blip-large") == "Salesforce/blip-image-captioning-large"
     assert registry.locate("miniature/sd") == str(miniature / "sd")
+    assert registry.source_of("miniature/sd", "cuda") == {
+        "name_or_path": str(miniature / "sd"),
+        "revision": None,
+        "device": "cuda",
+    }
+    blip = ENTRIES["blip-large"]
+    assert registry.source_of(blip.name) == {"name_or_path": blip.source, "revision": blip.revision, "device": "cpu"}
 
 
-@pytest.mark.parametrize("ask", [registry.locate, registry.verify, registry.dataset])
+def test_a_model_that_the_core_does_not_open_is_opened_by_the_class_that_its_entry_names():
+    assert registry.class_of("miniature/lafite") is LafiteGenerator
+    assert registry.class_of("miniature/recogniser") is Recogniser
+    assert registry.class_of("miniature/inception") is MiniatureInception
+    assert registry.class_of("miniature/sd") is registry.class_of("sd-v1-4") is None
+
+
+def test_an_entry_is_found_by_the_name_that_a_data_set_has_after_loading(miniature):
+    coco, nocaps = registry.load_dataset("miniature/coco", "test"), registry.load_dataset("miniature/nocaps")
+    assert registry.entry_of(coco.name) is ENTRIES["miniature/coco"]
+    assert registry.entry_of(nocaps.by_domain()["out-domain"].name) is ENTRIES["miniature/nocaps"]
+    assert registry.entry_of("coco/test") is ENTRIES["coco"] and registry.entry_of("miniature/sd").shipped
+    for name in ("miniature/sd/unet", "my photographs", "mine/coco", ""):
+        with pytest.raises(RegistryError, match=f"the registry has no {name!r}; it has miniature/blip"):
+            registry.entry_of(name)
+
+
+ASK = [registry.locate, registry.verify, registry.load_dataset, registry.class_of, registry.source_of]
+
+
+@pytest.mark.parametrize("ask", ASK)
 def test_an_unknown_name_is_answered_with_the_known_ones(ask):
     with pytest.raises(RegistryError, match="the registry has no 'blip'; it has miniature/blip, .*, nocaps$"):
         ask("blip")
 
 
 def test_models_and_data_sets_are_not_mistaken_for_each_other(miniature):
-    with pytest.raises(RegistryError, match="is a data set: open it with registry.dataset"):
+    with pytest.raises(RegistryError, match="is a data set: open it with registry.load_dataset"):
         registry.locate("miniature/coco")
     with pytest.raises(RegistryError, match="is a model: registry.locate"):
-        registry.dataset("miniature/sd")
+        registry.load_dataset("miniature/sd")
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -183,17 +204,19 @@ def test_sbert_comes_from_its_hub_where_the_package_is_absent(monkeypatch):
     assert registry.locate("sbert") == "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def test_miniature_data_sets_come_with_pictures_domains_and_scenes(miniature):
-    coco, nocaps = registry.dataset("miniature/coco", "test"), registry.dataset("miniature/nocaps")
+def test_miniature_data_sets_come_with_images_domains_and_scenes(miniature):
+    coco, nocaps = registry.load_dataset("miniature/coco", "test"), registry.load_dataset("miniature/nocaps")
     assert coco.name == "miniature/coco/test" and coco[0].extra["scene"] == {"ground": "sand"}
     assert coco.open(coco[0]).size == (64, 64)
     assert nocaps.name == "miniature/nocaps" and list(nocaps.by_domain()) == ["out-domain"]
 
 
-def test_undrawn_pictures_are_answered_with_make_data(miniature):
+def test_undrawn_images_are_answered_with_the_command_that_draws_them(miniature):
     (miniature / "coco/images/1.png").unlink()
-    with pytest.raises(RegistryError, match="1 of the 1 pictures of miniature/coco are not drawn, .*1.png .*make data"):
-        registry.dataset("miniature/coco", "test")
+    with pytest.raises(
+        RegistryError, match="1 of the 2 images of miniature/coco are missing, .*1.png .*dalleflamingo data"
+    ):
+        registry.load_dataset("miniature/coco", "test")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +231,7 @@ def test_undrawn_pictures_are_answered_with_make_data(miniature):
 )
 def test_a_split_that_does_not_exist_is_answered_with_those_that_do(miniature, name, split, message):
     with pytest.raises(RegistryError, match=message):
-        registry.dataset(name, split)
+        registry.load_dataset(name, split)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +241,10 @@ def test_a_split_that_does_not_exist_is_answered_with_those_that_do(miniature, n
 def test_an_absent_real_data_set_is_answered_with_where_to_get_it(tmp_path, monkeypatch, name, split, variable):
     monkeypatch.delenv(variable, raising=False)
     with pytest.raises(RegistryError, match=f"{name} is not shipped, and {variable} is not set. Download https"):
-        registry.dataset(name, split)
+        registry.load_dataset(name, split)
     monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
     with pytest.raises(RegistryError, match="nowhere' is no folder"):
-        registry.dataset(name, split)
+        registry.load_dataset(name, split)
 
 
 def test_real_coco_is_read_from_the_ground_truth_file_or_from_karpathys_json(tmp_path, monkeypatch):
@@ -229,21 +252,24 @@ def test_real_coco_is_read_from_the_ground_truth_file_or_from_karpathys_json(tmp
     record = {"cocoid": 5, "filepath": "val2014", "filename": "COCO_val2014_000000000005.jpg", "split": "restval"}
     payload = {"images": [{**record, "sentences": [{"raw": "a dog"}]}]}
     (tmp_path / "dataset_coco.json").write_text(json.dumps(payload))
-    with pytest.raises(RegistryError, match="none of the 1 pictures of coco/train is there"):
-        registry.dataset("coco", "train")
+    with pytest.raises(
+        RegistryError, match="1 of the 1 images of coco are missing, .*005.jpg for one: DALLEFLAMINGO_COCO names"
+    ):
+        registry.load_dataset("coco", "train")
     (tmp_path / "val2014").mkdir()
     (tmp_path / "val2014/COCO_val2014_000000000005.jpg").touch()
-    assert registry.dataset("coco", "train")[0].references == ("a dog",)
+    assert registry.load_dataset("coco", "train")[0].references == ("a dog",)
 
     ground_truth = {"images": [{"id": 5}], "annotations": [{"image_id": 5, "caption": "a cat"}]}
     (tmp_path / "coco_karpathy_test_gt.json").write_text(json.dumps(ground_truth))
-    assert registry.dataset("coco", "test")[0].references == ("a cat",)
+    assert registry.load_dataset("coco", "test")[0].references == ("a cat",)
 
 
 def test_real_nocaps_is_read_with_its_domains(tmp_path, monkeypatch):
     monkeypatch.setenv("DALLEFLAMINGO_NOCAPS", str(tmp_path))
     (tmp_path / "images").mkdir()
     (tmp_path / "images/0.jpg").touch()
-    example = datasets.Example(0, tmp_path / "images/0.jpg", ("a lion",), "out-domain")
-    datasets.write_coco(tmp_path / "nocaps_val_4500_captions.json", [example])
-    assert registry.dataset("nocaps").examples == (example,)
+    lion = datasets.Example(0, tmp_path / "images/0.jpg", ("a lion",), "out-domain")
+    lost = datasets.Example(1, tmp_path / "images/1.jpg", ("a kite",), "in-domain")  # for the run to skip
+    write_coco(tmp_path / "nocaps_val_4500_captions.json", [lion, lost])
+    assert registry.load_dataset("nocaps").examples == (lion, lost)

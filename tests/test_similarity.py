@@ -8,10 +8,11 @@ import open_clip
 import pytest
 import tiny
 import torch
+from torchvision.transforms import Compose, Resize
 from transformers import AutoImageProcessor, ViTModel
 
 from dalleflamingo import similarity
-from dalleflamingo.similarity import ClipImage, Dino, cosine_similarity
+from dalleflamingo.similarity import ClipImage, Dino, PairSimilarity, cosine_similarity
 
 PHOTOS = tiny.pictures(similarity.BATCH + 5)
 
@@ -92,14 +93,14 @@ def test_embedding_does_not_depend_on_the_batch(encoder):
     torch.testing.assert_close(encoder.embed(PHOTOS[::-1]).flip(0), together, atol=1e-5, rtol=1e-5)
 
 
-def test_a_picture_is_most_like_itself(encoder):
+def test_an_image_is_most_similar_to_itself(encoder):
     embeddings = encoder.embed(PHOTOS)
     alike = cosine_similarity(embeddings, embeddings.expand(len(PHOTOS), -1, -1))
     assert alike.argmax(-1).tolist() == list(range(len(PHOTOS)))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_pictures_of_any_mode_are_read_as_rgb(encoder, mode):
+def test_images_of_any_mode_are_read_as_rgb(encoder, mode):
     photo = PHOTOS[0].convert(mode)
     torch.testing.assert_close(encoder.embed([photo]), encoder.embed([photo.convert("RGB")]))
 
@@ -107,6 +108,40 @@ def test_pictures_of_any_mode_are_read_as_rgb(encoder, mode):
 def test_nothing_to_embed_is_refused(encoder):
     with pytest.raises(ValueError, match="nothing to embed"):
         encoder.embed([])
+
+
+# What a run notes
+
+
+def test_fingerprint_changes_with_weights_and_with_nothing_that_changes_no_embedding(folders, encoder, monkeypatch):
+    before = encoder.fingerprint()
+    encoder._private = encoder.note = "new"
+    encoder.embed(PHOTOS[:3])
+    monkeypatch.setattr(similarity, "BATCH", 2)
+    assert encoder.fingerprint() == before
+    other = type(encoder).from_pretrained(folders[encoder.name])
+    assert other.fingerprint() == before
+    with torch.no_grad():
+        next(other.model.parameters()).flatten()[0] += 1e-3
+    assert other.fingerprint() != before
+
+
+def test_fingerprint_changes_with_the_size_that_images_are_resized_to(folders):
+    small, large = (Dino.from_pretrained(folders["dino"], image_size=size) for size in (None, 48))
+    assert small.fingerprint() != large.fingerprint()
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folders['clip']}")
+    other = Compose([Resize(16), *preprocess.transforms])
+    assert ClipImage(model, preprocess).fingerprint() != ClipImage(model, other).fingerprint()
+
+
+def test_fingerprint_of_ones_own_similarity_is_its_name_and_version():
+    def brightness(source, other):
+        return 1.0
+
+    mine = PairSimilarity("brightness", brightness)
+    assert mine.fingerprint() == PairSimilarity("brightness", lambda a, b: 2.0).fingerprint()
+    others = [PairSimilarity("brightness", brightness, version="2"), PairSimilarity("hue", brightness)]
+    assert len({similarity.fingerprint() for similarity in [mine, *others]}) == 3
 
 
 # CLIP by hub id

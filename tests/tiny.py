@@ -1,7 +1,4 @@
-"""Folders of the four kinds of model, tiny and untrained: what the real ones look like on disk, made in a second.
-
-diffusers is imported where it is needed: the tests of the bridge also run with a transformers that is too old for it.
-"""
+"""Model folders of every kind, tiny and untrained, laid out as the published ones are; made in a second."""
 
 import json
 import re
@@ -11,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,14 +35,14 @@ from transformers import (
 from dalleflamingo import registry
 from dalleflamingo.miniature.training.tokenizers import train_opt_bpe
 
-WORDS = "a the of in on red blue green bird cat house tree boat kite sits flies two with and small large it".split()
-PIECES = ["##s", "##ing", "##boat", "n", "t", "x", ",", ".", "'", "-"]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_WORDS = "a the of in on red blue green bird cat house tree boat kite sits flies two with and small large it".split()
+_TOKENS = ["##s", "##ing", "##boat", "n", "t", "x", ",", ".", "'", "-"]
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SIZE = 32  # pixels
 
 
 def pictures(n: int, seed: int = 0) -> list[Image.Image]:
-    """n different pictures of noise on a ground."""
+    """n different images of noise on a ground."""
     rng = np.random.default_rng(seed)
     arrays = rng.integers(0, 256, (n, 1, 1, 3)) // 2 + rng.integers(0, 128, (n, SIZE, SIZE, 3))
     return [Image.fromarray(array.astype(np.uint8)) for array in arrays]
@@ -71,7 +69,7 @@ def byte_level_bpe() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator([" ".join(WORDS)] * 5 + ["a giraffe and 10 computers"] * 3, trainer)
+    backend.train_from_iterator([" ".join(_WORDS)] * 5 + ["a giraffe and 10 computers"] * 3, trainer)
     names = dict(pad_token="<pad>", eos_token="</s>", bos_token="</s>", unk_token="<unk>")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
@@ -85,7 +83,7 @@ def shipped_tokenizers() -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBa
 def blip(folder: Path) -> Path:
     """A BLIP whose [DEC] token lies outside its tokenizer, as the published one's does."""
     torch.manual_seed(0)
-    vocabulary = [*SPECIAL, *WORDS, *PIECES]
+    vocabulary = [*_SPECIAL, *_WORDS, *_TOKENS]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -98,7 +96,7 @@ def blip(folder: Path) -> Path:
         bos_token_id=len(vocabulary),
         eos_token_id=2,
         pad_token_id=0,
-        sep_token_id=SPECIAL.index("[SEP]"),
+        sep_token_id=_SPECIAL.index("[SEP]"),
         encoder_hidden_size=16,
         max_position_embeddings=64,
         initializer_range=0.3,
@@ -107,16 +105,16 @@ def blip(folder: Path) -> Path:
     config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16, dtype="float32")
     model = BlipForConditionalGeneration(config)
     bias = model.text_decoder.cls.predictions.bias.data
-    bias[: len(SPECIAL)] = bias[len(vocabulary) :] = -10.0  # captions of words
-    bias[SPECIAL.index("[SEP]")] = 2.0  # that end
+    bias[: len(_SPECIAL)] = bias[len(vocabulary) :] = -10.0  # captions of words
+    bias[_SPECIAL.index("[SEP]")] = 2.0  # that end
     model.save_pretrained(folder)
     return folder
 
 
 def blip2(folder: Path) -> Path:
-    """A BLIP-2 before an OPT, whose tokenizer puts </s> before a text; a line break ends a caption."""
+    """A BLIP-2 with an OPT whose tokenizer puts </s> before a text; a line break ends a caption."""
     torch.manual_seed(0)
-    texts = [" ".join(WORDS)] * 5 + [f" {word}" for word in WORDS for _ in range(3)]
+    texts = [" ".join(_WORDS)] * 5 + [f" {word}" for word in _WORDS for _ in range(3)]
     tokenizer = AutoTokenizer.from_pretrained(train_opt_bpe(texts, 330, folder))
     image_processor = BlipImageProcessor(size={"height": SIZE, "width": SIZE})
     processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=3)
@@ -152,8 +150,6 @@ def blip2(folder: Path) -> Path:
 
 def stable_diffusion(folder: Path) -> Path:
     """A pipeline with a byte-pair tokenizer of its own, as in SD v1, of 16 tokens a caption."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
     torch.manual_seed(0)
     tokenizer = _clip_tokenizer()
     text_encoder = CLIPTextModel(
@@ -211,7 +207,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
         initial_alphabet=list("abcdefghijklmnopqrstuvwxyz,.'-"),
         end_of_word_suffix="</w>",
     )
-    bpe.train_from_iterator(WORDS * 4, trainer)
+    bpe.train_from_iterator(_WORDS * 4, trainer)
     model = json.loads(bpe.to_str())["model"]
     return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], model_max_length=16)
 

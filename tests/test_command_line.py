@@ -1,0 +1,237 @@
+"""The command line as a user meets it: help, errors in one line, and an interruption that loses nothing."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fakes
+import pandas as pd
+import pytest
+
+from dalleflamingo import __main__ as command_line
+from dalleflamingo import cycle, profiles, reconstruct
+from dalleflamingo.evaluation import similarities
+from dalleflamingo.similarity import PairSimilarity
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """`python -m dalleflamingo`, in a process of its own."""
+    line = [sys.executable, *options, "-m", "dalleflamingo", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("arguments", [[], ["reconstruct"], ["cycle"], ["research"]], ids=" ".join)
+def test_help_answers_at_once_without_importing_torch(arguments):
+    done = command(*arguments, "--help", options=("-X", "importtime"))
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m dalleflamingo")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported and not imported & {"torch", "transformers", "numpy"}
+
+
+def test_every_command_has_a_help_that_names_itself():
+    """All in one process, as some import torch."""
+    names = [[name] for name in command_line.COMMANDS if name != "research"]
+    names += [["research", name] for name in command_line.RESEARCH]
+    calls = (
+        f"for name in {names!r}:\n    try: main([*name, '--help'])\n    except SystemExit as end: assert not end.code"
+    )
+    script = f"from dalleflamingo.__main__ import main\n{calls}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == len(names)
+    for name in names:
+        assert f"usage: python -m dalleflamingo {' '.join(name)} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "name a command"), (["reconstrut"], "no command 'reconstrut'"), (["research", "odd"], "no command 'odd'")],
+)
+def test_an_unknown_command_is_answered_with_the_list(arguments, message, capsys):
+    assert command_line.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error.splitlines()[-1]
+    known = command_line.RESEARCH if "research" in arguments else command_line.COMMANDS
+    assert all(name in error for name in known)
+
+
+def run(*arguments: object, capsys: pytest.CaptureFixture) -> tuple[int, str]:
+    """Exit status and the error of the command in this process."""
+    try:
+        status = command_line.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().err
+
+
+@pytest.fixture
+def models(monkeypatch, tmp_path):
+    """The models that a command loads are fakes; [(scheduler, size of images) asked for, ...]."""
+    fakes.dataset(tmp_path / "mine", 3)
+    monkeypatch.setenv(profiles.VARIABLE, "smoke")
+    loaded = reconstruct.Models(fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()])
+    asked = []
+    monkeypatch.setattr(
+        reconstruct, "load_models", lambda profile, scheduler: asked.append((scheduler, profile.image_size)) or loaded
+    )
+    monkeypatch.setattr(reconstruct, "load_captioner", lambda profile: loaded.captioner)
+    monkeypatch.setattr(
+        reconstruct,
+        "load_generator",
+        lambda profile, scheduler: asked.append((scheduler, profile.image_size)) or loaded.generator,
+    )
+    texts = [PairSimilarity("letters", fakes.common_letters)]
+    monkeypatch.setattr(similarities, "load_text_similarities", lambda profile, corpus: texts)
+    return loaded, asked
+
+
+def test_a_folder_of_images_goes_there_and_back(models, tmp_path, capsys):
+    assert command_line.main(["reconstruct", str(tmp_path / "mine"), "--out", str(tmp_path / "run")]) == 0
+    assert len(pd.read_parquet(tmp_path / "run/candidates.parquet")) == 3 * profiles.PROFILES["smoke"].candidates
+    out = capsys.readouterr().out
+    assert "6 candidates of 3 images (0 were there already, 0 skipped)" in out
+    best = reconstruct.select(pd.read_parquet(tmp_path / "run/candidates.parquet"), by="colour")
+    files = sorted(path.name for path in (tmp_path / "mine").iterdir() if path.suffix == ".png")
+    lines = [f"  {f:<24} {row.colour:8.3f}  {row.caption}" for f, row in zip(files, best.itertuples(), strict=True)]
+    assert out.splitlines()[-4:] == ["best by colour:", *lines]
+
+
+def test_options_reach_the_journey(models, tmp_path):
+    arguments = ["reconstruct", tmp_path / "mine", "--out", tmp_path / "run", "--images", 2, "--candidates", 3]
+    arguments += ["--steps", 15, "--scheduler", "DDIM", "--size", 48, "--batch-size", 5, "--seed", 9]
+    assert command_line.main(list(map(str, arguments))) == 0
+    table = pd.read_parquet(tmp_path / "run/candidates.parquet")
+    assert table.groupby("image_id").size().tolist() == [3, 3]
+    [call] = models[0].generator.calls
+    assert (call["steps"], call["batch"], models[1]) == (15, 5, [("DDIM", 48)])
+    other = [*arguments[:3], tmp_path / "other", *arguments[4:-1], 10]
+    assert command_line.main(list(map(str, other))) == 0
+    assert not set(pd.read_parquet(tmp_path / "other/candidates.parquet").seed) & set(table.seed)
+
+
+def test_the_profile_is_set_before_it_is_read(models, tmp_path, capsys):
+    for place in (0, 4):
+        arguments = ["reconstruct", str(tmp_path / "mine"), "--out", str(tmp_path / f"run-{place}")]
+        arguments[place:place] = ["--profile", "mini"]
+        assert command_line.main(arguments) == 0
+        assert os.environ[profiles.VARIABLE] == "mini"
+        assert len(pd.read_parquet(tmp_path / f"run-{place}/candidates.parquet")) == 3 * 5
+    capsys.readouterr()
+    status, error = run(*arguments[:-2], "--profile", "tiny", capsys=capsys)
+    assert status == 2 and "--profile: unknown profile 'tiny': one of smoke, mini, colab, paper" in error
+    assert len(error.splitlines()) == 1 and os.environ[profiles.VARIABLE] == "mini"
+
+
+def test_a_file_of_captions_goes_there_and_back_and_may_be_edited(models, tmp_path, capsys):
+    file = tmp_path / "mine.txt"
+    arguments = ["reconstruct", str(file), "--out", str(tmp_path / "texts")]
+    file.write_text("a red thing\n\na blue thing\n", encoding="utf-8")
+    assert command_line.main(arguments) == 0
+    table = pd.read_parquet(tmp_path / "texts/candidates.parquet")
+    assert table.caption.tolist() == ["a red thing"] * 2 + ["a blue thing"] * 2
+    title, *best = capsys.readouterr().out.splitlines()[-3:]
+    assert title == "best by letters:" and [line[2:15].strip() for line in best] == ["a red thing", "a blue thing"]
+    assert [line.split()[-1] for line in best] == reconstruct.select(table, by="letters").image.tolist()
+    file.write_text("a green thing\na blue thing\n", encoding="utf-8")
+    assert command_line.main(arguments) == 0
+    edited = pd.read_parquet(tmp_path / "texts/candidates.parquet")
+    assert edited.caption.tolist() == ["a green thing"] * 2 + ["a blue thing"] * 2  # no line has another's images
+    assert edited.image_id.tolist()[2:] == table.image_id.tolist()[2:]
+
+
+def test_a_file_of_captions_needs_no_similarity_of_images(models, monkeypatch, tmp_path):
+    monkeypatch.setattr(reconstruct, "load_models", None)  # would load CLIP and DINO
+    (tmp_path / "mine.txt").write_text("a red thing\n")
+    arguments = ["reconstruct", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts"), "--scheduler", "DDIM"]
+    assert command_line.main(arguments) == 0 and models[1] == [("DDIM", 64)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mine", "--steps", "0"], "--steps: '0': give a whole number, 1 or more"),
+        (["mine", "--images", "-1"], "--images"),
+        (["mine", "--images", "0"], "--images: '0': give a whole number, 1 or more"),
+        (["photo.JPG"], "photo.JPG is a single image: put it into a folder"),
+        (["mine", "--prof", "mini"], "unrecognized arguments: --prof mini"),
+        (["gone.txt"], "gone.txt is no text file"),
+        (["empty"], "holds no images but no files at all: put files ending in"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_an_error_of_the_user_is_one_line_and_status_2(models, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "photo.JPG").write_text("text in it")
+    status, error = run("reconstruct", *arguments, "--out", "run", capsys=capsys)
+    assert status == 2 and message in error and len(error.splitlines()) == 1
+    assert error.startswith("python -m dalleflamingo reconstruct: ") and not (tmp_path / "run").exists()
+
+
+def test_no_traceback_reaches_the_user_of_the_real_command_line(tmp_path):
+    done = command("reconstruct", tmp_path / "gone.txt", "--out", tmp_path / "run")
+    assert done.returncode == 2 and "gone.txt is no text file" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_interrupted_journey_says_what_is_kept_and_goes_on(models, tmp_path, capsys):
+    loaded, arguments = models[0], ["reconstruct", str(tmp_path / "mine"), "--out", str(tmp_path / "run")]
+    fakes.dataset(tmp_path / "mine", 10)
+    loaded.captioner.sample = interrupted_after(8, loaded.captioner.sample)
+    assert command_line.main(arguments) == 130
+    out = capsys.readouterr().out
+    assert out.count("Interrupted") == 1 and f"8 of 10 images are kept; the same call goes on in {tmp_path}" in out
+    del loaded.captioner.sample
+    assert command_line.main(arguments) == 0
+    assert "(8 were there already" in capsys.readouterr().out
+
+
+def interrupted_after(images: int, sample):
+    """A captioner's `sample` that Ctrl-C stops once it has captioned so many images."""
+    left = [images]
+
+    def sampled(batch, *rest):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= len(batch)
+        return sample(batch, *rest)
+
+    return sampled
+
+
+def stopped(arguments: list[str]) -> int:
+    """A command that the user interrupts, that fills the GPU, or that has a bug."""
+    raise {"ctrl-c": KeyboardInterrupt, "memory": OutOfMemoryError, "bug": KeyError}[arguments[0]]("blue")
+
+
+class OutOfMemoryError(RuntimeError):
+    """Torch's has the same name, and needs torch."""
+
+
+def test_other_endings_of_a_command(monkeypatch, capsys):
+    train = dataclasses.replace(command_line.COMMANDS["train"], function="test_command_line:stopped")
+    monkeypatch.setitem(command_line.COMMANDS, "train", train)
+    status, error = run("train", "ctrl-c", capsys=capsys)
+    assert status == 130 and error.strip() == f"Interrupted: {train.interrupted}."
+    status, error = run("train", "memory", capsys=capsys)
+    assert status == 2 and "give a smaller --batch-size" in error and len(error.splitlines()) == 1
+    with pytest.raises(KeyError, match="blue"):  # a mistake of ours keeps its traceback
+        command_line.main(["train", "bug"])
+
+
+def test_cycle_takes_the_profiles_models_and_the_options(monkeypatch, tmp_path, capsys):
+    def load(config, device):
+        raise ValueError(f"asked for {config}")
+
+    monkeypatch.setenv(profiles.VARIABLE, "smoke")
+    monkeypatch.setattr(cycle, "load_cycle", load)
+    shared = ["cycle", "--run", tmp_path, "--tracker", "none", "--profile", "mini"]
+    status, error = run(*shared, "--steps", 3, "--seed", 4, "--batch-size", 5, capsys=capsys)
+    wanted = cycle.CycleConfig.of(profiles.PROFILES["mini"], steps=3, seed=4, batch_size=5)
+    assert status == 2 and f"asked for {wanted}" in error and wanted.captioner == profiles.PROFILES["mini"].captioner
+    (tmp_path / "config.json").write_text('{"steps": 7, "seed": 8}')
+    status, error = run(*shared, "--config", tmp_path / "config.json", "--seed", 9, capsys=capsys)
+    assert f"asked for {cycle.CycleConfig.of(profiles.PROFILES['mini'], steps=7, seed=9)}" in error
