@@ -1,4 +1,4 @@
-"""FID, IS and KID against closed forms and torch-fidelity itself, and what an Inception of ours or theirs sees."""
+"""FID and IS against closed forms and torch-fidelity itself, and the features of an Inception of ours or theirs."""
 
 import numpy as np
 import pytest
@@ -6,16 +6,16 @@ import tiny
 import torch
 import torch_fidelity
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from dalleflamingo.evaluation import image_features, image_metrics
-from dalleflamingo.evaluation.image_features import FeatureExtractor, InceptionOutput
+from dalleflamingo import registry
+from dalleflamingo.evaluation import image_metrics
+from dalleflamingo.evaluation.image_features import FeatureExtractor, InceptionV3
 from dalleflamingo.evaluation.similarities import Fidelity
 from dalleflamingo.miniature.inception import MiniatureInception
-from dalleflamingo.similarity import Pixels
 
 
 def gaussian(n: int, mean: list[float], scale: list[float], seed: int = 0) -> torch.Tensor:
@@ -40,41 +40,10 @@ def test_inception_score_of_certain_and_of_clueless_classifiers():
     assert image_metrics.inception_score(torch.zeros(40, 8)) == pytest.approx(1)
 
 
-def test_kid_is_the_mean_of_the_unbiased_estimator_over_subsets():
-    real, drawn = gaussian(8, [0, 0], [1, 1]), gaussian(8, [1, 0], [1, 1], seed=1)
-    found = image_metrics.kid(real, drawn)
-
-    def kernel(x, y):
-        return (x @ y.T / 2 + 1) ** 3
-
-    values, rng = [], np.random.RandomState(0)
-    for _ in range(image_metrics.SUBSETS):
-        x, y = (points[rng.choice(8, 4, replace=False)] for points in (real, drawn))
-        within = sum((k.sum() - k.diagonal().sum()) / 12 for k in (kernel(x, x), kernel(y, y)))
-        values.append(float(within - 2 * kernel(x, y).mean()))
-    assert found.value == pytest.approx(np.mean(values)) and found.low < found.value < found.high
-    far = image_metrics.kid(real, drawn + 3)
-    assert far.value > found.value > image_metrics.kid(real, gaussian(8, [0, 0], [1, 1], seed=2)).value
-
-
 @pytest.mark.parametrize("other", [torch.zeros(5, 3), torch.zeros(1, 2)], ids=["another Inception", "one picture"])
 def test_sets_that_cannot_be_compared_are_refused(other):
-    for metric in (image_metrics.fid, image_metrics.kid):
-        with pytest.raises(ValueError, match=r"real pictures are \(5, 2\).*same Inception"):
-            metric(torch.zeros(5, 2), other)
-
-
-def test_few_pictures_carry_a_warning_and_intervals_hold_their_values():
-    real = InceptionOutput(gaussian(80, [0, 0], [1, 1]), torch.zeros(80, 3))
-    drawn = InceptionOutput(
-        gaussian(60, [1, 0], [1, 1], seed=1), torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
-    )
-    with pytest.warns(UserWarning, match="FID of 60 pictures is biased"):
-        scores = image_metrics.evaluate(real, drawn, resamples=100)
-    assert {name: score.higher_is_better for name, score in scores.items()} == {"FID": False, "IS": True, "KID": False}
-    for score in scores.values():
-        assert score.interval.low < score.interval.value < score.interval.high and score.interval.n == 60
-    assert scores["IS"].interval.value == image_metrics.inception_score(drawn.logits)
+    with pytest.raises(ValueError, match=r"real images are \(5, 2\).*same Inception"):
+        image_metrics.fid(torch.zeros(5, 2), other)
 
 
 class _Pictures(Dataset):
@@ -102,33 +71,39 @@ def inception(tmp_path_factory):
 
 
 def test_figures_equal_torch_fidelitys_own_from_pictures_to_numbers(inception, tmp_path):
-    real, drawn = tiny.pictures(6), tiny.pictures(12)[6:]
+    real, drawn = tiny.pictures(3), tiny.pictures(6)[3:]
     weights = tmp_path / "weights.pth"
-    torch.save(image_features._weights_of(inception), weights)
+    torch.save(load_file(inception), weights)
     stock = torch_fidelity.calculate_metrics(
-        input1=_Pictures(drawn), input2=_Pictures(real), cuda=False, fid=True, isc=True, kid=True, verbose=False,
-        isc_splits=1, samples_shuffle=False, kid_subset_size=3, kid_subsets=image_metrics.SUBSETS, rng_seed=0,
-        feature_extractor_weights_path=str(weights), save_cpu_ram=True,
-    )  # fmt: skip
-    extractor = FeatureExtractor.inception_v3(inception)
-    seen = extractor.look(real), extractor.look(drawn)
-    assert seen[0].features.shape == (6, 2048) and extractor.name == "Inception-v3"
+        input1=_Pictures(drawn),
+        input2=_Pictures(real),
+        cuda=False,
+        fid=True,
+        isc=True,
+        verbose=False,
+        isc_splits=1,
+        samples_shuffle=False,
+        rng_seed=0,
+        feature_extractor_weights_path=str(weights),
+        save_cpu_ram=True,
+    )
+    extractor = FeatureExtractor(InceptionV3.from_pretrained(weights))
+    seen = extractor.extract(real), extractor.extract(drawn)
+    assert seen[0].features.shape == (3, 2048) and extractor.name == "Inception-v3"
     scale = float(seen[0].features.var(0).sum())  # random weights make tiny features
     features = seen[0].features, seen[1].features
     assert image_metrics.fid(*features) == pytest.approx(stock["frechet_inception_distance"], abs=1e-3 * scale)
     assert image_metrics.inception_score(seen[1].logits) == pytest.approx(stock["inception_score_mean"], rel=1e-6)
-    found = image_metrics.kid(*reversed(features)).value
-    assert found == pytest.approx(stock["kernel_inception_distance_mean"], rel=1e-3, abs=1e-9)
 
 
 def test_photographs_of_different_sizes_are_seen_as_if_each_were_alone(inception):
-    extractor = FeatureExtractor.inception_v3(inception)
-    sizes = [(64, 48), (64, 48), (50, 70), (64, 48)]
-    photographs = [picture.resize(size) for picture, size in zip(tiny.pictures(4), sizes, strict=True)]
-    together = extractor.look(photographs).features
-    alone = torch.cat([extractor.look([photograph]).features for photograph in photographs])
+    extractor = FeatureExtractor(InceptionV3.from_pretrained(inception))
+    sizes = [(64, 48), (50, 70), (64, 48)]
+    photographs = [picture.resize(size) for picture, size in zip(tiny.pictures(3), sizes, strict=True)]
+    together = extractor.extract(photographs).features
+    alone = torch.cat([extractor.extract([photograph]).features for photograph in photographs])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-3)
-    assert len(together.unique(dim=0)) == 4
+    assert len(together.unique(dim=0)) == 3
 
 
 def test_weights_by_pickle_are_refused_and_missing_ones_named(tmp_path):
@@ -138,9 +113,9 @@ def test_weights_by_pickle_are_refused_and_missing_ones_named(tmp_path):
 
     torch.save({"a": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(Exception, match="Weights only load failed"):
-        FeatureExtractor.inception_v3(tmp_path / "evil.pth")
+        InceptionV3.from_pretrained(tmp_path / "evil.pth")
     with pytest.raises(FileNotFoundError, match="no .*gone.pth: download https"):
-        FeatureExtractor.inception_v3(tmp_path / "gone.pth")
+        InceptionV3.from_pretrained(tmp_path / "gone.pth")
 
 
 @pytest.fixture(scope="module")
@@ -148,33 +123,45 @@ def miniature(tmp_path_factory):
     folder = tmp_path_factory.mktemp("miniature")
     torch.manual_seed(0)
     MiniatureInception().save_pretrained(folder)
-    return FeatureExtractor.miniature(folder)
+    return FeatureExtractor(MiniatureInception.from_pretrained(folder))
 
 
 def pictures(n: int) -> list[Image.Image]:
     return [picture.resize((64, 64)) for picture in tiny.pictures(n)]
 
 
-def test_miniatures_features_do_not_depend_on_the_batch(miniature, monkeypatch):
-    together = miniature.look(pictures(7))
+def test_an_inception_of_the_registry_is_opened_by_its_own_class():
+    assert registry.class_of("miniature/inception") is MiniatureInception
+    assert registry.class_of("inception-v3") in (InceptionV3, None)
+    extractor = FeatureExtractor.from_registry("miniature/inception")
+    assert type(extractor.model) is MiniatureInception and not extractor.model.training
+    assert extractor.name == "the miniature's Inception"
+    with pytest.raises(registry.RegistryError, match="no 'miniature/inceptions'"):
+        FeatureExtractor.from_registry("miniature/inceptions")
+
+
+def test_miniatures_features_do_not_depend_on_the_batch(miniature):
+    together = miniature.extract(pictures(7))
     assert together.features.shape == (7, 64) and together.logits.shape == (7, 24 * 8)
     assert together.features.min() >= 0 and not together.features.requires_grad
-    monkeypatch.setattr(image_features, "BATCH", 2)
-    torch.testing.assert_close(miniature.look(pictures(7)).features, together.features, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="nothing|no picture"):
-        miniature.look([])
+    apart = miniature.extract(pictures(7), batch_size=2).features
+    torch.testing.assert_close(apart, together.features, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="no image"):
+        miniature.extract([])
+    with pytest.raises(ValueError, match="32 × 32 pixels"):
+        miniature.extract([Image.new("RGB", (32, 32))])
 
 
 def test_fidelity_is_the_negative_squared_distance_of_features(miniature):
     source, first, second = pictures(3)
-    seen = miniature.look([source, first, second]).features
+    seen = miniature.extract([source, first, second]).features
     found = Fidelity(miniature).compare([source, first], [[source, second], [second, first]])
     expected = [[0, -(seen[0] - seen[2]).square().sum()], [-(seen[1] - seen[2]).square().sum(), 0]]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
-def test_pixels_are_compared_at_the_sources_size():
-    white, black = (Image.new("RGB", (8, 8), colour) for colour in ("white", "black"))
-    grey = Image.new("L", (32, 32), 51)  # a fifth of white
-    found = Pixels().compare([white, black], [[white, black], [grey, black]])
-    torch.testing.assert_close(found, torch.tensor([[0.0, -1.0], [-0.04, 0.0]]))
+def test_the_fingerprint_of_fidelity_changes_with_the_weights(miniature):
+    torch.manual_seed(0)
+    same, other = MiniatureInception(), MiniatureInception()
+    fingerprints = [Fidelity(FeatureExtractor(model)).fingerprint() for model in (miniature.model, same, other)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]

@@ -1,8 +1,8 @@
-"""Captions into words, as the published caption scores split them.
+"""Captions to words, as the published caption scores have them.
 
-BLEU and CIDEr compare words, so the tokenizer is part of the number. Published tables use Stanford's PTB tokenizer,
-which pycocoevalcap carries and Java runs; without Java a pure-Python imitation stands in, visibly, and every `Score`
-says which one was used. Both write lower case and drop punctuation.
+BLEU and CIDEr compare words, so their values depend on the tokenizer. Published tables use Stanford's PTB tokenizer,
+which comes with pycocoevalcap and needs Java. Without Java a pure-Python imitation takes its place, with a warning, and
+every `Score` names the tokenizer. Both write lower case and drop punctuation.
 """
 
 import functools
@@ -25,7 +25,7 @@ _END = "end"  # closes the text, as the PTB tokenizer swallows an empty last lin
 
 @functools.cache
 def default_tokenizer() -> str:
-    """`PTB` where Java runs, else `PYTHON` with a warning. Decided once a process, so that all numbers agree."""
+    """`PTB` where Java runs, else `PYTHON` with a warning; decided once per process, so that all numbers agree."""
     java = shutil.which("java")
     # macOS has a `java` that only says where to get Java, hence the trial
     if java and subprocess.run([java, "-version"], capture_output=True).returncode == 0:
@@ -40,11 +40,12 @@ def default_tokenizer() -> str:
 
 
 def tokenize(captions: Mapping[Hashable, Sequence[str]], tokenizer: str | None = None) -> dict[Hashable, list[str]]:
-    """Split every caption: id -> captions becomes id -> the same captions with single spaces between words.
+    """Tokenize every caption: id -> captions becomes id -> the same captions with single spaces between words.
 
-    All captions go through Java in one call. A caption may come out empty ("…", ".").
+    All captions go through Java in one call. The result for a caption may be empty ("…", ".").
 
     Args:
+        captions: id -> captions.
         tokenizer: `PTB` or `PYTHON`; None: `default_tokenizer()`.
     Raises:
         ValueError: an id without captions. TypeError: a caption that is not a string, or a bare string where a list of

@@ -1,114 +1,120 @@
-"""What FID, IS, KID and image fidelity see of a picture: features and class logits of an Inception (App. A.1).
+"""Features and class logits of images by an Inception network: what FID, IS and image fidelity are made of (App. A.1).
 
-For photographs the network is Inception-v3 as the FID of published tables has it, through torch-fidelity; for the
-miniature a small one of our own. Figures by the two do not compare.
+For photographs the network is Inception-v3 with the weights of published FIDs, through torch-fidelity. The miniature
+has a small one of its own, which its registry entry names. Numbers by different networks do not compare.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL.Image import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from dalleflamingo import registry
-from dalleflamingo.miniature.inception import MiniatureInception
-from dalleflamingo.miniature.recogniser import prepare
-from dalleflamingo.registry import check_weights
-
-BATCH = 32  # pictures looked at at once; bounds memory, does not change a feature
 
 
 @dataclass(frozen=True)
 class InceptionOutput:
-    """What was seen of N pictures: features (N, D), and logits (N, C) of the classes."""
+    """Features (N, D) and class logits (N, C) of N images, float32 on the CPU."""
 
     features: Tensor
     logits: Tensor
 
 
-class FeatureExtractor:
-    """An Inception under one interface.
+class Inception(Protocol):
+    """A network that `FeatureExtractor` can use: an `nn.Module` with a title, whose `from_pretrained` takes a path."""
 
-    Args:
-        name: says in every figure that rests on it which network it was.
-        model: pixels of B pictures -> features (B, D) and logits (B, C).
-        pixels: pictures -> what the model takes, on the CPU.
-    """
+    title: str
 
-    def __init__(self, name: str, model: nn.Module, pixels: Callable[[Sequence[Image]], Tensor]):
-        self.name, self.model, self.pixels = name, model.eval(), pixels
+    def preprocess(self, images: Sequence[Image]) -> Tensor:
+        """B images of one size -> what `forward` takes, on the CPU."""
 
-    @classmethod
-    def of(cls, name: str, device: str = "cpu") -> "FeatureExtractor":
-        """By its name in the registry; errors as `registry.locate`."""
-        if name == "inception-v3":
-            return cls.inception_v3(device=device)
-        return cls.miniature(registry.locate(name), device)
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The result of `preprocess` -> features (B, D) and logits (B, C)."""
+
+
+class InceptionV3(FeatureExtractorInceptionV3):
+    """torch-fidelity's Inception-v3: D = 2048 features, C = 1008 classes; it resizes images itself, to 299 pixels."""
+
+    title = "Inception-v3"
 
     @classmethod
-    def miniature(cls, folder: str | Path, device: str = "cpu") -> "FeatureExtractor":
-        """The miniature's, D = 64, from its folder; its pictures are 64 × 64.
-
-        Raises:
-            RegistryError: the folder's weights are missing or cut short.
-        """
-        model = MiniatureInception.from_pretrained(check_weights(folder)).to(device)
-        return cls("the miniature's Inception", model, prepare)
-
-    @classmethod
-    def inception_v3(cls, weights: Path | None = None, device: str = "cpu") -> "FeatureExtractor":
-        """Inception-v3, D = 2048, by torch-fidelity.
+    def from_pretrained(cls, path: str | Path = URL_INCEPTION_V3) -> "InceptionV3":
+        """The network with the weights of a file.
 
         Args:
-            weights: torch-fidelity's file (.pth) or the same tensors as safetensors; None downloads it (96 MB).
+            path: torch-fidelity's file (.pth) or the same tensors as safetensors; an address is downloaded (96 MB).
         Raises:
             FileNotFoundError: there is no such file.
         """
-        return cls("Inception-v3", _inception_v3(_weights_of(weights)).to(device), _bytes)
+        # torch-fidelity unpickles its file, so it gets one that is written here, of tensors that were read safely
+        file = io.BytesIO()
+        torch.save(_read_weights(path), file)
+        file.seek(0)
+        return cls("inception-v3", ["2048", "logits_unbiased"], feature_extractor_weights_path=file)
+
+    def preprocess(self, images: Sequence[Image]) -> Tensor:
+        """B images of one size -> (B, 3, H, W) uint8."""
+        return torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+
+
+def _read_weights(path: str | Path) -> dict[str, Tensor]:
+    if str(path).startswith("https://"):
+        return torch.hub.load_state_dict_from_url(str(path), map_location="cpu", weights_only=True)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no {path}: download {URL_INCEPTION_V3}, or give no path to have it done")
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class FeatureExtractor:
+    """Features and logits of any number of images, by one Inception.
+
+    Args:
+        model: the network; its title goes into every table whose numbers rest on it.
+    """
+
+    def __init__(self, model: Inception):
+        self.model, self.name = model.eval(), model.title
+
+    @classmethod
+    def from_registry(cls, name: str, device: str = "cpu") -> "FeatureExtractor":
+        """The network of a registry entry, such as a profile's `inception`.
+
+        Args:
+            name: "inception-v3", or an entry whose `opened_by` names its class.
+            device: "cpu" or "cuda".
+        Raises:
+            RegistryError: unknown name, or weights that are missing or cut short.
+        """
+        network = registry.class_of(name) or InceptionV3
+        return cls(network.from_pretrained(registry.check_weights(registry.locate(name))).to(device))
 
     @torch.no_grad()
-    def look(self, images: Sequence[Image]) -> InceptionOutput:
-        """Features and logits of N pictures, float32 on the CPU; Inception-v3 resizes each by itself.
+    def extract(self, images: Sequence[Image], batch_size: int = 32) -> InceptionOutput:
+        """Features and logits of N images.
 
+        Args:
+            images: of any size for Inception-v3, 64 × 64 for the miniature's.
+            batch_size: images at once; bounds memory, does not change a feature.
         Raises:
-            ValueError: no picture, or for the miniature's one that is not 64 × 64.
+            ValueError: no image, or one of a size that the network does not take.
         """
         if not images:
-            raise ValueError("no picture to look at: give at least one")
+            raise ValueError("no image to extract features of: give at least one")
         device = next(self.model.parameters()).device
-        seen = []
-        for start in range(0, len(images), BATCH):
-            # photographs differ in size, and what is looked at together may not
-            for _, alike in groupby(images[start : start + BATCH], key=lambda image: image.size):
-                seen.append(self.model(self.pixels(list(alike)).to(device)))
-        return InceptionOutput(*(torch.cat(tensors).float().cpu() for tensors in zip(*seen, strict=True)))
-
-
-def _weights_of(file: Path | None) -> dict[str, Tensor]:
-    if file is None:
-        return torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", weights_only=True)
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"there is no {file}: download {URL_INCEPTION_V3}, or give no file to have it done")
-    if Path(file).suffix == ".safetensors":
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _inception_v3(weights: dict[str, Tensor]) -> FeatureExtractorInceptionV3:
-    # torch-fidelity unpickles its file; so it gets one that was written here, of tensors that were read safely
-    file = io.BytesIO()
-    torch.save(weights, file)
-    file.seek(0)
-    return FeatureExtractorInceptionV3("inception-v3", ["2048", "logits_unbiased"], feature_extractor_weights_path=file)
-
-
-def _bytes(images: Sequence[Image]) -> Tensor:
-    """(B, 3, H, W) uint8 of pictures of one size; torch-fidelity resizes by itself, as the published FID does."""
-    return torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+        outputs = []
+        for start in range(0, len(images), batch_size):
+            # photographs differ in size, and only images of one size make a tensor
+            for _, same in groupby(images[start : start + batch_size], key=lambda image: image.size):
+                outputs.append(self.model(self.model.preprocess(list(same)).to(device)))
+        return InceptionOutput(*(torch.cat(tensors).float().cpu() for tensors in zip(*outputs, strict=True)))

@@ -1,8 +1,8 @@
 """BLEU and CIDEr of many candidates of an image, and of any resample of a corpus.
 
-pycocoevalcap scores one caption an image and starts from the words each time. Here the n-grams are counted once; what
-is left is sums of counts, so another candidate of an image, or a bootstrap resample of a corpus, costs milliseconds.
-The numbers are pycocoevalcap's.
+pycocoevalcap scores one caption per image and starts from the words each time. Here the n-grams are counted once. What
+remains is sums of counts, so another candidate of an image, or a bootstrap resample of a corpus, costs milliseconds.
+The values are those of pycocoevalcap.
 """
 
 import warnings
@@ -23,8 +23,8 @@ _TINY, _SMALL = 1e-15, 1e-9  # keep BLEU's quotients defined, and are part of th
 class Cider:
     """CIDEr (Vedantam et al. 2015; with the clipping and length penalty of the COCO server) under fixed idf weights.
 
-    An n-gram weighs count × idf, idf = log(images) − log(images whose references hold it). So a candidate's score
-    depends on its words and on the reference corpus, not on the other candidates.
+    The weight of an n-gram is count × idf, with idf = log(images) − log(images whose references contain it). So the
+    score of a candidate depends on its words and on the reference corpus, not on the other candidates.
 
     Args:
         references: image id -> human captions.
@@ -44,12 +44,15 @@ class Cider:
         warn_if_alone(self.images)
 
     def score(self, image_ids: Sequence[Hashable], captions: Sequence[str]) -> np.ndarray:
-        """CIDEr of each caption against the references of its image: (N,) in [0, 10]. Errors as `table`."""
+        """CIDEr of each caption against the references of its image: (N,) in [0, 10]; arguments, errors as `table`."""
         return self.table(image_ids, captions).scores()
 
     def table(self, image_ids: Sequence[Hashable], captions: Sequence[str]) -> "CiderTable":
-        """Count N candidates, for scoring them again under other weights.
+        """Count the n-grams of N candidates, to score them under other weights as well.
 
+        Args:
+            image_ids: N, of the candidates' images.
+            captions: N.
         Raises:
             ValueError: lengths differ, there are none, or an image has no references here.
             TypeError: a caption that is not a string.
@@ -71,8 +74,8 @@ class CiderTable:
         per_image = np.array([len(scorer.references[image]) for image in images])
         end = np.cumsum(per_image)  # of each image's references
         self.image = np.array([number[image] for image in image_ids])  # (N,)
-        self.judges = per_image[self.image]  # (N,) how many references a candidate is held against
-        self.candidate = np.repeat(np.arange(len(candidates)), self.judges)  # (P,)
+        self.count = per_image[self.image]  # (N,) how many references a candidate is compared with
+        self.candidate = np.repeat(np.arange(len(candidates)), self.count)  # (P,)
         self.reference = np.concatenate([np.arange(end[i] - per_image[i], end[i]) for i in self.image])  # (P,)
 
         columns = {gram: i for i, gram in enumerate(dict.fromkeys(_grams(candidates + references)))}
@@ -91,7 +94,7 @@ class CiderTable:
         return self._scores(self._idf)
 
     def corpus(self, rows: np.ndarray) -> np.ndarray:
-        """CIDEr of corpora made of one candidate an image, their idf counted anew from the images they hold.
+        """CIDEr of corpora with one candidate per image, each with the idf of its own images.
 
         Args:
             rows: (..., n) positions of candidates; an image may come more than once, as in a bootstrap. All leading
@@ -115,14 +118,19 @@ class CiderTable:
         own, gold, shared = ((matrix @ weight).reshape(-1, ORDERS) for matrix in (self._own, self._gold, self._shared))
         norms = np.sqrt(own[self.candidate] * gold[self.reference])  # (P, 4)
         cosine = np.divide(shared, norms, out=np.zeros_like(shared), where=norms > 0).mean(axis=1)
-        return 10 * np.bincount(self.candidate, cosine * self._penalty) / self.judges
+        return 10 * np.bincount(self.candidate, cosine * self._penalty) / self.count
 
 
 class BleuTable:
-    """The counts of N candidates that BLEU is made of; arguments and errors as `Cider.table`.
+    """The counts of N candidates that BLEU is made of; errors as `Cider.table`.
 
-    statistics: (N, 10) words, words of the reference closest in length, n-grams of each order, those found in a
-    reference. BLEU of a corpus is a function of their sums.
+    Args:
+        references: image id -> human captions.
+        image_ids: N, of the candidates' images.
+        captions: N.
+    Attributes:
+        statistics: (N, 10) words, words of the reference closest in length, n-grams of each order, and how many of
+            them are in a reference. BLEU of a corpus is a function of their sums.
     """
 
     def __init__(
@@ -169,6 +177,7 @@ def _counted(references: Mapping[Hashable, Sequence[str]], tokenizer: str) -> di
 
 
 def refuse_unknown(image_ids: Iterable[Hashable], references: Mapping[Hashable, object]) -> None:
+    """Raise a ValueError that names the images without references."""
     if unknown := [i for i in dict.fromkeys(image_ids) if i not in references]:
         raise ValueError(
             f"no references for {len(unknown)} of the images, such as {unknown[:5]}; there are references for "
@@ -177,6 +186,7 @@ def refuse_unknown(image_ids: Iterable[Hashable], references: Mapping[Hashable, 
 
 
 def warn_if_alone(images: int) -> None:
+    """Warn where CIDEr's corpus has a single image."""
     if images == 1:
         warnings.warn(
             "CIDEr in a corpus of one image is 0 by definition, as no n-gram is rarer than another: score the image "

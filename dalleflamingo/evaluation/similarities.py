@@ -1,7 +1,7 @@
-"""Similarities that are metrics: CIDEr and WMD of texts, fidelity of pictures (§3.1, App. A.1).
+"""Similarities made of metrics: CIDEr and Word Mover's Distance of texts, fidelity of images (§3.1, App. A.1).
 
-Higher is more alike. CIDEr counts shared n-grams; WMD asks how far the words of one text must travel to become the
-other's; fidelity compares the features that FID compares.
+Higher is more alike. CIDEr counts shared n-grams. Word Mover's Distance adds up how far the words of one text are from
+those of the other. Image fidelity compares the features that FID compares.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,32 +11,37 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from dalleflamingo import profiles
+from dalleflamingo import registry
 from dalleflamingo.evaluation.caption_tokenizer import tokenize
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.ngrams import Cider
 from dalleflamingo.evaluation.word_movers import WordVectors
-from dalleflamingo.reconstruct import source_of
+from dalleflamingo.profiles import Profile
+from dalleflamingo.runs import fingerprint
 from dalleflamingo.similarity import ClipText, Sbert, Similarity
 
 
 class Fidelity:
-    """Image fidelity: the negative squared distance of two pictures' features (our reading of §3.1, as FID has them).
+    """Image fidelity: the negative squared distance of two images' features (our reading of §3.1, after FID).
 
     Args:
-        extractor: Inception-v3, or the miniature's own; see `image_features`.
+        extractor: of Inception-v3, or of the miniature's own network.
     """
 
     name = "fidelity"
 
     def __init__(self, extractor: FeatureExtractor):
-        self.extractor, self.model = extractor, extractor.model
+        self.extractor = extractor
+
+    def fingerprint(self) -> str:
+        """Changes with the network's weights."""
+        return fingerprint("Fidelity", modules=[self.extractor.model], settings={"network": self.extractor.name})
 
     def compare(self, sources: Sequence[Image], candidates: Sequence[Sequence[Image]]) -> Tensor:
-        """(B, K) in (-∞, 0]; 0 for equal features."""
-        drawn = self.extractor.look(list(chain.from_iterable(candidates))).features
-        source = self.extractor.look(sources).features.unsqueeze(1)  # (B, 1, D)
-        return -(drawn.reshape(len(sources), -1, drawn.shape[-1]) - source).square().sum(-1)
+        """(B, K) in (-∞, 0], 0 for equal features, of B sources with K candidates each."""
+        features = self.extractor.extract(list(chain.from_iterable(candidates))).features  # (B · K, D)
+        source = self.extractor.extract(sources).features.unsqueeze(1)  # (B, 1, D)
+        return -(features.reshape(len(sources), -1, features.shape[-1]) - source).square().sum(-1)
 
 
 class CiderSimilarity:
@@ -49,42 +54,56 @@ class CiderSimilarity:
     name = "text_cider"
 
     def __init__(self, corpus: Cider):
-        self._corpus = corpus
-        self.idf = f"of {corpus.images} images, words by {corpus.tokenizer}"
+        self.corpus = corpus
+
+    def fingerprint(self) -> str:
+        """Changes with the corpus and with the tokenizer that splits its words."""
+        corpus = [self.corpus.images, len(self.corpus.frequency), sum(self.corpus.frequency.values())]
+        return fingerprint("CIDEr", settings={"corpus": corpus, "tokenizer": self.corpus.tokenizer})
 
     def compare(self, sources: Sequence[str], candidates: Sequence[Sequence[str]]) -> Tensor:
-        """(B, K) in [0, 10]."""
-        scorer = Cider({i: [source] for i, source in enumerate(sources)}, idf_of=self._corpus)
+        """(B, K) in [0, 10], of B sources with K candidates each."""
+        scorer = Cider({i: [source] for i, source in enumerate(sources)}, idf_of=self.corpus)
         ids = [i for i, others in enumerate(candidates) for _ in others]
         return torch.from_numpy(scorer.score(ids, list(chain.from_iterable(candidates)))).reshape(len(sources), -1)
 
 
 class WordMoversSimilarity:
-    """The negative Word Mover's Distance (Kusner et al. 2015)."""
+    """The negative Word Mover's Distance (Kusner et al. 2015).
+
+    Args:
+        vectors: of words.
+    """
 
     name = "text_wmd"
 
     def __init__(self, vectors: WordVectors):
-        self._vectors = vectors
-        self.vectors = vectors.name
+        self.vectors = vectors
+
+    def fingerprint(self) -> str:
+        """Changes with the name of the word vectors."""
+        return fingerprint("Word Mover's Distance", settings={"vectors": self.vectors.name})
 
     def compare(self, sources: Sequence[str], candidates: Sequence[Sequence[str]]) -> Tensor:
-        """(B, K) in [-2, 0]; 0 for the same words in any order."""
-        split = tokenize({"sources": sources, "candidates": list(chain.from_iterable(candidates))})
-        others = iter(split["candidates"])
-        pairs = zip(split["sources"], candidates, strict=True)
-        return torch.tensor([[-self._vectors.distance(source, next(others)) for _ in row] for source, row in pairs])
+        """(B, K) in [-2, 0], 0 for the same words in any order, of B sources with K candidates each."""
+        words = tokenize({"sources": sources, "candidates": list(chain.from_iterable(candidates))})
+        others = iter(words["candidates"])
+        pairs = zip(words["sources"], candidates, strict=True)
+        return torch.tensor([[-self.vectors.distance(source, next(others)) for _ in row] for source, row in pairs])
 
 
-def load_text_similarities(profile: profiles.Profile, corpus: Mapping[int, Sequence[str]]) -> list[Similarity]:
-    """CLIP's text encoder, SBERT, CIDEr and WMD. Errors as `registry.locate`.
+def load_text_similarities(profile: Profile, corpus: Mapping[int, Sequence[str]]) -> list[Similarity]:
+    """The similarities of texts: CLIP's text encoder, SBERT, CIDEr and Word Mover's Distance.
 
     Args:
+        profile: names CLIP and the device.
         corpus: image id -> captions; says how rare an n-gram is, for CIDEr.
+    Raises:
+        RegistryError: weights are missing or cut short.
     """
     return [
-        ClipText.from_pretrained(**source_of(profile, profile.clip)),
-        Sbert.from_pretrained(**source_of(profile, "sbert")),
+        ClipText.from_pretrained(**registry.source_of(profile.clip, profile.device)),
+        Sbert.from_pretrained(**registry.source_of("sbert", profile.device)),
         CiderSimilarity(Cider(corpus)),
         WordMoversSimilarity(WordVectors.at_hand()),
     ]

@@ -1,8 +1,8 @@
 """Word Mover's Distance: how far the words of one text must travel to become those of another (Kusner et al. 2015).
 
-Each text is a heap of its words, in equal shares; moving a share from one word to another costs the distance of the two
-words' vectors, and the distance of the texts is the least cost of moving the whole heap. Lower is more alike. Vectors
-have length 1, so that a distance lies in [0, 2]; it is POT that solves the transport.
+Each text is a bag of its words, all with the same weight. Moving weight from one word to another costs the distance of
+their vectors, and the distance of two texts is the least cost of moving the whole bag. Lower is more alike. Vectors
+have length 1, so a distance lies in [0, 2]. POT solves the optimal transport.
 """
 
 import os
@@ -43,8 +43,10 @@ class WordVectors:
 
     @classmethod
     def glove(cls, file: str | Path) -> "WordVectors":
-        """GloVe as published, "word number number …" a line (the paper: 200 numbers, glove.6B.200d.txt).
+        """GloVe as published, "word number number …" on each line (the paper: 200 numbers, glove.6B.200d.txt).
 
+        Args:
+            file: in UTF-8.
         Raises:
             FileNotFoundError: there is no such file. ValueError: a line that is not of that form.
         """
@@ -69,8 +71,11 @@ class WordVectors:
 
     @classmethod
     def of_sbert(cls, folder: str | Path, revision: str | None = None) -> "WordVectors":
-        """SBERT's own word embeddings, the stand-in where GloVe is not at hand: a word is the mean of its WordPieces.
+        """SBERT's own token embeddings, the stand-in where GloVe is missing: a word is the mean of its tokens.
 
+        Args:
+            folder: of the model, or its hub id.
+            revision: of the hub; None for a folder.
         Raises:
             RegistryError: the folder's weights are missing or cut short.
         """
@@ -78,7 +83,7 @@ class WordVectors:
         model = AutoModel.from_pretrained(check_weights(folder), use_safetensors=True, **where)
         tokenizer = AutoTokenizer.from_pretrained(folder, **where)
         table = model.get_input_embeddings().weight.detach().float().numpy()
-        table = table - table.mean(axis=0)  # what all have in common tells no two apart
+        table = table - table.mean(axis=0)  # the common part would make all words seem alike
 
         def vector(word: str) -> np.ndarray | None:
             ids = [i for i in tokenizer(word, add_special_tokens=False).input_ids if i != tokenizer.unk_token_id]
@@ -87,20 +92,20 @@ class WordVectors:
         return cls("SBERT's word embeddings, centred", vector)
 
     def distance(self, a: str, b: str) -> float:
-        """Word Mover's Distance of two texts whose words stand between single spaces, in [0, 2].
+        """Word Mover's Distance of two texts with single spaces between their words, in [0, 2].
 
-        Words without a vector are passed over; a text without any known word is 2 away from all others.
+        Words without a vector are left out; a text without any known word has distance 2 to all others.
         """
         return self._distance(*sorted((a, b)))
 
     def _transport(self, a: str, b: str) -> float:
-        first, second = self._heap(a.split()), self._heap(b.split())
+        first, second = self._bag(a.split()), self._bag(b.split())
         if not first or not second:
             return 0.0 if a == b else FARTHEST
         costs = np.linalg.norm(np.stack([*first])[:, None] - np.stack([*second])[None], axis=-1)
         return float(ot.emd2(np.ones(len(first)) / len(first), np.ones(len(second)) / len(second), costs))
 
-    def _heap(self, words: Iterable[str]) -> list[np.ndarray]:
+    def _bag(self, words: Iterable[str]) -> list[np.ndarray]:
         return [vector for word in words if (vector := self._vector(word)) is not None]
 
 

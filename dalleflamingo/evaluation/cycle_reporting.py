@@ -1,0 +1,133 @@
+"""What surrounds a run of cycle finetuning: its configuration file, its tracker, the model cards, the upload."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from huggingface_hub import HfApi
+
+from dalleflamingo import registry
+from dalleflamingo.cycle import CycleConfig, read_log
+from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle
+from dalleflamingo.profiles import Profile
+
+MODELS = ("captioner", "generator")
+
+
+def read_config(path: Path, profile: Profile) -> CycleConfig:
+    """A profile's configuration, with the fields of a JSON object in place of its own.
+
+    Args:
+        path: the file.
+        profile: names and sets what the file leaves out.
+    Raises:
+        ValueError: the file cannot be read, is no JSON object, or has a field that a configuration has not.
+    """
+    try:
+        return CycleConfig.of(profile, **json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        known = ", ".join(field.name for field in dataclasses.fields(CycleConfig))
+        raise ValueError(f"{path}: {error}; a configuration is a JSON object with some of {known}") from error
+
+
+def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
+    """An accelerator with the configuration's precision, whose tracker writes into the run folder.
+
+    Args:
+        tracker: "none", or one that accelerate knows, such as "tensorboard".
+        run_folder: of the run.
+        config: settings of the run.
+    Raises:
+        ValueError: accelerate knows no such tracker, or it is not installed.
+    """
+    installed = [str(kind) for kind in get_available_trackers()]
+    if tracker not in ("none", *installed):
+        raise ValueError(
+            f"no tracker {tracker!r} is installed, only {', '.join(installed) or 'none'}: `pip install {tracker}`, or "
+            "--tracker none"
+        )
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        cpu=not torch.accelerator.is_available(),  # else processes on a CPU would not find each other
+        log_with=None if tracker == "none" else tracker,
+        project_dir=run_folder,
+    )
+    if tracker != "none":
+        accelerator.init_trackers("cycle")
+    return accelerator
+
+
+def export(cycle: Cycle, folder: Path) -> None:
+    """Save both models, for transformers and diffusers to open, and the vocabulary map, in subfolders of `folder`."""
+    cycle.captioner.model.save_pretrained(folder / "captioner")
+    cycle.captioner.processor.save_pretrained(folder / "captioner")
+    cycle.generator.pipeline.save_pretrained(folder / "generator")
+    cycle.bridge.vocabulary_map.save(folder / "vocabulary_map")
+
+
+def write_model_cards(config: CycleConfig, run_folder: Path) -> None:
+    """Write a README.md into each of the two folders that `export` made in a run folder.
+
+    Args:
+        config: settings of the run.
+        run_folder: of the run, whose log the cards quote.
+    """
+    for part, base in zip(MODELS, (config.captioner, config.generator), strict=True):
+        (run_folder / part / "README.md").write_text(card(config, base, read_log(run_folder)), encoding="utf-8")
+
+
+def card(config: CycleConfig, base: str, log: Sequence[Mapping[str, float]]) -> str:
+    """A model card: what the model was, what it learned from and how, and what became of the losses.
+
+    Args:
+        config: settings of the run.
+        base: the model's name in the registry.
+        log: rows from `cycle.read_log`.
+    """
+    entry, data = registry.entry_of(base), registry.entry_of(config.dataset)
+    weights = ", ".join(f"{name} {getattr(config.losses, name):g}" for name in LOSS_NAMES)
+    settings = "\n".join(f"* {name}: {value}" for name, value in dataclasses.asdict(config).items() if name != "losses")
+    figures = "\n".join(_figures(log))
+    return f"""---
+license: {entry.licence_id}
+base_model: {entry.source}
+---
+# {base}, cycle finetuned
+
+After *Do DALL-E and Flamingo Understand Each Other?* (Li et al., ICCV 2023), by dalleflamingo, on {config.dataset}
+({data.licence}); the weights it began with: {entry.licence}. Weights of the losses: {weights}.
+
+{settings}
+
+Means over the first and the last tenth of the steps; CIDEr × 100, where measured, on images that were not trained on:
+
+{figures}
+"""
+
+
+def _figures(log: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    for name in (*LOSS_NAMES, "cider"):
+        if values := [row[name] for row in log if name in row]:
+            tenth = max(1, len(values) // 10)
+            yield f"* {name}: {fmean(values[:tenth]):.3f} at first, {fmean(values[-tenth:]):.3f} in the end"
+
+
+def push(run_folder: Path, owner: str, hub: HfApi | None = None) -> list[str]:
+    """Upload the two exported folders to the Hugging Face hub; returns their addresses.
+
+    Args:
+        run_folder: of the run; its name begins the models' names.
+        owner: user or organisation on the hub.
+        hub: None: with the token of `huggingface-cli login`.
+    """
+    hub, addresses = hub or HfApi(), []
+    for part in MODELS:
+        name = hub.create_repo(f"{owner}/{run_folder.resolve().name}-{part}", exist_ok=True).repo_id
+        hub.upload_folder(repo_id=name, folder_path=run_folder / part)
+        addresses.append(f"https://huggingface.co/{name}")
+    return addresses
