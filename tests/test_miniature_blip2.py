@@ -1,4 +1,4 @@
-"""The miniature BLIP-2: what is trained, what it is taught, and that stock transformers opens what is written."""
+"""The miniature BLIP-2: trained parameters, labels and loss, and its folder opened by stock transformers."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from transformers import AutoProcessor, BertTokenizer, Blip2ForConditionalGenera
 from dalleflamingo.captioner import Blip2Captioner, Captioner
 from dalleflamingo.miniature.corpora import texts, web_batch
 from dalleflamingo.miniature.training import blip, blip2
-from dalleflamingo.miniature.training.clip import pixels
+from dalleflamingo.miniature.training.clip import clip_pixels
 from dalleflamingo.miniature.training.tokenizers import train_opt_bpe, train_wordpiece
 
 
@@ -27,7 +27,7 @@ def batch(recipe):
     return recipe.batch(np.random.default_rng(0), 0)
 
 
-def test_the_tokenizer_keeps_every_text_and_cuts_some_words(recipe):
+def test_the_tokenizer_keeps_every_text_and_splits_some_words(recipe):
     tokenizer = recipe.tokenizer
     said = list(texts(40))
     assert tokenizer.batch_decode(tokenizer(said).input_ids, skip_special_tokens=True) == said
@@ -46,7 +46,7 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused(tmp_path):
         train_opt_bpe(["a cat"], 259, tmp_path)
 
 
-def test_opt_is_taught_the_caption_and_its_end_and_nothing_else(recipe, batch):
+def test_labels_are_the_caption_and_its_end(recipe, batch):
     tokenizer, queries = recipe.tokenizer, blip2.QUERIES
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert (batch["input_ids"][:, :queries] == image).all()
@@ -58,7 +58,7 @@ def test_opt_is_taught_the_caption_and_its_end_and_nothing_else(recipe, batch):
     assert torch.equal(batch["labels"][scored], batch["input_ids"][scored])
 
 
-def test_the_loss_is_eq_1_as_the_captioner_itself_sees_it(recipe, batch):
+def test_loss_is_eq_1_as_computed_by_the_captioner(recipe, batch):
     captions = recipe.draw(np.random.default_rng(0), 0)[1]
     captioner = Blip2Captioner(recipe.model, recipe.processor)
     with torch.no_grad():
@@ -68,13 +68,13 @@ def test_the_loss_is_eq_1_as_the_captioner_itself_sees_it(recipe, batch):
     assert loss == pytest.approx(-log_p.mean().item(), rel=1e-5)
 
 
-def test_the_eyes_are_blips_and_stay_as_they_are(recipe, batch, tmp_path):
+def test_image_encoder_is_blips_and_stays_frozen(recipe, batch, tmp_path):
     torch.manual_seed(1)
-    eyes = blip.make_blip(BertTokenizer.from_pretrained(train_wordpiece(texts(200), 200, tmp_path)))
-    blip2.start_from_blip(recipe.model, eyes)
+    trained = blip.make_blip(BertTokenizer.from_pretrained(train_wordpiece(texts(200), 200, tmp_path)))
+    blip2.initialise_from_blip(recipe.model, trained)
     with torch.no_grad():
         ours = recipe.model.vision_model(batch["pixel_values"]).last_hidden_state
-        theirs = eyes.vision_model(batch["pixel_values"]).last_hidden_state
+        theirs = trained.vision_model(batch["pixel_values"]).last_hidden_state
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)  # their norms' epsilons differ
     recipe.loss(batch, 0)["loss"].backward()
     named = dict(recipe.model.named_parameters())
@@ -86,23 +86,23 @@ def test_the_eyes_are_blips_and_stay_as_they_are(recipe, batch, tmp_path):
     assert not any(name.startswith("vision_model") for name in reached)
 
 
-def test_queries_begin_different(recipe):
+def test_queries_differ_at_the_start(recipe):
     assert torch.unique(recipe.model.query_tokens[0], dim=0).shape[0] == blip2.QUERIES
 
 
-def test_the_exported_folder_opens_in_float32_and_says_the_same(recipe, tmp_path):
+def test_exported_folder_opens_in_float32_and_writes_the_same_captions(recipe, tmp_path):
     recipe.export(tmp_path)
     model = Blip2ForConditionalGeneration.from_pretrained(tmp_path)
     assert model.dtype == torch.float32
     halved = {name: tensor.half().float() for name, tensor in recipe.model.state_dict().items()}
     assert all(torch.equal(tensor, halved[name]) for name, tensor in model.state_dict().items())
-    pictures = [Image.fromarray(picture) for picture in recipe.draw(np.random.default_rng(0), 0)[0]]
+    images = [Image.fromarray(image) for image in recipe.draw(np.random.default_rng(0), 0)[0]]
     processor = AutoProcessor.from_pretrained(tmp_path)
-    seen = processor(images=pictures, return_tensors="pt").pixel_values
-    torch.testing.assert_close(seen, pixels(np.stack(pictures)))
+    seen = processor(images=images, return_tensors="pt").pixel_values
+    torch.testing.assert_close(seen, clip_pixels(np.stack(images)))
     captioner = Captioner.from_pretrained(str(tmp_path))
     ids = model.generate(seen, max_length=60, do_sample=False, eos_token_id=captioner.end_id)
     stock = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    said = captioner.describe(pictures, beams=1, min_words=0, max_words=60)
+    said = captioner.describe(images, beams=1, min_words=0, max_words=60)
     # untrained, it goes on until it is stopped, there by tokens and here by words
     assert all(text and ours.startswith(text[:40]) for ours, text in zip(said, stock, strict=True))

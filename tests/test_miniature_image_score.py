@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dalleflamingo.miniature.image_score import (
     ImageScore,
     match_names,
-    match_places,
+    match_positions,
     score_in_place,
     score_prompt,
     total,
@@ -44,9 +44,9 @@ def test_a_thing_further_than_eight_pixels_is_another_thing():
 
 def test_places_are_matched_closest_first_and_once():
     truth = (Thing("cat", x=0), Thing("cat", x=6))
-    assert match_places((Thing("cat", x=4),), truth) == [None, 0]
-    assert match_places((Thing("cat", x=4), Thing("cat", x=-3)), truth) == [1, 0]
-    assert match_places((), truth) == [None, None]
+    assert match_positions((Thing("cat", x=4),), truth) == [None, 0]
+    assert match_positions((Thing("cat", x=4), Thing("cat", x=-3)), truth) == [1, 0]
+    assert match_positions((), truth) == [None, None]
 
 
 def test_prompt_score_ignores_places_but_not_relations():

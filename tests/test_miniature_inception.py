@@ -35,7 +35,7 @@ def test_every_thing_of_a_picture_is_asked_for_as_often(recipe, monkeypatch):
 
 
 def test_loss_is_the_cross_entropy_of_the_names_and_training_lowers_it(recipe):
-    recipe.batch_size = 32
+    recipe.batch_size = 16
     batch = recipe.batch(np.random.default_rng(1), 0)
     optimizer = torch.optim.AdamW(recipe.parameters(), lr=2e-3)
     losses = []
@@ -54,7 +54,7 @@ def test_exported_weights_come_back_in_float32_with_their_statistics(recipe, tmp
     again = MiniatureInception.from_pretrained(tmp_path).eval()
     pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     with torch.no_grad():
-        for ours, theirs in zip(again(pixels), recipe.steady.eval()(pixels), strict=True):
+        for ours, theirs in zip(again(pixels), recipe.averaged.eval()(pixels), strict=True):
             torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
     assert again.dtype == torch.float32
     other = InceptionRecipe()
@@ -63,13 +63,13 @@ def test_exported_weights_come_back_in_float32_with_their_statistics(recipe, tmp
 
 
 def test_shipped_one_names_a_thing_and_divides_its_mind_between_two():
-    extractor = FeatureExtractor.of("miniature/inception")
+    extractor = FeatureExtractor.from_registry("miniature/inception")
     one = [world.sample_scene(np.random.default_rng([11, i]), count=1) for i in range(60)]
     two = [world.sample_scene(np.random.default_rng([12, i]), count=2) for i in range(60)]
 
     def sure(scenes):
         pictures = [Image.fromarray(world.draw(scene)) for scene in scenes]
-        shares = F.softmax(extractor.look(pictures).logits, dim=-1)
+        shares = F.softmax(extractor.extract(pictures).logits, dim=-1)
         names = [[extractor.model.class_of(thing) for thing in scene.things] for scene in scenes]
         return [share[own].tolist() for share, own in zip(shares, names, strict=True)]
 

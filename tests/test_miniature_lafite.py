@@ -1,4 +1,4 @@
-"""The GAN generator: its layer against a plain transcription, pictures as functions of caption and seed, its losses."""
+"""The GAN generator: its layer against a direct transcription, images as functions of caption and seed, its losses."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,10 @@ from dalleflamingo.miniature.training.tokenizers import train_clip_bpe
 
 
 class Letters:
-    """Stands for CLIP's text encoder: counts letters."""
+    """In place of CLIP's text encoder: counts letters."""
+
+    def fingerprint(self):
+        return "Letters"
 
     def embed(self, captions):
         rows = [[caption.count(letter) for letter in "abcdefghijklmnopqrstuvwx"] for caption in captions]
@@ -52,7 +55,7 @@ def test_a_styled_block_is_adaptive_group_normalisation_beside_a_shortcut():
         torch.testing.assert_close(found, picture + h, atol=1e-5, rtol=1e-5)
 
 
-def test_a_picture_depends_on_its_caption_and_seed_alone(generator):
+def test_an_image_depends_on_its_caption_and_seed_alone(generator):
     together = generator.render(CAPTIONS, [1, 2, 1])
     alone = [generator.render([caption], [seed])[0] for caption, seed in zip(CAPTIONS, [1, 2, 1], strict=True)]
     for a, b in zip(together, alone, strict=True):
@@ -60,6 +63,12 @@ def test_a_picture_depends_on_its_caption_and_seed_alone(generator):
     again, *others = generator.render([CAPTIONS[0], CAPTIONS[0], CAPTIONS[1]], [1, 2, 1])
     assert again.tobytes() == together[0].tobytes()
     assert len({picture.tobytes() for picture in (again, *others)}) == 3
+
+
+def test_fingerprint_follows_the_weights(generator):
+    before = generator.fingerprint()
+    other = LafiteGenerator(Lafite(feature_size=24, width=16), generator.vae, Letters())
+    assert before == generator.fingerprint() != other.fingerprint() and before.startswith("LafiteGenerator ")
 
 
 def test_each_distinct_pair_is_drawn_once_and_progress_counts_all(generator):
@@ -101,7 +110,7 @@ def recipe(tmp_path_factory):
     torch.manual_seed(0)
     eyes = clip.build(len(tokenizer))
     files = []
-    for name, shape in (("latents", (4, 16, 16)), ("features", (128,)), ("features", (lafite.TELLINGS, 128))):
+    for name, shape in (("latents", (4, 16, 16)), ("features", (128,)), ("features", (lafite.CAPTIONS, 128))):
         files.append(folder / f"{len(files)}.safetensors")
         values = torch.randn(200, *shape)
         sd.save_file({name: (F.normalize(values, dim=-1) if name == "features" else values).half()}, files[-1])
@@ -115,7 +124,7 @@ class Twice(torch.nn.Module):
 
     device = torch.device("cpu")
 
-    def whitened(self, features):
+    def whiten(self, features):
         return features
 
     def forward(self, noise, features):
@@ -129,83 +138,87 @@ def test_whitened_features_spread_alike_in_every_direction():
     white = (features - centre) @ matrix
     torch.testing.assert_close(white.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
     spread = torch.linalg.eigvalsh(torch.cov(features.T))
-    kept = spread / (spread + lafite.FLOOR * spread.max())
+    kept = spread / (spread + lafite.VARIANCE_FLOOR * spread.max())
     torch.testing.assert_close(torch.linalg.eigvalsh(torch.cov(white.T)), kept, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(matrix, matrix.T, atol=1e-4, rtol=1e-4)
     model = Lafite(feature_size=6, width=8)
     model.centre, model.matrix = centre, matrix
-    found = model.whitened(features[:9])
+    found = model.whiten(features[:9])
     torch.testing.assert_close(found, 6**0.5 * white[:9] / white[:9].norm(dim=1, keepdim=True))
 
 
-def test_the_generator_whitens_what_captions_have_and_the_encoder_is_given_whitened_pictures(recipe):
+def test_caption_features_are_whitened_by_the_generator_and_image_features_for_the_encoder(recipe):
     for value, expected in zip(
         (recipe.generator.centre, recipe.generator.matrix),
-        lafite.whitening(recipe.captions.float().view(-1, 128)),
+        lafite.whitening(recipe.caption_features.float().view(-1, 128)),
         strict=True,
     ):
         torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(recipe.pictures.float().mean(0), torch.zeros(128), atol=1e-2, rtol=0)
+    torch.testing.assert_close(recipe.image_features.float().mean(0), torch.zeros(128), atol=1e-2, rtol=0)
 
 
-def test_a_code_diverges_from_normal_noise_as_torch_has_it():
+def test_kl_divergence_is_torchs():
     mean, log_variance = torch.randn(5, 7), torch.randn(5, 7)
     normal, code = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(mean, (log_variance / 2).exp())
     expected = torch.distributions.kl_divergence(code, normal).sum(1).mean()
-    torch.testing.assert_close(lafite.divergence(mean, log_variance), expected)
+    torch.testing.assert_close(lafite.kl_divergence(mean, log_variance), expected)
 
 
-def test_every_telling_of_a_scene_has_its_feature(monkeypatch):
-    told = []
+def test_every_caption_of_a_scene_has_its_feature(monkeypatch):
+    captions_seen = []
 
     def tokenizer(captions, **_):
-        told.extend(captions)
+        captions_seen.extend(captions)
         return SimpleNamespace(input_ids=torch.tensor([[len(caption), 1] for caption in captions]))
 
     monkeypatch.setattr(lafite, "encode_text", lambda _, input_ids: input_ids.float())
     found = lafite.caption_features(None, tokenizer, [0, 1])
-    assert found.shape == (2, lafite.TELLINGS, 2) and len(told) == 2 * lafite.TELLINGS and all(told)
-    lengths = torch.tensor([len(caption) for caption in told]).view(2, -1)
+    assert found.shape == (2, lafite.CAPTIONS, 2) and len(captions_seen) == 2 * lafite.CAPTIONS and all(captions_seen)
+    lengths = torch.tensor([len(caption) for caption in captions_seen]).view(2, -1)
     torch.testing.assert_close(found[..., 0] / found[..., 1], lengths.float())
-    assert len(set(told)) > 2  # not one a scene
+    assert len(set(captions_seen)) > 2  # more than one for a scene
 
 
 @pytest.mark.parametrize("late", [1, 0])
 def test_each_network_learns_by_its_own_losses_only(recipe, late):
-    step = lafite.CALM_EVERY * (lafite.ALONE // lafite.CALM_EVERY + 1) + late
+    step = lafite.PENALTY_INTERVAL * (lafite.DISCRIMINATOR_START // lafite.PENALTY_INTERVAL + 1) + late
     losses = recipe.loss(recipe.batch(np.random.default_rng(0), step), step)
-    assert (losses["calm"] > 0) == (not late)
-    taught = {
-        "generator": ("near", "fool"),
-        "encoder": ("near", "code"),
-        "discriminator": ("tell", "know", *("calm",) * (not late)),
+    assert (losses["gradient_penalty"] > 0) == (not late)
+    trained_by = {
+        "generator": ("reconstruction", "generator"),
+        "encoder": ("reconstruction", "kl"),
+        "discriminator": ("discriminator", "contrastive", *("gradient_penalty",) * (not late)),
     }
     for network, module in recipe.modules.items():
         parameters = list(module.parameters())
-        for name in losses.keys() - {"loss", *("calm",) * late}:
+        for name in losses.keys() - {"loss", *("gradient_penalty",) * late}:
             found = torch.autograd.grad(losses[name], parameters, retain_graph=True, allow_unused=True)
             moved = sum(g is not None and g.abs().sum() > 0 for g in found)
-            if name in taught[network]:
-                assert moved > len(parameters) // 3, (network, name)  # what begins as 0 keeps some still, at first
+            if name in trained_by[network]:
+                assert moved > len(parameters) // 3, (network, name)  # layers that begin as 0 keep some gradients at 0
             else:
                 assert not moved, (network, name)
     torch.testing.assert_close(losses["loss"], sum(value for name, value in losses.items() if name != "loss"))
 
 
-def test_at_first_there_is_no_discriminator(recipe, monkeypatch):
+def test_autoencoder_is_trained_alone_before_the_discriminator(recipe, monkeypatch):
     batch = recipe.batch(np.random.default_rng(0), 0)
     monkeypatch.setattr(recipe, "generator", Twice())
     torch.manual_seed(0)
-    start, alone, later = (recipe.loss(batch, step) for step in (0, lafite.ALONE - 1, lafite.ALONE))
-    assert list(alone) == ["loss", "near", "code"] and set(alone) < set(later)
-    for losses in (alone, later):
-        torch.testing.assert_close(losses["near"], lafite.NEAR_WEIGHT * (2 - batch["latents"]).square().mean())
-    code = lafite.CODE_WEIGHT * lafite.divergence(*recipe.encoder(batch["pictures"], batch["captions"]))
-    torch.testing.assert_close(later["code"], code)
-    assert start["code"] == 0
+    start, last_alone, later = (
+        recipe.loss(batch, step) for step in (0, lafite.DISCRIMINATOR_START - 1, lafite.DISCRIMINATOR_START)
+    )
+    assert list(last_alone) == ["loss", "reconstruction", "kl"] and set(last_alone) < set(later)
+    for losses in (last_alone, later):
+        torch.testing.assert_close(
+            losses["reconstruction"], lafite.RECONSTRUCTION_WEIGHT * (2 - batch["latents"]).square().mean()
+        )
+    kl = lafite.KL_WEIGHT * lafite.kl_divergence(*recipe.encoder(batch["image_features"], batch["caption_features"]))
+    torch.testing.assert_close(later["kl"], kl)
+    assert start["kl"] == 0
 
 
-def test_near_the_picture_from_its_code_and_judged_from_noise(recipe, monkeypatch):
+def test_reconstruction_is_from_inferred_noise_and_adversarial_losses_from_normal_noise(recipe, monkeypatch):
     given = []
 
     class Listens(Twice):
@@ -218,38 +231,38 @@ def test_near_the_picture_from_its_code_and_judged_from_noise(recipe, monkeypatc
     recipe.batch_size = 6
     batch = {name: value[:1].expand(500, *value.shape[1:]) for name, value in batch.items()}
     monkeypatch.setattr(recipe, "generator", Listens())
-    monkeypatch.setattr(recipe, "encoder", lambda pictures, captions: (torch.full((500, 4), 5.0),
-                                                                       torch.full((500, 4), -2.0)))  # fmt: skip
-    recipe.loss(batch, lafite.ALONE + 1)
-    code, noise = given
-    assert (code.mean().item(), code.std().item()) == pytest.approx((5, np.exp(-1)), abs=0.05)
+    encoded = torch.full((500, 4), 5.0), torch.full((500, 4), -2.0)
+    monkeypatch.setattr(recipe, "encoder", lambda image_features, caption_features: encoded)
+    recipe.loss(batch, lafite.DISCRIMINATOR_START + 1)
+    inferred, noise = given
+    assert (inferred.mean().item(), inferred.std().item()) == pytest.approx((5, np.exp(-1)), abs=0.05)
     assert (noise.mean().item(), noise.std().item()) == pytest.approx((0, 1), abs=0.1)
 
 
-def test_a_drawn_picture_is_judged_against_the_real_one(recipe, monkeypatch):
+def test_adversarial_losses_are_relativistic_and_the_contrastive_one_is_cross_entropy(recipe, monkeypatch):
     """Huang et al. 2024, Eq. 2: log(1 + exp(D(x̂) − D(x))) for the discriminator, the other way for the generator."""
     batch = recipe.batch(np.random.default_rng(0), 1)
     monkeypatch.setattr(recipe, "generator", Twice())
-    other = 100 * torch.eye(6)[[1, 2, 3, 4, 5, 0]]  # what else is in the matrix counts for nothing here
-    judge = torch.nn.Module()
-    judge.forward = lambda latents, features: latents.mean((1, 2, 3)).diag() - other
-    monkeypatch.setattr(recipe, "discriminator", judge)
-    losses, scores = recipe.loss(batch, lafite.ALONE + 1), batch["latents"].mean((1, 2, 3))
-    torch.testing.assert_close(losses["tell"], torch.log1p((2 - scores).exp()).mean())
-    torch.testing.assert_close(losses["fool"], torch.log1p((scores - 2).exp()).mean())
+    other = 100 * torch.eye(6)[[1, 2, 3, 4, 5, 0]]  # other entries of the matrix must not matter for these two
+    discriminator = torch.nn.Module()
+    discriminator.forward = lambda latents, features: latents.mean((1, 2, 3)).diag() - other
+    monkeypatch.setattr(recipe, "discriminator", discriminator)
+    losses, scores = recipe.loss(batch, lafite.DISCRIMINATOR_START + 1), batch["latents"].mean((1, 2, 3))
+    torch.testing.assert_close(losses["discriminator"], torch.log1p((2 - scores).exp()).mean())
+    torch.testing.assert_close(losses["generator"], torch.log1p((scores - 2).exp()).mean())
     known = torch.log(scores.exp() + 4 + np.exp(-100.0)) - scores
-    torch.testing.assert_close(losses["know"], lafite.KNOW_WEIGHT * known.mean())
+    torch.testing.assert_close(losses["contrastive"], lafite.CONTRASTIVE_WEIGHT * known.mean())
 
 
-def test_the_steepness_of_a_plane_is_its_slope():
+def test_gradient_penalty_of_a_linear_score_is_its_squared_slope():
     latents, slope = torch.randn(5, 4, 16, 16, requires_grad=True), torch.randn(4, 16, 16, requires_grad=True)
-    found = lafite.steepness((latents * slope).flatten(1).sum(1), latents)
+    found = lafite.gradient_penalty((latents * slope).flatten(1).sum(1), latents)
     torch.testing.assert_close(found, slope.square().sum())
     found.backward()
     torch.testing.assert_close(slope.grad, 2 * slope)
 
 
-def test_what_is_exported_is_the_generator_in_half_precision(recipe, tmp_path):
+def test_exported_generator_is_the_trained_one_in_half_precision(recipe, tmp_path):
     recipe.export(tmp_path)
     opened = Lafite.from_pretrained(tmp_path, dtype=torch.float32)
     for ours, theirs in zip(recipe.generator.parameters(), opened.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""The judge of pictures: its maps mean what they say, it loads as it was saved, it learns, and ghosts are no things."""
+"""The recogniser: decoding and targets agree, it loads as it was saved, it learns, and distractors are no things."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ from dalleflamingo.miniature.training.recogniser import (
     GRID,
     RecogniserRecipe,
     centre_loss,
-    damage,
+    degrade,
     draw_example,
     shift,
     targets,
@@ -37,16 +37,19 @@ def pictures():
 
 
 def blank_maps(count=1):
-    """Maps that see nothing anywhere."""
+    """Maps without a thing."""
 
     def grid(channels):
         return torch.zeros(count, channels, GRID, GRID)
 
     return HeadMaps(
         centre=torch.full((count, 1, GRID, GRID), -9.0),
-        offset=grid(2), kind=grid(len(KINDS)), colour=grid(len(COLOURS)), size=grid(len(SIZES)),
+        offset=grid(2),
+        kind=grid(len(KINDS)),
+        colour=grid(len(COLOURS)),
+        size=grid(len(SIZES)),
         ground=torch.zeros(count, len(GROUNDS)),
-    )  # fmt: skip
+    )
 
 
 def plant(maps, b, row, column, kind, colour, size, offset=(0.0, 0.0), centre=9.0):
@@ -57,17 +60,16 @@ def plant(maps, b, row, column, kind, colour, size, offset=(0.0, 0.0), centre=9.
     maps.offset[b, :, row, column] = torch.tensor(offset)
 
 
-def test_decode_gives_exactly_the_planted_things_surest_first(tiny):
+def test_decode_gives_exactly_the_planted_things_highest_confidence_first(tiny):
     maps = blank_maps(2)
     plant(maps, 0, 3, 10, "cat", "red", "small", (0.25, -0.5))
     plant(maps, 0, 12, 4, "boat", "white", "large", centre=5.0)
     plant(maps, 1, 0, 15, "kite", "blue", "large")
     maps.ground[0, GROUNDS.index("snow")] = maps.ground[1, GROUNDS.index("night")] = 3
     first, second = tiny.decode(maps)
-    assert first.scene == Scene("snow", (
-        Thing("cat", "red", "small", x=(10.5 + 0.25) * STRIDE, y=(3.5 - 0.5) * STRIDE),
-        Thing("boat", "white", "large", x=4.5 * STRIDE, y=12.5 * STRIDE),
-    ))  # fmt: skip
+    cat = Thing("cat", "red", "small", x=(10.5 + 0.25) * STRIDE, y=(3.5 - 0.5) * STRIDE)
+    boat = Thing("boat", "white", "large", x=4.5 * STRIDE, y=12.5 * STRIDE)
+    assert first.scene == Scene("snow", (cat, boat))
     assert second.scene == Scene("night", (Thing("kite", "blue", "large", x=62.0, y=2.0),))
     assert first.confidences == pytest.approx([1 / (1 + math.exp(-9)), 1 / (1 + math.exp(-5))], abs=1e-6)
 
@@ -90,7 +92,7 @@ def test_a_slope_beside_a_peak_is_not_a_second_thing_even_where_probabilities_ar
     assert len(tiny.decode(maps)[0].scene.things) == 1
 
 
-def test_no_more_than_the_surest_six_things_are_reported(tiny):
+def test_only_the_six_things_of_highest_confidence_are_reported(tiny):
     maps = blank_maps()
     for i in range(7):
         plant(maps, 0, 2 * i, 2 * i, KINDS[i], "red", "small", centre=3.0 + i)
@@ -111,13 +113,13 @@ def test_perfect_maps_of_drawn_scenes_decode_to_those_scenes(tiny):
         },
         ground=torch.nn.functional.one_hot(truth["ground"], len(GROUNDS)).float(),
     )
-    for scene, sighting in zip(scenes, tiny.decode(maps), strict=True):
-        seen = tuple(replace(thing, x=round(thing.x, 3), y=round(thing.y, 3)) for thing in sighting.scene.things)
-        assert sighting.scene.ground == scene.ground
+    for scene, detection in zip(scenes, tiny.decode(maps), strict=True):
+        seen = tuple(replace(thing, x=round(thing.x, 3), y=round(thing.y, 3)) for thing in detection.scene.things)
+        assert detection.scene.ground == scene.ground
         assert set(seen) == set(scene.things) and len(seen) == len(scene.things)
 
 
-def test_targets_hold_one_full_bump_per_thing_and_neighbours_point_to_it(tiny):
+def test_targets_have_one_peak_per_thing_and_neighbours_point_to_it(tiny):
     thing = Thing("bell", "pink", "large", x=30.0, y=41.0)  # cell (row 10, column 7)
     truth = targets([Scene("sand", (thing,))], tiny)
     assert (truth["centre"] == 1).nonzero().tolist() == [[0, 10, 7]]
@@ -129,10 +131,10 @@ def test_targets_hold_one_full_bump_per_thing_and_neighbours_point_to_it(tiny):
 
 
 def test_centre_loss_closed_form():
-    bumps = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
-    assert centre_loss(torch.zeros(1, 2, 2), bumps).item() == pytest.approx(math.log(2))  # 4 cells × ¼ ln 2
-    bumps[0, 0, 1] = 0.5  # excused by (1 − ½)⁴
-    assert centre_loss(torch.zeros(1, 2, 2), bumps).item() == pytest.approx(math.log(2) * (3 + 1 / 16) / 4)
+    heatmap = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+    assert centre_loss(torch.zeros(1, 2, 2), heatmap).item() == pytest.approx(math.log(2))  # 4 cells × ¼ ln 2
+    heatmap[0, 0, 1] = 0.5  # excused by (1 − ½)⁴
+    assert centre_loss(torch.zeros(1, 2, 2), heatmap).item() == pytest.approx(math.log(2) * (3 + 1 / 16) / 4)
     assert centre_loss(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)).item() == pytest.approx(math.log(2))
 
 
@@ -157,7 +159,7 @@ def test_export_is_half_precision_safetensors_and_loads_in_float32(tmp_path, tin
     loaded = Recogniser.from_pretrained(tmp_path)
     assert {p.dtype for p in loaded.state_dict().values() if p.is_floating_point()} == {torch.float32}
     assert tuple(loaded.config.kinds) == KINDS and not loaded.training
-    maps, again = recipe.steady.eval()(prepare(pictures)), loaded(prepare(pictures))
+    maps, again = recipe.averaged.eval()(prepare(pictures)), loaded(prepare(pictures))
     for name in maps:
         torch.testing.assert_close(again[name], maps[name], atol=0.02, rtol=0.02)
 
@@ -172,12 +174,12 @@ def test_names_come_from_the_folder_not_from_todays_world():
 
 def test_find_is_the_same_for_pil_and_arrays_and_for_every_batch_size(tiny, pictures):
     tiny.register_to_config(threshold=0.0)
-    whole = tiny.look(pictures, batch_size=5)
-    single = tiny.look([Image.fromarray(picture) for picture in pictures], batch_size=1)
+    whole = tiny.detect(pictures, batch_size=5)
+    single = tiny.detect([Image.fromarray(picture) for picture in pictures], batch_size=1)
     for a, b in zip(whole, single, strict=True):
         assert len(a.confidences) == MAX_THINGS
         assert a.confidences == pytest.approx(b.confidences, rel=1e-3)
-    assert [scene.ground for scene in tiny.find(pictures)] == [sighting.scene.ground for sighting in whole]
+    assert [scene.ground for scene in tiny.find(pictures)] == [detection.scene.ground for detection in whole]
     assert tiny.find([]) == []
 
 
@@ -228,46 +230,46 @@ def test_average_follows_weights_and_batch_statistics(tiny):
     recipe = RecogniserRecipe(tiny)
     for value in tiny.state_dict().values():
         value.fill_(10)
-    before = {name: value.clone() for name, value in recipe.steady.state_dict().items()}
+    before = {name: value.clone() for name, value in recipe.averaged.state_dict().items()}
     recipe.after_step(0)  # keeps 1/10 of the old
-    for name, value in recipe.steady.state_dict().items():
+    for name, value in recipe.averaged.state_dict().items():
         expected = 0.1 * before[name] + 9 if value.is_floating_point() else torch.tensor(10)
         torch.testing.assert_close(value, expected)
-    assert not any(p.requires_grad for p in recipe.steady.parameters())
+    assert not any(p.requires_grad for p in recipe.averaged.parameters())
 
 
-@pytest.mark.parametrize("ghost", [distractors._blob, distractors._melted, distractors._half, distractors._chimera])
-def test_a_ghost_changes_its_own_place_only_and_is_not_the_thing(ghost):
+@pytest.mark.parametrize("distractor", distractors.DISTRACTORS)
+def test_a_distractor_changes_its_own_position_only_and_is_not_the_thing(distractor):
     rng = np.random.default_rng(5)
     for _ in range(20):
-        victim = Thing("cat", "red", "large", x=44.0, y=20.0)
-        left = Scene("grass", (Thing("boat", "blue", "small", x=12.0, y=50.0),))
-        without, whole = world.draw(left), world.draw(Scene("grass", (*left.things, victim)))
-        haunted = ghost(left, victim, rng).astype(int)
-        changed = np.abs(haunted - without).sum(-1) > 0
+        replaced = Thing("cat", "red", "large", x=44.0, y=20.0)
+        rest = Scene("grass", (Thing("boat", "blue", "small", x=12.0, y=50.0),))
+        without, whole = world.draw(rest), world.draw(Scene("grass", (*rest.things, replaced)))
+        image = distractor(rest, replaced, rng).astype(int)
+        changed = np.abs(image - without).sum(-1) > 0
         assert changed.any()
         rows, columns = changed.nonzero()
         assert np.hypot(rows + 0.5 - 20, columns + 0.5 - 44).max() <= 0.75 * 28
-        assert np.abs(haunted - whole).sum(-1).max() > 60  # plainly not the cat itself
+        assert np.abs(image - whole).sum(-1).max() > 60  # plainly not the cat itself
 
 
-def test_less_than_half_of_a_halved_thing_is_left():
+def test_a_fragment_is_less_than_half_of_the_thing():
     rng = np.random.default_rng(6)
-    victim, left = Thing("star", "red", "large", x=30.0, y=30.0), Scene("sand", ())
-    without, whole = world.draw(left).astype(int), world.draw(Scene("sand", (victim,))).astype(int)
+    replaced, rest = Thing("star", "red", "large", x=30.0, y=30.0), Scene("sand", ())
+    without, whole = world.draw(rest).astype(int), world.draw(Scene("sand", (replaced,))).astype(int)
     full = (np.abs(whole - without).sum(-1) > 30).sum()
     for _ in range(30):
-        rest = (np.abs(distractors._half(left, victim, rng).astype(int) - without).sum(-1) > 30).sum()
-        assert 0.05 * full < rest < 0.55 * full
+        visible = (np.abs(distractors.fragment(rest, replaced, rng).astype(int) - without).sum(-1) > 30).sum()
+        assert 0.05 * full < visible < 0.55 * full
 
 
-def test_haunted_scene_lacks_exactly_one_thing():
+def test_a_distractor_replaces_exactly_one_thing():
     rng = np.random.default_rng(7)
     for _ in range(30):
         scene = world.sample_scene(rng)
-        _, left = distractors.add_distractor(scene, rng)
-        assert len(left.things) == len(scene.things) - 1 and set(left.things) < set(scene.things)
-        assert left.ground == scene.ground
+        _, rest = distractors.add_distractor(scene, rng)
+        assert len(rest.things) == len(scene.things) - 1 and set(rest.things) < set(scene.things)
+        assert rest.ground == scene.ground
 
 
 def test_some_training_pictures_hold_nothing_at_all():
@@ -289,5 +291,5 @@ def test_damage_leaves_every_colour_nearest_to_its_own_name():
     for index, name in enumerate(COLOURS):
         for _ in range(40):
             plain = np.broadcast_to(np.array(world.RGB[name], np.uint8), (64, 64, 3))
-            mean = damage(np.ascontiguousarray(plain), rng)[16:48, 16:48].mean((0, 1))
+            mean = degrade(np.ascontiguousarray(plain), rng)[16:48, 16:48].mean((0, 1))
             assert np.abs(palette - mean).sum(1).argmin() == index, name

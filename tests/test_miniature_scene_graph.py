@@ -1,4 +1,4 @@
-"""What captions claim, and whether pictures bear it out."""
+"""Claims of captions, and which of them hold in a scene."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dalleflamingo.miniature.annotators import WRONG_SHARE, alt_text, annotate, annotate_rotations, plain_text
+from dalleflamingo.miniature.annotators import WRONG_SHARE, alt_text, annotate, annotate_rotations, minimal_caption
 from dalleflamingo.miniature.scene_graph import (
     RELATIONS,
     Scene,
@@ -21,8 +21,8 @@ from dalleflamingo.miniature.scene_graph import (
     recall_of_things,
     wrong_facts,
 )
-from dalleflamingo.miniature.training.sd import PLAIN_SHARE, web_caption
-from dalleflamingo.miniature.world import draw, sample_scene, turned
+from dalleflamingo.miniature.training.sd import MINIMAL_SHARE, web_caption
+from dalleflamingo.miniature.world import draw, rotate_layout, sample_scene
 
 SCENE = Scene("grass", (Thing("cat", "red", "small", 12, 32), Thing("car", "blue", "large", 50, 32)))
 scenes = st.integers(0, 2**32 - 1).map(lambda seed: sample_scene(np.random.default_rng(seed)))
@@ -35,7 +35,7 @@ def test_a_caption_is_read_as_things_relation_and_ground():
     assert graph.ground == "grass"
 
 
-def test_a_kind_named_twice_is_one_thing():
+def test_a_kind_that_is_named_twice_is_one_thing():
     graph = parse("a red cat left of a blue car with a kite above the cat")
     assert [thing.kind for thing in graph.things] == ["cat", "car", "kite"]
     assert graph.relations == [(0, "left", 1), (2, "above", 0)]
@@ -95,17 +95,17 @@ def test_relations_are_antisymmetric_and_the_main_one_holds(scene):
 
 
 @given(scenes, st.integers(0, 2**32 - 1))
-def test_annotators_never_say_what_is_not_so(scene, seed):
+def test_annotators_write_only_true_captions(scene, seed):
     for caption in annotate(scene, 10, np.random.default_rng(seed)):
         assert not any(wrong_facts(caption, scene).values()), caption
         assert 5 <= len(caption.split()) <= 30
 
 
-def test_barest_captions_are_true_and_say_where_a_thing_stands():
+def test_minimal_captions_are_true_and_name_positions():
     rng = np.random.default_rng(0)
     for count in (1, 2):
         for scene in (sample_scene(rng, count=count) for _ in range(300)):
-            caption = plain_text(scene, rng)
+            caption = minimal_caption(scene, rng)
             assert not any(wrong_facts(caption, scene).values())
             graph = parse(caption)
             assert all(thing.colour for thing in graph.things) and len(graph.relations) == count - 1
@@ -117,17 +117,17 @@ def test_barest_captions_are_true_and_say_where_a_thing_stands():
 
 
 @given(scenes, st.integers(0, 2**32 - 1))
-def test_captions_of_four_turns_are_true_each_of_its_own_and_differ_in_places_alone(scene, seed):
-    told = annotate_rotations(scene, np.random.default_rng(seed))
-    graphs = [parse(caption) for caption in told]
+def test_captions_of_four_rotations_are_true_and_differ_in_positions_alone(scene, seed):
+    captions = annotate_rotations(scene, np.random.default_rng(seed))
+    graphs = [parse(caption) for caption in captions]
     for turn, graph in enumerate(graphs):
-        assert not any(wrong_facts(graph, turned(scene, turn)).values())
+        assert not any(wrong_facts(graph, rotate_layout(scene, turn)).values())
         assert (graph.things, graph.ground) == (graphs[0].things, graphs[0].ground)
-    # on a diagonal a person says left or right, whichever way it is turned
+    # on a diagonal the main relation is left or right in every rotation
     first, last = scene.things[0], scene.things[1] if len(scene.things) > 1 else Thing("middle", x=32, y=32)
     every = set(RELATIONS) if abs(first.x - last.x) != abs(first.y - last.y) else {"left", "right"}
     if len(scene.things) == 1:
-        where = {re.search("left|above|right|below|middle", caption).group() for caption in told}
+        where = {re.search("left|above|right|below|middle", caption).group() for caption in captions}
         assert where in ({"middle"}, every)
     if len(scene.things) == 2:
         assert {graph.relations[0][1] for graph in graphs} == every
@@ -135,10 +135,10 @@ def test_captions_of_four_turns_are_true_each_of_its_own_and_differ_in_places_al
 
 
 @given(scenes)
-def test_a_turn_moves_what_is_left_above_and_four_turns_change_nothing(scene):
-    once = turned(scene, 1)
-    assert turned(scene, 4) == scene == turned(once, 3)
-    draw(once)  # nothing reaches outside
+def test_a_rotation_makes_left_above_and_four_rotations_change_nothing(scene):
+    once = rotate_layout(scene, 1)
+    assert rotate_layout(scene, 4) == scene == rotate_layout(once, 3)
+    draw(once)  # raises if a thing is outside
     after = {"left": "above", "above": "right", "right": "below", "below": "left"}
     for a, b in zip(scene.things, once.things, strict=True):
         assert (a.kind, a.colour, a.size) == (b.kind, b.colour, b.size)
@@ -146,15 +146,15 @@ def test_a_turn_moves_what_is_left_above_and_four_turns_change_nothing(scene):
             assert all(holds(name, a, c) == holds(after[name], b, d) for name in RELATIONS)
 
 
-def test_the_generator_is_told_nothing_at_times_and_of_one_or_two_things_often_the_bare_truth():
+def test_captions_for_the_generator_are_empty_minimal_or_alt_text_with_the_shares_that_are_set():
     rng = np.random.default_rng(0)
-    drawn = [sample_scene(rng) for _ in range(4000)]
-    told = [web_caption(scene, rng) for scene in drawn]
-    assert np.mean([caption == "" for caption in told]) == pytest.approx(0.12, abs=0.03)
-    for few, share, near in ((True, WRONG_SHARE * (1 - PLAIN_SHARE), 0.012), (False, WRONG_SHARE, 0.04)):
+    sampled = [sample_scene(rng) for _ in range(4000)]
+    captions = [web_caption(scene, rng) for scene in sampled]
+    assert np.mean([caption == "" for caption in captions]) == pytest.approx(0.12, abs=0.03)
+    for few, share, near in ((True, WRONG_SHARE * (1 - MINIMAL_SHARE), 0.012), (False, WRONG_SHARE, 0.04)):
         wrong = [
             any(wrong_facts(caption, scene).values())
-            for caption, scene in zip(told, drawn, strict=True)
+            for caption, scene in zip(captions, sampled, strict=True)
             if caption and (len(scene.things) < 3) == few
         ]
         assert np.mean(wrong) == pytest.approx(share, abs=near)
@@ -162,8 +162,8 @@ def test_the_generator_is_told_nothing_at_times_and_of_one_or_two_things_often_t
 
 def test_one_alt_text_in_five_is_wrong():
     rng = np.random.default_rng(0)
-    drawn = [sample_scene(rng) for _ in range(4000)]
-    share = np.mean([any(wrong_facts(alt_text(scene, rng), scene).values()) for scene in drawn])
+    sampled = [sample_scene(rng) for _ in range(4000)]
+    share = np.mean([any(wrong_facts(alt_text(scene, rng), scene).values()) for scene in sampled])
     assert share == pytest.approx(WRONG_SHARE, abs=0.03)  # 4.7 standard errors
 
 

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTokenizer
 
-from dalleflamingo.miniature.corpora import turned_batch
+from dalleflamingo.miniature.corpora import rotation_batch
 from dalleflamingo.miniature.scene_graph import parse
-from dalleflamingo.miniature.training import clip, clip_places
+from dalleflamingo.miniature.training import clip
 from dalleflamingo.miniature.training.sd_text import SdTextRecipe
 from dalleflamingo.miniature.training.tokenizers import train_clip_bpe, train_wordpiece
 
@@ -113,17 +113,17 @@ def test_merges_are_those_of_plain_byte_pair_encoding(bpe_folder):
 
 
 def _merged(word, merge):
-    pieces = []
-    for piece in word:
-        if pieces and (pieces[-1], piece) == merge:
-            pieces[-1] += piece
+    tokens = []
+    for token in word:
+        if tokens and (tokens[-1], token) == merge:
+            tokens[-1] += token
         else:
-            pieces.append(piece)
-    return tuple(pieces)
+            tokens.append(token)
+    return tuple(tokens)
 
 
 def test_clip_tokenizer_agrees_with_openais_algorithm_on_its_files(bpe_folder, bpe, tmp_path):
-    """open_clip's SimpleTokenizer is OpenAI's code: given our merges, it must cut every word as our folder does."""
+    """open_clip's SimpleTokenizer is OpenAI's code: given our merges, it must split every word as our folder does."""
     vocabulary = tmp_path / "merges.txt.gz"
     # SimpleTokenizer reads the merges from the second line on, and as many as the original vocabulary has
     vocabulary.write_bytes(gzip.compress((bpe_folder / "merges.txt").read_bytes().rstrip()))
@@ -140,8 +140,8 @@ def test_clip_tokenizer_knows_every_text(bpe, text):
 
 def test_the_two_tokenizers_split_words_differently(wordpiece_folder, bpe):
     wordpiece = BertTokenizer.from_pretrained(wordpiece_folder)
-    pieces = {w: [piece.removeprefix("##") for piece in wordpiece.tokenize(w)] for w in WORDS}
-    assert any(pieces[w] != [piece.removesuffix("</w>") for piece in bpe.tokenize(w)] for w in WORDS)
+    tokens = {w: [token.removeprefix("##") for token in wordpiece.tokenize(w)] for w in WORDS}
+    assert any(tokens[w] != [token.removesuffix("</w>") for token in bpe.tokenize(w)] for w in WORDS)
 
 
 @pytest.mark.parametrize(("train", "size"), [(train_wordpiece, 120), (train_clip_bpe, 560)])
@@ -170,7 +170,7 @@ def test_open_clip_opens_the_folder_as_saved(model, bpe, tmp_path):
         assert {stored.get_tensor(name).dtype for name in stored.keys()} == {torch.float16}  # noqa: SIM118
     pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     expected = torch.stack([preprocess(Image.fromarray(picture)) for picture in pictures])
-    torch.testing.assert_close(clip.pixels(pictures), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(clip.clip_pixels(pictures), expected, rtol=0, atol=1e-6)
     assert 1.2e6 < sum(p.numel() for p in loaded.parameters()) < 1.6e6
 
 
@@ -251,53 +251,55 @@ def test_recipe_learns_which_caption_is_whose(bpe, tmp_path):
 def test_text_tower_takes_back_the_encoder_that_it_gave(model, bpe):
     torch.manual_seed(1)
     other = clip.build(len(bpe)).eval()
-    eyes = other.visual.proj.clone()
-    clip.take_text_encoder(other, clip.text_encoder(model, bpe))
+    image_projection = other.visual.proj.clone()
+    clip.load_text_encoder(other, clip.text_encoder(model, bpe))
     ids = padded(bpe, CAPTIONS[:8])
     with torch.no_grad():
         ours, theirs = clip.encode_text(model, ids), clip.encode_text(other, ids)
     other.text_projection.data = model.text_projection.data  # not the encoder's
-    assert not torch.allclose(ours, theirs, atol=1e-3) and torch.equal(other.visual.proj, eyes)
+    assert not torch.allclose(ours, theirs, atol=1e-3) and torch.equal(other.visual.proj, image_projection)
     torch.testing.assert_close(clip.encode_text(other, ids), ours)
 
 
-def test_fours_of_a_batch_are_the_same_things_turned():
-    pictures, captions = turned_batch(np.random.default_rng(0), 16)
-    assert pictures.shape == (16, 64, 64, 3) and len(captions) == 16
+def test_second_half_of_a_rotation_batch_is_scenes_in_four_rotations():
+    images, captions = rotation_batch(np.random.default_rng(0), 16)
+    assert images.shape == (16, 64, 64, 3) and len(captions) == 16
     graphs = [parse(caption) for caption in captions[8:]]
     for first in (0, 4):
         four = graphs[first : first + 4]
         assert all(graph.things == four[0].things for graph in four)
         assert len(set(captions[8 + first :][:4])) == 4
-        assert len({picture.tobytes() for picture in pictures[8 + first :][:4]}) == 4
+        assert len({image.tobytes() for image in images[8 + first :][:4]}) == 4
     with pytest.raises(ValueError, match="multiple of 8"):
-        turned_batch(np.random.default_rng(0), 12)
+        rotation_batch(np.random.default_rng(0), 12)
 
 
-def test_embeddings_learn_what_turns_move(bpe):
+def test_embeddings_learn_what_rotations_change(bpe):
     torch.manual_seed(0)
-    recipe = clip_places.ClipPlacesRecipe(bpe)
+    recipe = clip.ClipLayoutRecipe(bpe)
     recipe.batch_size = 16
     batch = recipe.batch(np.random.default_rng(0), 0)
     optimiser = torch.optim.AdamW(recipe.parameters(), lr=recipe.learning_rate)
-    for step in range(40):
+    for step in range(34):
         out = recipe.loss(batch, step)
         optimiser.zero_grad()
         out["loss"].backward()
         optimiser.step()
         if step == 0:
-            assert min(out["moved_image"], out["moved_text"]) > 0.9  # about 1 where nothing is told
+            assert min(out["image_layout"], out["text_layout"]) > 0.9  # 1 for a constant prediction
     out = recipe.loss(batch, 0)
-    assert max(out["moved_image"], out["moved_text"]) < 0.5
+    assert max(out["image_layout"], out["text_layout"]) < 0.5
     image, text = clip.embed(recipe.model, batch)
     torch.testing.assert_close(
-        out["loss"], recipe.contrast(image, text)["loss"] + out["moved_image"] + out["moved_text"]
+        out["loss"], recipe.contrastive_loss(image, text)["loss"] + out["image_layout"] + out["text_layout"]
     )
-    views = F.avg_pool2d(batch["pixel_values"], 8).flatten(1)
-    moved = torch.cat([four - four.mean(0) for four in (views[8:12], views[12:])])
-    told = torch.cat([recipe.tell_text((four - four.mean(0)) * 128**0.5) for four in (text[8:12], text[12:])])
-    expected = (told - moved).square().sum() / moved.square().sum()
-    torch.testing.assert_close(out["moved_text"], expected)
+    pixels = F.avg_pool2d(batch["pixel_values"], 8).flatten(1)
+    target = torch.cat([four - four.mean(0) for four in (pixels[8:12], pixels[12:])])
+    predicted = torch.cat(
+        [recipe.text_layout_head((four - four.mean(0)) * 128**0.5) for four in (text[8:12], text[12:])]
+    )
+    expected = (predicted - target).square().sum() / target.square().sum()
+    torch.testing.assert_close(out["text_layout"], expected)
 
 
 def test_temperature_never_passes_a_hundred(bpe):
@@ -308,24 +310,24 @@ def test_temperature_never_passes_a_hundred(bpe):
     assert recipe.model.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
 
 
-def test_the_far_view_of_a_caption_is_learned_from_pictures_that_it_tells_truly(tmp_path, bpe):
+def test_layouts_are_predicted_from_the_end_of_captions_and_learned(tmp_path, bpe):
     bank = tmp_path / "latents.safetensors"
     latents = torch.randn(60, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
     save_file({"latents": latents}, bank)
     torch.manual_seed(0)
     recipe = SdTextRecipe(None, clip.text_encoder(clip.build(len(bpe)), bpe), bpe, bank)
-    recipe.batch_size = 40
+    recipe.batch_size = 16
     batch = recipe.batch(np.random.default_rng(0), 0)
-    index = np.random.default_rng(0).integers(60, size=40)
-    expected = torch.nn.functional.avg_pool2d(latents.float() / latents.float().std(), 2)[index]
-    torch.testing.assert_close(batch["views"], expected)
-    assert (batch["input_ids"][:, 1] != bpe.eos_token_id).all()  # here every picture has its caption
+    index = np.random.default_rng(0).integers(60, size=16)
+    expected = F.avg_pool2d(latents.float() / latents.float().std(), 2)[index]
+    torch.testing.assert_close(batch["layouts"], expected)
+    assert (batch["input_ids"][:, 1] != bpe.eos_token_id).all()  # no caption is empty
     first = recipe.loss(batch, 0)["loss"]
-    with torch.no_grad():  # what stands behind the end is not looked at
+    with torch.no_grad():  # tokens after the end do not matter
         longer = torch.cat([batch["input_ids"], batch["input_ids"][:, -1:]], dim=1)
-        torch.testing.assert_close(recipe.view(longer), recipe.view(batch["input_ids"]))
-    optimizer = torch.optim.Adam(recipe.parameters(), lr=1e-3)
-    for _ in range(60):
+        torch.testing.assert_close(recipe.predict_layout(longer), recipe.predict_layout(batch["input_ids"]))
+    optimizer = torch.optim.Adam(recipe.parameters(), lr=3e-3)
+    for _ in range(25):
         loss = recipe.loss(batch, 0)["loss"]
         optimizer.zero_grad()
         loss.backward()

@@ -1,6 +1,7 @@
-"""Pictures show what their scenes say, and corpora are written and read back the same."""
+"""Images show what their scenes hold, and corpora are written and read back the same."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from dalleflamingo.miniature.world import IMAGE_SIZE, PIXELS, RGB, draw, sample_
 scenes = st.integers(0, 2**32 - 1).map(lambda seed: sample_scene(np.random.default_rng(seed)))
 
 
-def test_the_world_has_what_it_promises():
+def test_the_world_has_24_kinds_in_8_colours_2_sizes_on_5_grounds():
     assert len(set(KINDS)) == 24
     assert (len(COLOURS), len(SIZES)) == (8, 2)
     assert len(GROUNDS) == 5
@@ -39,7 +40,7 @@ def test_things_lie_inside_apart_and_are_of_different_kinds(scene):
 
 
 @given(scenes)
-def test_nothing_is_drawn_outside_the_things(scene):
+def test_outside_the_things_an_image_is_its_ground(scene):
     outside = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
     for thing in scene.things:
         half = PIXELS[thing.size] // 2
@@ -48,14 +49,14 @@ def test_nothing_is_drawn_outside_the_things(scene):
     assert (draw(scene)[outside] == ground[outside]).all()
 
 
-def test_every_kind_in_every_colour_is_unlike_every_other():
-    sprites = {
-        (kind, colour): draw(Scene("sand", (Thing(kind, colour, "small", 32, 32),))).astype(int)
-        for kind in KINDS
-        for colour in COLOURS
-    }
-    for (a, first), (b, second) in itertools.combinations(sprites.items(), 2):
-        assert (np.abs(first - second).max(-1) > 60).sum() >= 15, (a, b)
+def test_kinds_and_colours_all_differ_visibly():
+    names = list(itertools.product(KINDS, COLOURS))
+    images = np.stack([draw(Scene("sand", (Thing(*name, "small", 32, 32),))) for name in names])
+    sprites = images[:, 22:42, 22:42].astype(np.int16)  # a small thing is 20 pixels wide
+    assert (images == images[0]).all((0, 3)).sum() >= 64 * 64 - 20 * 20
+    for i, (name, sprite) in enumerate(zip(names, sprites, strict=True)):
+        differing = (np.abs(sprites[i + 1 :] - sprite).max(-1) > 60).sum((1, 2))
+        assert (differing >= 15).all(), (name, names[i + 1 + int(differing.argmin())])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,7 +73,7 @@ def test_a_thing_that_reaches_outside_is_refused():
 def test_domains_of_nocaps_hold_the_kinds_that_their_names_say():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        of = {domain: {t.kind for t in corpora.nocaps_scene(rng, domain).things} for domain in corpora.DOMAINS}
+        of = {domain: {t.kind for t in corpora.nocaps_scene(rng, domain).things} for domain in datasets.DOMAINS}
         assert of["in-domain"] <= set(COCO_KINDS)
         assert of["out-domain"] <= set(NEW_KINDS)
         assert of["near-domain"] & set(COCO_KINDS)
@@ -82,29 +83,26 @@ def test_domains_of_nocaps_hold_the_kinds_that_their_names_say():
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("miniature")
-    sizes = {"web": {"web": 6}, "coco": {"train": 8, "val": 5, "test": 5}, "nocaps": {"val": 9}}
-    sizes["nocaps-dev"] = {"dev": 6}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "SIZES", sizes)
-        corpora.write_annotations(root)
-        corpora.draw_pictures(root)
+    corpora.write_annotations(root, {"web": 6, "train": 8, "val": 5, "test": 5, "nocaps": 9, "nocaps-dev": 6})
+    assert corpora.draw_images(root) == 39
     return root
 
 
 def test_corpora_are_read_back_by_the_readers_of_the_real_ones(written):
     coco = datasets.read_coco(written / "coco/annotations/captions_test.json", written / "coco/images")
-    nocaps = datasets.read_nocaps(written / "nocaps/annotations/nocaps_val.json", written / "nocaps/images")
+    nocaps = datasets.read_coco(written / "nocaps/annotations/nocaps_val.json", written / "nocaps/images")
     assert [len(example.references) for example in coco] == [5] * 5
     assert [len(example.references) for example in nocaps] == [10] * 9
-    assert {name: len(part) for name, part in nocaps.by_domain().items()} == dict.fromkeys(corpora.DOMAINS, 3)
+    assert {name: len(part) for name, part in nocaps.by_domain().items()} == dict.fromkeys(datasets.DOMAINS, 3)
     for example in (*coco, *nocaps):
         scene = Scene.from_dict(example.extra["scene"])
         assert (np.asarray(Image.open(example.path)) == draw(scene)).all()
 
 
-def test_splits_share_no_picture():
+def test_splits_share_no_scene():
     files = [file for name, file in corpora.annotation_files().items() if name != "web"]
-    drawn = [scene for file in files for scene in corpora.read_scenes(file)]
+    examples = [example for file in files for example in datasets.read_coco(file, file.parent)]
+    drawn = [Scene.from_dict(example.extra["scene"]) for example in examples]
     assert len(set(drawn)) >= 0.99 * len(drawn)  # single things on a lattice do meet by chance
 
 
@@ -116,4 +114,15 @@ def test_shipped_annotations_follow_from_the_seed(tmp_path):
 
 def test_a_missing_annotation_file_is_named_with_its_remedy(tmp_path):
     with pytest.raises(FileNotFoundError, match="git checkout"):
-        corpora.draw_pictures(tmp_path)
+        corpora.draw_images(tmp_path)
+
+
+def test_the_command_draws_where_the_registry_looks_from_any_working_directory(written, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "data/miniature"
+    shutil.copytree(written, root, ignore=shutil.ignore_patterns("*.png"))
+    monkeypatch.setenv("DALLEFLAMINGO_DATA", str(root.parent))
+    monkeypatch.chdir(tmp_path / "data")
+    assert corpora.main([]) == 0
+    assert f"{root}: 39 images drawn" in capsys.readouterr().out
+    for file in root.rglob("*.png"):
+        assert file.read_bytes() == (written / file.relative_to(root)).read_bytes()

@@ -61,8 +61,8 @@ def test_stock_transformers_opens_a_captioner_and_describes(name):
     folder = registry.locate(f"miniature/{name}")
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert model.dtype == torch.float32
-    scenes = gates.held_out(20)
-    inputs = processor(images=gates.pictures(scenes), return_tensors="pt")
+    scenes = gates.held_out_scenes(20)
+    inputs = processor(images=gates.draw_all(scenes), return_tensors="pt")
     with torch.no_grad():
         said = processor.batch_decode(model.generate(**inputs, max_new_tokens=60), skip_special_tokens=True)
     # captions of one's own pictures must fit them far better than captions of others' pictures
@@ -80,8 +80,8 @@ def test_stock_open_clip_and_vit_open():
 
 def test_the_recogniser_is_as_good_as_its_gate_says():
     recogniser = Recogniser.from_pretrained(registry.locate("miniature/recogniser")).eval()
-    scenes = gates.held_out(100)
-    score = total(map(score_in_place, recogniser.find(gates.pictures(scenes)), scenes))
+    scenes = gates.held_out_scenes(100)
+    score = total(map(score_in_place, recogniser.find(gates.draw_all(scenes)), scenes))
     assert score.right / score.things >= 0.95
 
 

@@ -1,4 +1,4 @@
-"""The miniature world, and the training of its models.
+"""The miniature: a drawn world of known scenes, its captions, and the small models that were trained on it.
 
-Nothing outside this package imports it: what it makes are files.
+`training` made the files in `data/miniature`; only the command line and the tests import it.
 """

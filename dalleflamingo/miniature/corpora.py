@@ -1,70 +1,63 @@
-"""The miniature's corpora: web, coco and nocaps, as their real namesakes are laid out.
+"""The miniature's corpora: web, coco and nocaps, in the file layout of the real ones.
 
-* **web**: all kinds, noisy alt-text, one caption a picture; endless (`web_batch`), a sample of it is written.
-* **coco**: `COCO_KINDS` only, five clean captions a picture; train, val, test.
-* **nocaps**: ten captions a picture; in-domain (coco's kinds), near-domain (both sorts), out-domain (new kinds only).
-* **nocaps-dev**: other scenes of the same sort, for choosing settings, which must not be chosen on nocaps.
-
-`python -m dalleflamingo data` draws the pictures that the annotation files in `data/miniature` describe;
-with `--write` it invents the annotations anew (the same ones: everything follows from the seed).
+* **web**: all kinds, noisy alt-text, one caption an image; unlimited (`web_batch`), a sample of it is written.
+* **coco**: `COCO_KINDS` only, five clean captions an image; splits train, val, test.
+* **nocaps**: ten captions an image; in-domain (COCO's kinds), near-domain (both), out-domain (new kinds only).
+* **nocaps-dev**: other scenes from the same distribution, for choosing settings, which must not be chosen on nocaps.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from dalleflamingo.miniature.annotators import alt_text, annotate, annotate_rotations, plain_text
+from dalleflamingo import registry
+from dalleflamingo.datasets import DOMAINS
+from dalleflamingo.miniature.annotators import alt_text, annotate, annotate_rotations, minimal_caption
 from dalleflamingo.miniature.scene_graph import COCO_KINDS, KINDS, NEW_KINDS, Scene
-from dalleflamingo.miniature.world import draw, sample_scene, turned
+from dalleflamingo.miniature.world import draw, rotate_layout, sample_scene
+from dalleflamingo.runs import write_whole
 
-ROOT = Path("data/miniature")
-SIZES = {
-    "web": {"web": 500},
-    "coco": {"train": 2000, "val": 300, "test": 500},
-    "nocaps": {"val": 600},
-    "nocaps-dev": {"dev": 300},
-}
-DOMAINS = ("in-domain", "near-domain", "out-domain")
+IMAGES = {"web": 500, "train": 2000, "val": 300, "test": 500, "nocaps": 600, "nocaps-dev": 300}  # of each split
 _SEEDS = {"web": 1, "train": 2, "val": 3, "test": 4, "nocaps": 5, "text": 6, "nocaps-dev": 7}
 
 
 def web_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
-    """(n, 64, 64, 3) uint8 pictures of the web and their alt-texts."""
+    """(n, 64, 64, 3) uint8 images of the web and their n alt-texts."""
     scenes = [sample_scene(rng) for _ in range(n)]
     return np.stack([draw(scene) for scene in scenes]), [alt_text(scene, rng) for scene in scenes]
 
 
-def plain_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
-    """(n, 64, 64, 3) uint8 pictures of one or two things and the barest captions of them."""
+def minimal_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
+    """(n, 64, 64, 3) uint8 images of one or two things and their n minimal captions."""
     scenes = [sample_scene(rng, count=int(count)) for count in rng.integers(1, 3, size=n)]
-    return np.stack([draw(scene) for scene in scenes]), [plain_text(scene, rng) for scene in scenes]
+    return np.stack([draw(scene) for scene in scenes]), [minimal_caption(scene, rng) for scene in scenes]
 
 
-def turned_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
-    """(n, 64, 64, 3) uint8 pictures and n captions: half of the web's, half scenes in their four turns.
+def rotation_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
+    """(n, 64, 64, 3) uint8 images and n captions: the first half of the web, the second half scenes in four rotations.
 
-    Each of four pictures has the other three's captions beside it, which are wrong in nothing but where things stand:
-    hard negatives (Yuksekgonul et al. 2023).
+    The captions of a scene's other rotations are hard negatives, wrong only in the positions that they name
+    (Yuksekgonul et al. 2023).
 
     Raises:
         ValueError: n is not a multiple of 8.
     """
     if n % 8:
         raise ValueError(f"a batch of {n}: half of it comes in fours, so take a multiple of 8")
-    pictures, captions = web_batch(rng, n // 2)
+    images, captions = web_batch(rng, n // 2)
     scenes = [sample_scene(rng) for _ in range(n // 8)]
-    turns = np.stack([draw(turned(scene, turn)) for scene in scenes for turn in range(4)])
-    told = [caption for scene in scenes for caption in annotate_rotations(scene, rng)]
-    return np.concatenate([pictures, turns]), captions + told
+    rotations = np.stack([draw(rotate_layout(scene, quarters)) for scene in scenes for quarters in range(4)])
+    captions += [caption for scene in scenes for caption in annotate_rotations(scene, rng)]
+    return np.concatenate([images, rotations]), captions
 
 
-def labelled_batches(annotations: Path) -> Callable:
-    """(rng, n) -> pictures (n, 64, 64, 3) uint8 of an annotated corpus, each with one of its captions."""
+def annotated_batches(annotations: Path) -> Callable:
+    """A function (rng, n) -> (n, 64, 64, 3) uint8 images of an annotated corpus, each with one of its captions."""
     corpus = json.loads(Path(annotations).read_text())
     scenes = {image["id"]: Scene.from_dict(image["scene"]) for image in corpus["images"]}
     pairs = [(scenes[entry["image_id"]], entry["caption"]) for entry in corpus["annotations"]]
@@ -77,24 +70,20 @@ def labelled_batches(annotations: Path) -> Callable:
 
 
 def texts(n: int = 20_000) -> Iterator[str]:
-    """Alt-texts and clean captions, half and half: what both tokenizers are learned from."""
+    """`n` alt-texts and clean captions in turn, from which the tokenizers are learned."""
     rng = np.random.default_rng(_SEEDS["text"])
     for _ in range(n // 2):
         yield alt_text(sample_scene(rng), rng)
         yield annotate(sample_scene(rng), 5, rng)[int(rng.integers(5))]
 
 
-def read_scenes(annotations: Path) -> list[Scene]:
-    """The exact scenes of a corpus, from its annotation file."""
-    return [Scene.from_dict(image["scene"]) for image in json.loads(Path(annotations).read_text())["images"]]
-
-
 def coco_scene(rng: np.random.Generator) -> Scene:
+    """A scene of COCO's kinds."""
     return sample_scene(rng, COCO_KINDS)
 
 
 def nocaps_scene(rng: np.random.Generator, domain: str) -> Scene:
-    """A scene of one domain; near-domain pictures hold at least one kind of each sort, hence two things or three."""
+    """A scene of one domain; a near-domain scene has kinds of both sorts, hence two or three things."""
     if domain == "in-domain":
         return sample_scene(rng, COCO_KINDS)
     if domain == "out-domain":
@@ -105,9 +94,19 @@ def nocaps_scene(rng: np.random.Generator, domain: str) -> Scene:
             return scene
 
 
-def annotation_files(root: Path = ROOT) -> dict[str, Path]:
-    """Split → annotation file, of all corpora."""
-    coco = {split: root / "coco/annotations" / f"captions_{split}.json" for split in SIZES["coco"]}
+def data_folder() -> Path:
+    """The folder of the corpora and the shipped models; errors as `registry.data_root`."""
+    return registry.data_root() / "miniature"
+
+
+def annotation_files(root: Path | None = None) -> dict[str, Path]:
+    """Split → annotation file, of all corpora.
+
+    Args:
+        root: folder of the corpora; None: `data_folder()`.
+    """
+    root = root or data_folder()
+    coco = {split: root / f"coco/annotations/captions_{split}.json" for split in ("train", "val", "test")}
     return {
         "web": root / "web/annotations/captions_web.json",
         **coco,
@@ -116,19 +115,24 @@ def annotation_files(root: Path = ROOT) -> dict[str, Path]:
     }
 
 
-def write_annotations(root: Path = ROOT) -> None:
-    """Invent scenes and captions of every split and write them as COCO caption files (NoCaps': with `domain`)."""
+def write_annotations(root: Path | None = None, images: Mapping[str, int] = IMAGES) -> None:
+    """Write scenes and captions of every split as COCO caption files, those of NoCaps with `domain`.
+
+    Args:
+        root: folder of the corpora; None: `data_folder()`.
+        images: split -> number of its images. Scenes and captions follow from the split's seed.
+    """
     files = annotation_files(root)
     rng = np.random.default_rng(_SEEDS["web"])
-    scenes = [sample_scene(rng) for _ in range(SIZES["web"]["web"])]
+    scenes = [sample_scene(rng) for _ in range(images["web"])]
     _write(files["web"], scenes, lambda scene: [alt_text(scene, rng)], "web")
-    for split, count in SIZES["coco"].items():
+    for split in ("train", "val", "test"):
         rng = np.random.default_rng(_SEEDS[split])
-        scenes = [coco_scene(rng) for _ in range(count)]
+        scenes = [coco_scene(rng) for _ in range(images[split])]
         _write(files[split], scenes, lambda scene, rng=rng: annotate(scene, 5, rng), split)
     for name in ("nocaps", "nocaps-dev"):
-        rng, [count] = np.random.default_rng(_SEEDS[name]), SIZES[name].values()
-        domains = [DOMAINS[i % len(DOMAINS)] for i in range(count)]
+        rng = np.random.default_rng(_SEEDS[name])
+        domains = [DOMAINS[i % len(DOMAINS)] for i in range(images[name])]
         scenes = [nocaps_scene(rng, domain) for domain in domains]
         _write(files[name], scenes, lambda scene, rng=rng: annotate(scene, 10, rng), name, domains)
 
@@ -146,39 +150,56 @@ def _write(file: Path, scenes: list[Scene], captions: Callable, split: str, doma
             annotations.append({"id": len(annotations), "image_id": image_id, "caption": caption})
     file.parent.mkdir(parents=True, exist_ok=True)
     info = {"description": f"dalleflamingo miniature world, {split}", "license": "CC BY 4.0"}
-    file.write_text(json.dumps({"info": info, "images": images, "annotations": annotations}, indent=None) + "\n")
+    text = json.dumps({"info": info, "images": images, "annotations": annotations}) + "\n"
+    write_whole(file, lambda part: part.write_text(text))
 
 
-def draw_pictures(root: Path = ROOT) -> int:
-    """Draw the PNGs that are missing beside the annotation files; returns how many were drawn.
+def draw_images(root: Path | None = None) -> int:
+    """Draw the images of every corpus that are missing; returns their number.
 
+    Args:
+        root: folder of the corpora; None: `data_folder()`.
     Raises:
-        FileNotFoundError: if an annotation file is missing.
+        FileNotFoundError: an annotation file is missing.
     """
     drawn = 0
     for file in annotation_files(root).values():
         if not file.exists():
             raise FileNotFoundError(
-                f"{file} is missing: restore it by `git checkout -- {file}`, or invent it anew by --write"
+                f"{file} is missing: restore it by `git checkout -- {file}`, or write it again by --write"
             )
         folder = file.parent.parent / "images"
         folder.mkdir(exist_ok=True)
         records = json.loads(file.read_text())["images"]
-        for record in tqdm(records, desc=f"drawing {file.stem}", mininterval=1, leave=False):
-            picture = folder / record["file_name"]
-            if not picture.exists():
-                partial = picture.with_suffix(".partial")
-                Image.fromarray(draw(Scene.from_dict(record["scene"]))).save(partial, "PNG")
-                partial.replace(picture)
+        for record in tqdm(records, desc=f"drawing {file.stem}", mininterval=1, leave=False, delay=1):
+            path = folder / record["file_name"]
+            if not path.exists():
+                image = Image.fromarray(draw(Scene.from_dict(record["scene"])))
+                write_whole(path, lambda part, image=image: image.save(part, "PNG"))
                 drawn += 1
     return drawn
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="invent the annotation files anew, too")
-    parser.add_argument("--root", type=Path, default=ROOT, help=f"folder of the corpora (default: {ROOT})")
+def main(arguments: list[str] | None = None) -> int:
+    """The command `python -m dalleflamingo data`; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dalleflamingo data",
+        description="Draw the images of the miniature data sets that are not drawn yet, as their annotation files, "
+        "which come with the repository, describe them. They lie in its data/miniature, or in the folder miniature of "
+        "DALLEFLAMINGO_DATA.",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="first write the annotation files; they follow from a seed"
+    )
+    parser.add_argument("--verify", action="store_true", help="then compare all shipped files with their sha256")
     options = parser.parse_args(arguments)
     if options.write:
-        write_annotations(options.root)
-    print(f"{draw_pictures(options.root)} pictures drawn, all others were there: {options.root}")
+        write_annotations()
+    drawn = draw_images()
+    print(f"{data_folder()}: {drawn} images drawn, the others were there already")
+    if options.verify:
+        shipped = [name for name, entry in registry.ENTRIES.items() if entry.shipped]
+        for name in tqdm(shipped, desc="verifying"):
+            registry.verify(name)
+        print(f"the files of {len(shipped)} models and data sets are those that MANIFEST.json lists")
+    return 0

@@ -1,4 +1,4 @@
-"""How each kind of thing is drawn: a list of (primitive, points, tone) on a 100 × 100 square, y downwards.
+"""The sprite of each kind: a list of (primitive, points, tone) on a 100 × 100 square, y downwards.
 
 Primitives: `polygon` and `ellipse` (two corners of its box) are filled and outlined in ink; `dot` is an ellipse without
 outline; `line` is an open stroke. Tones: `main` (the thing's colour), `shade` (darker), `paper` (near white), `ink`.

@@ -1,8 +1,8 @@
-"""How far the things found in a picture are the things that should be there.
+"""How many of the things found in an image are those that it should show.
 
-A test picture has its truth in pixels: found and true things are the same where they stand (`score_in_place`). A
-picture drawn from a caption may put things where it likes: they are the same if kind and colour agree (`score_prompt`).
-Both give plain counts, so that counts of many pictures add up to shares: right / things, relations_right / relations, …
+`score_in_place` is for images of a known scene: it matches found and true things by position. `score_prompt` is for
+images generated from a caption, where positions are free: it matches things by kind and colour. Both count, so that
+the counts of many images add up to shares: right / things, relations_right / relations and so on.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,16 +11,23 @@ from math import dist
 
 from dalleflamingo.miniature.scene_graph import CaptionGraph, Scene, Thing, holds, main_relation
 
-REACH = 8.0  # pixels: a found thing further off is not the true one
+REACH = 8.0  # pixels: a found thing further away than this is another thing
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Counts over one picture or, added up by `total`, many.
+    """Counts over one image or, added up by `total`, many.
 
-    things wanted; found, all that the recogniser named; matched, wanted things with a found partner; of these
-    kind_right, colour_right, size_right and right (kind *and* colour). relations: wanted ones whose two things are both
-    right; relations_right: those that hold in the picture. grounds wanted (0 if the caption names none), grounds_right.
+    Attributes:
+        things: expected things.
+        found: all things that the recogniser found.
+        matched: expected things that have a found partner.
+        kind_right, colour_right, size_right: matched things whose partner has that attribute.
+        right: matched things with the right kind and colour.
+        relations: expected relations whose two things are both right.
+        relations_right: those that hold in the image.
+        grounds: 1 if a ground is expected; a caption may name none.
+        grounds_right: 1 if it was found.
     """
 
     things: int = 0
@@ -37,34 +44,37 @@ class ImageScore:
 
 
 def total(scores: Iterable[ImageScore]) -> ImageScore:
-    """The counts of many pictures added up; of none, all zero."""
+    """The counts of many images added up; all zero for none."""
     return ImageScore(*map(sum, zip(*map(astuple, scores), strict=True)))
 
 
 def score_in_place(found: Scene, truth: Scene) -> ImageScore:
-    """Found things against the true ones at their places (see `match_places`), for pictures whose scene is known."""
-    return _score(found, truth, match_places(found.things, truth.things))
+    """Found things against those of the image's known scene, matched by position (`match_positions`)."""
+    return _score(found, truth, match_positions(found.things, truth.things))
 
 
 def score_prompt(found: Scene, wanted: Scene | CaptionGraph) -> ImageScore:
-    """Found things against those that a caption asks for, wherever they stand (see `match_names`)."""
+    """Found things against those that a caption names, matched by kind and colour (`match_names`)."""
     return _score(found, wanted, match_names(found.things, wanted.things))
 
 
-def match_places(found: Sequence[Thing], truth: Sequence[Thing], reach: float = REACH) -> list[int | None]:
-    """For each true thing the index of the found one nearest to it, each used once, closest pairs first.
+def match_positions(found: Sequence[Thing], truth: Sequence[Thing], reach: float = REACH) -> list[int | None]:
+    """For each true thing the index of its found partner, or None: closest pairs first, each thing used once.
 
-    Pairs further apart than `reach` pixels are none.
+    Args:
+        found: things with positions.
+        truth: likewise.
+        reach: pixels; things further apart are no pair.
     """
     pairs = sorted((dist((f.x, f.y), (t.x, t.y)), j, i) for i, f in enumerate(found) for j, t in enumerate(truth))
-    return _take([(i, j) for distance, j, i in pairs if distance <= reach], len(truth))
+    return _assign([(i, j) for distance, j, i in pairs if distance <= reach], len(truth))
 
 
 def match_names(found: Sequence[Thing], wanted: Sequence[Thing]) -> list[int | None]:
-    """For each wanted thing the index of a found one of its kind, of its colour too where one is left; each used once.
+    """For each wanted thing the index of its found partner of the same kind, or None; each thing used once.
 
-    Pairs right in kind and colour are taken first; no other choice makes more of them. What a caption leaves unsaid (a
-    colour of None) any found thing fulfils, but pairs that agree in a colour that was said come before.
+    Pairs that agree in colour are taken first, which gives the greatest number of them. Any colour agrees with a wanted
+    colour of None, but pairs that agree in a named colour come before.
     """
     pairs = [(i, j) for j, w in enumerate(wanted) for i, f in enumerate(found) if f.kind == w.kind]
 
@@ -72,11 +82,11 @@ def match_names(found: Sequence[Thing], wanted: Sequence[Thing]) -> list[int | N
         have, want = found[pair[0]].colour, wanted[pair[1]].colour
         return not _agrees(have, want), want is None
 
-    return _take(sorted(pairs, key=rank), len(wanted))
+    return _assign(sorted(pairs, key=rank), len(wanted))
 
 
-def _take(pairs: list[tuple[int, int]], count: int) -> list[int | None]:
-    """Pairs (found, wanted) in order, passing over those whose thing on either side is taken."""
+def _assign(pairs: list[tuple[int, int]], count: int) -> list[int | None]:
+    """Takes pairs (found, wanted) in order, unless one of the two has a partner already."""
     partner: list[int | None] = [None] * count
     for i, j in pairs:
         if partner[j] is None and i not in partner:
@@ -110,7 +120,7 @@ def _score(found: Scene, wanted: Scene | CaptionGraph, partner: list[int | None]
 
 
 def _relations(wanted: Scene | CaptionGraph) -> list[tuple[int, str, int]]:
-    """The relations claimed by a caption; of a scene, the main one of each pair."""
+    """The relations that a caption names; of a scene, the main one of each pair."""
     if isinstance(wanted, CaptionGraph):
         return wanted.relations
     things = wanted.things

@@ -1,9 +1,9 @@
-"""A second generator: captions to pictures in one step, a GAN conditioned on CLIP's features (Table 8).
+"""A second generator: a GAN conditioned on CLIP's features, which generates an image in one step (Table 8).
 
-LAFITE (Zhou et al. 2022) draws from CLIP's embedding of a caption, at once, without the caption's words. (The paper
-calls it VAE-based; it is a StyleGAN.) Ours does so, too; it is small, and draws the latents of Stable Diffusion's
-autoencoder instead of pixels; and its first 4 × 4 map is made of noise and feature, where StyleGAN has a constant, so
-that things need not stand where they always stand. How it is taught is another story: `miniature/lafite.py`.
+LAFITE (Zhou et al. 2022) generates from CLIP's embedding of a caption, without the caption's words. (The paper calls it
+VAE-based; it is a StyleGAN.) So does this one. It is small, generates latents of Stable Diffusion's autoencoder instead
+of pixels, and computes its first 4 × 4 map from noise and feature, where StyleGAN has a constant, so that positions can
+vary. `training/lafite.py` has its training.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from dalleflamingo import registry
 from dalleflamingo.generator import render_distinct
 from dalleflamingo.registry import check_weights
+from dalleflamingo.runs import fingerprint
 from dalleflamingo.similarity import ClipText
 
-STARTS = 32  # channels of the first map, at 4 × 4 places
+FIRST_CHANNELS = 32  # of the first map, at 4 × 4 positions
 
 
 class StyledBlock(nn.Module):
-    """Two 3 × 3 convolutions beside a shortcut; a style scales and shifts what goes into each, normalised before.
+    """Two 3 × 3 convolutions and a shortcut; the style scales and shifts the normalised input of each convolution.
 
-    The adaptive group normalisation of diffusion models (Dhariwal & Nichol 2021). With the modulated weights of
-    StyleGAN2 in its place, three times as many steps left blots without a shape.
+    This is the adaptive group normalisation of diffusion models (Dhariwal & Nichol 2021). With the modulated weights of
+    StyleGAN2 instead, the generator still drew blots after three times as many steps.
     """
 
     def __init__(self, width: int, style_size: int):
@@ -37,7 +38,7 @@ class StyledBlock(nn.Module):
         self.norm = nn.GroupNorm(8, width, affine=False)
         self.styles = nn.ModuleList(nn.Linear(style_size, 2 * width) for _ in range(2))
         self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        nn.init.zeros_(self.convolutions[1].weight)  # the shortcut alone, at first
+        nn.init.zeros_(self.convolutions[1].weight)  # at first only the shortcut
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """(B, width, H, W), (B, style_size) -> (B, width, H, W)."""
@@ -52,10 +53,12 @@ class Lafite(ModelMixin, ConfigMixin):
     """Noise and a CLIP feature to the latents of an autoencoder.
 
     Args:
-        feature_size: of CLIP's embeddings. noise_size, style_size: of what the mapping reads beside and writes.
-        width: channels at 8 × 8 places, from which 16 × 16 latents are unfolded (Shi et al. 2016).
+        feature_size: of CLIP's embeddings.
+        noise_size: of the noise.
+        style_size: of the style, the output of the mapping network.
+        width: channels at 8 × 8 positions, from which 16 × 16 latents are unfolded (Shi et al. 2016).
         latent_channels: of the autoencoder.
-        clip, autoencoder: what it was trained with, names in the registry; the second's folder `vae` is meant.
+        clip, autoencoder: registry names of the models that it was trained with; the latter's subfolder `vae`.
     """
 
     @register_to_config
@@ -70,25 +73,25 @@ class Lafite(ModelMixin, ConfigMixin):
         autoencoder: str = "miniature/sd",
     ):
         super().__init__()
-        # of captions' features; `miniature.lafite.whitening` makes both
+        # of captions' features, from `training.lafite.whitening`
         self.register_buffer("centre", torch.zeros(feature_size))
         self.register_buffer("matrix", torch.eye(feature_size))
         read = feature_size + noise_size
         self.mapping = nn.Sequential(nn.Linear(read, 256), nn.SiLU(), nn.Linear(256, style_size), nn.SiLU())
-        self.start = nn.Sequential(  # what stands where is no linear function of a feature
-            nn.Linear(read, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU(), nn.Linear(512, STARTS * 4 * 4)
+        self.start = nn.Sequential(  # positions are no linear function of a feature
+            nn.Linear(read, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU(), nn.Linear(512, FIRST_CHANNELS * 4 * 4)
         )
-        self.widen = nn.Conv2d(STARTS, width, 3, padding=1)
+        self.widen = nn.Conv2d(FIRST_CHANNELS, width, 3, padding=1)
         self.blocks = nn.ModuleList(StyledBlock(width, style_size) for _ in range(2))
         self.norm = nn.GroupNorm(8, width)
         self.to_latents = nn.Conv2d(width, 4 * latent_channels, 3, padding=1)
 
-    def whitened(self, features: Tensor) -> Tensor:
-        """(B, feature_size) features of captions, length 1, so that each direction counts as much as any other."""
+    def whiten(self, features: Tensor) -> Tensor:
+        """(B, feature_size) features of captions, of length 1 -> whitened, with entries of about 1."""
         return F.normalize((features - self.centre) @ self.matrix, dim=-1) * features.shape[-1] ** 0.5
 
     def forward(self, noise: Tensor, features: Tensor) -> Tensor:
-        """(B, noise_size), (B, feature_size) of `whitened` -> (B, 4, 16, 16), scaled as Stable Diffusion's latents."""
+        """(B, noise_size), (B, feature_size) of `whiten` -> (B, 4, 16, 16), scaled as Stable Diffusion's latents."""
         read = torch.cat([noise, features], dim=-1)
         style = self.mapping(read)
         x = self.widen(F.interpolate(self.start(read).view(len(noise), -1, 4, 4), scale_factor=2, mode="nearest"))
@@ -98,10 +101,12 @@ class Lafite(ModelMixin, ConfigMixin):
 
 
 class LafiteGenerator:
-    """Draws as `Generator` does, at once: denoising steps and guidance mean nothing to it.
+    """Generates images from captions with the interface of `Generator`; it has no denoising steps and no guidance.
 
     Args:
-        vae: of Stable Diffusion. clip_text: what captions are embedded by.
+        model: features to latents.
+        vae: of Stable Diffusion, latents to images.
+        clip_text: captions to features.
     """
 
     def __init__(self, model: Lafite, vae: AutoencoderKL, clip_text: ClipText):
@@ -112,15 +117,25 @@ class LafiteGenerator:
     def from_pretrained(
         cls, name_or_path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None
     ) -> "LafiteGenerator":
-        """From a folder; CLIP and the autoencoder from the registry, by the names that the folder's config has.
+        """Open a folder; its config names CLIP and the autoencoder, which the registry locates.
 
+        Args:
+            name_or_path: folder or hub name of the model.
+            device: where it computes.
+            dtype: of its weights.
+            revision: of a hub name.
         Raises:
-            RegistryError: weights are missing or cut short.
+            RegistryError: weights are missing or incomplete.
         """
         model = Lafite.from_pretrained(check_weights(name_or_path), revision=revision, dtype=dtype).to(device)
         folder = Path(registry.locate(model.config.autoencoder))
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype).to(device)
         return cls(model, vae, ClipText.from_pretrained(registry.locate(model.config.clip), device))
+
+    def fingerprint(self) -> str:
+        """Digest of the weights, by which a run notices another generator."""
+        settings = {"clip": self.clip_text.fingerprint()}
+        return fingerprint("LafiteGenerator", modules=[self.model, self.vae], settings=settings)
 
     @torch.no_grad()
     def render(
@@ -132,11 +147,11 @@ class LafiteGenerator:
         batch_size: int = 16,
         progress: Callable[[int], object] | None = None,
     ) -> list[Image]:
-        """One picture for each (caption, seed); arguments, result and errors as of `Generator.render`."""
+        """One image for each (caption, seed); arguments, result and errors as of `Generator.render`."""
 
         def draw(batch: list[tuple[str, int]]) -> list[Image]:
             features = self.clip_text.embed([caption for caption, _ in batch]).to(self.model.device, self.model.dtype)
-            features = self.model.whitened(F.normalize(features, dim=-1))
+            features = self.model.whiten(F.normalize(features, dim=-1))
             size = self.model.config.noise_size
             noise = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for _, seed in batch]
             latents = self.model(torch.stack(noise).to(features), features)

@@ -1,8 +1,8 @@
-"""The judge of pictures: which things stand in a 64 × 64 picture of the miniature world, on which ground, or nothing.
+"""The recogniser: which things a 64 × 64 image of the miniature world shows, where, and on which ground.
 
-A fully convolutional detector of centre points: every cell of a 16 × 16 grid says how likely the centre of a thing lies
-in it, where inside the cell, and which kind, colour and size the thing would be. A picture may hold nothing that the
-network is sure of; then the scene that it reports has no things.
+A fully convolutional detector of centre points (Zhou et al. 2019). Every cell of a 16 × 16 grid predicts the
+probability that it contains the centre of a thing, the position of the centre in the cell, and the thing's kind, colour
+and size. Where no confidence reaches the threshold, the scene has no things.
 """
 
 from collections.abc import Sequence
@@ -19,20 +19,21 @@ from torch import Tensor, nn
 
 from dalleflamingo.miniature import scene_graph
 from dalleflamingo.miniature.scene_graph import Scene, Thing
+from dalleflamingo.miniature.world import IMAGE_SIZE
 
-PICTURE = 64  # pixels a side
 STRIDE = 4  # pixels a cell
-MAX_THINGS = 6  # peaks looked at in one picture; the world draws at most three things
+MAX_THINGS = 6  # peaks considered in an image; the world draws at most three things
 
 
 @dataclass
 class HeadMaps(BaseOutput):
-    """What the network says of B pictures; logits unless stated. G = 16 cells a side.
+    """Output of the network for B images; logits unless stated. G = 16 cells a side.
 
-    centre: (B, 1, G, G); the centre of a thing lies in this cell.
-    offset: (B, 2, G, G); (x, y) of the centre from the cell's middle, in cells.
-    kind, colour, size: (B, number of names, G, G); of the thing, if there is one.
-    ground: (B, number of grounds).
+    Attributes:
+        centre: (B, 1, G, G), the cell contains the centre of a thing.
+        offset: (B, 2, G, G), (x, y) of the centre from the cell's middle, in cells.
+        kind, colour, size: (B, number of names, G, G), of the thing if there is one.
+        ground: (B, number of grounds).
     """
 
     centre: Tensor
@@ -44,15 +45,15 @@ class HeadMaps(BaseOutput):
 
 
 @dataclass(frozen=True)
-class Sighting:
-    """A scene and how sure the recogniser is of each of its things, in (0, 1], surest first."""
+class Detection:
+    """The scene found in an image and the confidence in each of its things, in (0, 1], highest first."""
 
     scene: Scene
     confidences: tuple[float, ...]
 
 
 class Residual(nn.Module):
-    """x + two 3 × 3 convolutions of x, with batch normalisation (on a CPU faster than groups)."""
+    """x + two 3 × 3 convolutions of x, with batch normalisation (faster on a CPU than group normalisation)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -72,14 +73,14 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, act: bool 
 
 
 class Recogniser(ModelMixin, ConfigMixin):
-    """The detector; `from_pretrained(folder)` opens a trained one, `find(pictures)` judges pictures.
+    """The detector. `from_pretrained(folder)` opens a trained one, `find(images)` gives the scenes that it sees.
 
     Args:
-        width: channels on the 16 × 16 grid; 1.5 times as many on the 8 × 8 grid, where one cell sees the whole of a
-            thing and its neighbours.
-        threshold: the least confidence (probability of a centre × probability of the kind) of a thing that counts.
-        kinds, colours, sizes, grounds: the names that the output channels stand for, kept with the weights so that a
-            world that grows cannot shift what an old recogniser says.
+        width: channels on the 16 × 16 grid; 1.5 times as many on the 8 × 8 grid, where the receptive field of one cell
+            covers a thing and its neighbours.
+        threshold: lowest confidence (probability of a centre × probability of the kind) of a thing that is reported.
+        kinds, colours, sizes, grounds: names of the output channels, kept with the weights, so that an old recogniser
+            stays right when the world gets new kinds.
     """
 
     @register_to_config
@@ -104,7 +105,7 @@ class Recogniser(ModelMixin, ConfigMixin):
         self.head = nn.Conv2d(width, sum(self.parts.values()), 1)
         self.ground = nn.Linear(2 * deep, len(grounds))
         with torch.no_grad():
-            self.head.bias[0] = -4.0  # centres are rare: begin near their true share, not at one half
+            self.head.bias[0] = -4.0  # centres are rare: begin near their frequency instead of one half
 
     def forward(self, pixel_values: Tensor) -> HeadMaps:
         """(B, 3, 64, 64) in [-1, 1] -> HeadMaps."""
@@ -116,34 +117,34 @@ class Recogniser(ModelMixin, ConfigMixin):
         return HeadMaps(**dict(zip(self.parts, maps, strict=True)), ground=self.ground(pooled))
 
     @torch.no_grad()
-    def look(self, images: Sequence[Image.Image] | np.ndarray, batch_size: int = 64) -> list[Sighting]:
-        """What is seen in each picture, with confidences.
+    def detect(self, images: Sequence[Image.Image] | np.ndarray, batch_size: int = 64) -> list[Detection]:
+        """The things and the ground of each image, with confidences.
 
         Args:
-            images: PIL pictures of 64 × 64, or an (N, 64, 64, 3) array of uint8.
-            batch_size: pictures judged at once; the answer does not depend on it.
+            images: N PIL images of 64 × 64 pixels, or an (N, 64, 64, 3) array of uint8.
+            batch_size: images at once; the result does not depend on it.
         Raises:
-            ValueError: if a picture has another size or the array another type.
+            ValueError: an image has another size, or the array another type or shape.
         """
         self.eval()
-        sightings = []
+        detections = []
         for start in range(0, len(images), batch_size):
             pixels = prepare(images[start : start + batch_size])
-            sightings += self.decode(self(pixels.to(device=self.device, dtype=self.dtype)))
-        return sightings
+            detections += self.decode(self(pixels.to(device=self.device, dtype=self.dtype)))
+        return detections
 
     def find(self, images: Sequence[Image.Image] | np.ndarray, batch_size: int = 64) -> list[Scene]:
-        """The scene in each picture, without things where the recogniser is sure of none; arguments as in `look`."""
-        return [sighting.scene for sighting in self.look(images, batch_size)]
+        """The scene in each image, with the things that reach the threshold; arguments as in `detect`."""
+        return [detection.scene for detection in self.detect(images, batch_size)]
 
-    def decode(self, maps: HeadMaps) -> list[Sighting]:
-        """HeadMaps of B pictures -> B sightings: peaks of the centre map whose confidence reaches the threshold."""
+    def decode(self, maps: HeadMaps) -> list[Detection]:
+        """HeadMaps of B images -> B detections: peaks of the centre map whose confidence reaches the threshold."""
         names = self.config
         confidence, row, column = peaks(maps.centre, maps.kind)  # (B, MAX_THINGS) each
         ground = maps.ground.argmax(1).tolist()
-        sightings = []
+        detections = []
         for b in range(len(confidence)):
-            things, sure = [], []
+            things, confidences = [], []
             for value, j, i in zip(confidence[b].tolist(), row[b].tolist(), column[b].tolist(), strict=True):
                 if value < names.threshold:
                     continue
@@ -157,45 +158,48 @@ class Recogniser(ModelMixin, ConfigMixin):
                         y=(j + 0.5 + dy) * STRIDE,
                     )
                 )
-                sure.append(value)
-            sightings.append(Sighting(Scene(names.grounds[ground[b]], tuple(things)), tuple(sure)))
-        return sightings
+                confidences.append(value)
+            detections.append(Detection(Scene(names.grounds[ground[b]], tuple(things)), tuple(confidences)))
+        return detections
 
 
 def prepare(images: Sequence[Image.Image] | np.ndarray) -> Tensor:
-    """PIL pictures or (N, 64, 64, 3) uint8 -> (N, 3, 64, 64) float32 in [-1, 1].
+    """N PIL images or (N, 64, 64, 3) uint8 -> (N, 3, 64, 64) float32 in [-1, 1].
 
     Raises:
-        ValueError: if a picture is not 64 × 64, or an array not uint8.
+        ValueError: an image is not 64 × 64, or an array not uint8 or of another shape.
     """
     if not isinstance(images, np.ndarray):
-        sizes = {image.size for image in images} - {(PICTURE, PICTURE)}
+        sizes = {image.size for image in images} - {(IMAGE_SIZE, IMAGE_SIZE)}
         if sizes:
             width, height = min(sizes)
             raise ValueError(
-                f"a picture of {width} × {height} pixels; the recogniser knows the miniature world, whose pictures are "
-                f"{PICTURE} × {PICTURE}: resize it first, and expect little of a photograph"
+                f"an image of {width} × {height} pixels; this network knows the miniature world, whose images are "
+                f"{IMAGE_SIZE} × {IMAGE_SIZE}: resize it first, and expect little of a photograph"
             )
         images = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    if images.dtype != np.uint8 or images.shape[1:] != (PICTURE, PICTURE, 3):
+    if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise ValueError(
-            f"an array of {images.dtype} and shape {images.shape}; pictures are uint8 in 0..255 and of shape "
-            f"(N, {PICTURE}, {PICTURE}, 3)"
+            f"an array of {images.dtype} and shape {images.shape}; images are uint8 in 0..255 and of shape "
+            f"(N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3)"
         )
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # keeps channels last in memory
     return pixels.float() / 127.5 - 1
 
 
 def peaks(centre: Tensor, kind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cells that no neighbour exceeds, surest first.
+    """Cells whose centre logit no neighbour exceeds, highest confidence first.
 
     Args:
-        centre: (B, 1, G, G) logits. kind: (B, K, G, G) logits.
+        centre: (B, 1, G, G) logits.
+        kind: (B, K, G, G) logits.
     Returns:
         confidence, row, column: (B, MAX_THINGS) each; confidence = P(centre) · max P(kind), 0 where there is no peak.
     """
     centre = centre.float()
-    peak = centre == F.max_pool2d(centre, 3, stride=1, padding=1)  # of logits: probabilities near 1 are alike
+    peak = centre == F.max_pool2d(
+        centre, 3, stride=1, padding=1
+    )  # of logits: probabilities near 1 are equal in float32
     confidence = (centre.sigmoid() * peak * kind.float().softmax(1).amax(1, keepdim=True)).flatten(1)  # (B, G · G)
     confidence, cell = confidence.topk(MAX_THINGS, dim=1)
     return confidence, cell // centre.shape[-1], cell % centre.shape[-1]

@@ -1,8 +1,8 @@
-"""Scenes, what captions say of them, and how far the two agree.
+"""Scenes, the claims of captions about them, and how far the two agree.
 
-The miniature world knows the truth of every picture, so a caption can be judged by facts instead of by n-grams: this is
-the miniature's SPICE (Anderson et al. 2016), exact where SPICE has to parse. A `Scene` is the truth of a picture, a
-`CaptionGraph` is what a caption claims; `f1` and `wrong_facts` compare them.
+The content of every miniature image is known, so captions can be compared with facts instead of n-grams: this is the
+miniature's SPICE (Anderson et al. 2016), without parsing errors. A `Scene` is the content of an image, a `CaptionGraph`
+holds the claims of a caption; `f1` and `wrong_facts` compare them.
 """
 
 import re
@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-COCO_KINDS = (
-    "cat", "bird", "fish", "house", "tree", "boat", "car", "umbrella", "cup", "hat", "flower", "apple", "star", "chair",
-)  # fmt: skip
+COCO_KINDS = tuple("cat bird fish house tree boat car umbrella cup hat flower apple star chair".split())
 NEW_KINDS = ("kite", "balloon", "mushroom", "rocket", "snail", "butterfly", "crown", "bell", "key", "heart")
 KINDS = COCO_KINDS + NEW_KINDS
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
@@ -22,17 +20,27 @@ GROUNDS = ("grass", "sand", "snow", "water", "night")
 RELATIONS = ("left", "right", "above", "below")
 
 SYNONYMS = {
-    "kitten": "cat", "ship": "boat", "mug": "cup", "stool": "chair",
-    "big": "large", "little": "small", "tiny": "small", "huge": "large",
-    "lawn": "grass", "beach": "sand", "sea": "water", "dark": "night",
-    "over": "above", "under": "below",
-}  # fmt: skip
-_NEAREST_OFFSET = 6.0  # pixels: things closer than this along an axis stand in no order on it
+    "kitten": "cat",
+    "ship": "boat",
+    "mug": "cup",
+    "stool": "chair",
+    "big": "large",
+    "little": "small",
+    "tiny": "small",
+    "huge": "large",
+    "lawn": "grass",
+    "beach": "sand",
+    "sea": "water",
+    "dark": "night",
+    "over": "above",
+    "under": "below",
+}
+_NEAREST_OFFSET = 6.0  # pixels: things closer than this along an axis have no order on it
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing; (x, y) is its centre in pixels, y downwards. A caption leaves unsaid what is None."""
+    """One thing; (x, y) is its centre in pixels, y downwards. None: a caption does not name it."""
 
     kind: str
     colour: str | None = None
@@ -43,7 +51,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth of a picture: its ground and its 0–3 things, each of another kind."""
+    """The content of an image: its ground and 0–3 things of different kinds."""
 
     ground: str
     things: tuple[Thing, ...]
@@ -58,7 +66,7 @@ class Scene:
 
 @dataclass
 class CaptionGraph:
-    """What a caption claims: things, relations as (subject index, relation, object index), ground."""
+    """The claims of a caption: things, relations as (subject index, relation, object index), ground."""
 
     things: list[Thing] = field(default_factory=list)
     relations: list[tuple[int, str, int]] = field(default_factory=list)
@@ -66,7 +74,7 @@ class CaptionGraph:
 
 
 def holds(relation: str, subject: Thing, other: Thing) -> bool:
-    """Is `subject` `relation` of `other`? On a diagonal two relations hold; straight beside or above only one."""
+    """Whether `subject` is `relation` of `other`: two relations hold on a diagonal, one straight beside or above."""
     dx, dy = other.x - subject.x, other.y - subject.y
     along = {"left": dx, "right": -dx, "above": dy, "below": -dy}[relation]
     across = dy if relation in ("left", "right") else dx
@@ -74,7 +82,7 @@ def holds(relation: str, subject: Thing, other: Thing) -> bool:
 
 
 def main_relation(subject: Thing, other: Thing) -> str:
-    """The relation that a person would name: the one along the longer axis."""
+    """The relation along the longer axis, which a person would name."""
     dx, dy = other.x - subject.x, other.y - subject.y
     if abs(dx) >= abs(dy):
         return "left" if dx > 0 else "right"
@@ -82,10 +90,10 @@ def main_relation(subject: Thing, other: Thing) -> str:
 
 
 def parse(caption: str) -> CaptionGraph:
-    """Read a caption as the world's annotators write it; words it does not know are passed over.
+    """The claims of a caption as the world's annotators write it; unknown words are skipped.
 
     "a small red cat to the left of a car on the grass" → cat (small, red), car; (cat, left, car); grass.
-    A kind that was named before is the same thing again ("a kite above the cat").
+    A kind that is named again is the same thing ("a kite above the cat").
     """
     graph, index_of = CaptionGraph(), {}
     latest = colour = size = relation = None
@@ -110,7 +118,7 @@ def parse(caption: str) -> CaptionGraph:
 
 
 def wrong_facts(caption: str | CaptionGraph, scene: Scene) -> dict[str, int]:
-    """Counts of claims that the picture contradicts, by sort: kind, colour, size, relation, ground."""
+    """Number of claims that the scene contradicts: {"kind", "colour", "size", "relation", "ground"} -> count."""
     graph = parse(caption) if isinstance(caption, str) else caption
     truth = {thing.kind: thing for thing in scene.things}
     wrong = dict.fromkeys(("kind", "colour", "size", "relation", "ground"), 0)
@@ -126,22 +134,23 @@ def wrong_facts(caption: str | CaptionGraph, scene: Scene) -> dict[str, int]:
 
 
 def is_right(caption: str | CaptionGraph, scene: Scene) -> bool:
-    """No wrong kind, colour or relation, and at least one thing named: the gate's notion of a right caption."""
+    """Whether the caption names at least one thing and no wrong kind, colour or relation (the gates' criterion)."""
     graph = parse(caption) if isinstance(caption, str) else caption
     wrong = wrong_facts(graph, scene)
     return bool(graph.things) and not (wrong["kind"] or wrong["colour"] or wrong["relation"])
 
 
 def recall_of_things(caption: str, scene: Scene) -> float:
-    """Share of the picture's things whose kind the caption names."""
+    """Share of the scene's things whose kind the caption names, in [0, 1]."""
     named = {thing.kind for thing in parse(caption).things}
     return sum(thing.kind in named for thing in scene.things) / len(scene.things)
 
 
 def precision_recall_f1(caption: str | CaptionGraph, scene: Scene) -> tuple[float, float, float]:
-    """Claims are (kind), (kind, colour), (kind, size), (kind, relation, kind) and (ground), as tuples are in SPICE.
+    """Precision, recall and F1 of the claims, as of the tuples of SPICE.
 
-    Recall counts one relation for each pair of things, whichever of the true ones is named.
+    Claims are (kind), (kind, colour), (kind, size), (kind, relation, kind) and (ground). Recall counts one relation for
+    each pair of things, whichever true one is named.
     """
     graph = parse(caption) if isinstance(caption, str) else caption
     truth = {thing.kind: thing for thing in scene.things}
@@ -164,7 +173,7 @@ def precision_recall_f1(caption: str | CaptionGraph, scene: Scene) -> tuple[floa
 
 
 def f1(caption: str | CaptionGraph, scene: Scene) -> float:
-    """Scene-graph F1 of a caption against the exact scene, in [0, 1]."""
+    """Scene-graph F1 of a caption against the known scene, in [0, 1]."""
     return precision_recall_f1(caption, scene)[2]
 
 

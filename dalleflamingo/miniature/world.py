@@ -1,7 +1,7 @@
-"""A picture world of 64 × 64 pixels whose truth is known: what stands in a picture, in which colour, size and order.
+"""Images of 64 × 64 pixels whose content is known exactly: which things they show, in which colour, size and position.
 
-Things are drawn once as sprites (kind × colour × size), from the primitives in `drawings.py`; a picture is a
-ground with one to three sprites laid on it. `sample_scene` invents a scene, `draw` draws it.
+A sprite is a thing of one kind, colour and size, drawn from the primitives in `drawings.py`. An image is a ground with
+one to three sprites on it. `sample_scene` samples a scene, `draw` draws it.
 """
 
 from dataclasses import replace
@@ -15,63 +15,75 @@ from dalleflamingo.miniature.scene_graph import COLOURS, GROUNDS, KINDS, SIZES, 
 
 IMAGE_SIZE = 64
 PIXELS = {"small": 20, "large": 28}  # side of a thing's square
-_LATTICE = (
-    4  # things lie on whole latents of the autoencoder (factor 4), which spares the generator a sixteenfold variety
-)
+# pixels: sprites begin at a multiple of the autoencoder's factor, so that every sprite has one latent, not sixteen
+_LATTICE = 4
 RGB = {
-    "red": (222, 40, 44), "orange": (250, 140, 24), "yellow": (252, 224, 50), "green": (36, 158, 66),
-    "blue": (36, 92, 220), "purple": (136, 52, 176), "pink": (250, 138, 190), "white": (252, 252, 252),
-}  # fmt: skip
+    "red": (222, 40, 44),
+    "orange": (250, 140, 24),
+    "yellow": (252, 224, 50),
+    "green": (36, 158, 66),
+    "blue": (36, 92, 220),
+    "purple": (136, 52, 176),
+    "pink": (250, 138, 190),
+    "white": (252, 252, 252),
+}
 GROUND_RGB = {
-    "grass": (172, 206, 138), "sand": (234, 214, 172), "snow": (224, 232, 240), "water": (142, 192, 214),
+    "grass": (172, 206, 138),
+    "sand": (234, 214, 172),
+    "snow": (224, 232, 240),
+    "water": (142, 192, 214),
     "night": (98, 100, 150),
-}  # fmt: skip
+}
 _OVERSAMPLING = 8
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """(64, 64, 3) uint8 picture of a scene.
+    """(64, 64, 3) uint8 image of a scene.
 
     Raises:
-        ValueError: if a thing does not lie wholly inside the picture.
+        ValueError: a thing is not wholly inside the image.
     """
-    picture = _ground(scene.ground).copy()  # float32
+    image = _ground(scene.ground).copy()  # float32
     for thing in scene.things:
         colour, opacity = _sprite(thing.kind, thing.colour, thing.size)
         side = PIXELS[thing.size]
         left, top = round(thing.x - side / 2), round(thing.y - side / 2)
         if not (0 <= left <= IMAGE_SIZE - side and 0 <= top <= IMAGE_SIZE - side):
-            raise ValueError(
-                f"{thing} reaches outside the {IMAGE_SIZE} × {IMAGE_SIZE} picture: move its centre inwards"
-            )
-        patch = picture[top : top + side, left : left + side]
+            raise ValueError(f"{thing} reaches outside the {IMAGE_SIZE} × {IMAGE_SIZE} image: move its centre inwards")
+        patch = image[top : top + side, left : left + side]
         patch *= 1 - opacity
         patch += colour * opacity
-    return np.rint(picture).astype(np.uint8)
+    return np.rint(image).astype(np.uint8)
 
 
 def sample_scene(rng: np.random.Generator, kinds: tuple[str, ...] = KINDS, count: int | None = None) -> Scene:
-    """A scene of `count` things (1–3, with odds 4 : 4 : 2 if None), all of different kinds."""
+    """A scene of things of different kinds.
+
+    Args:
+        rng: source of all choices.
+        kinds: to choose from.
+        count: number of things; None for 1, 2 or 3 with probabilities 0.4, 0.4 and 0.2.
+    """
     count = count or int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]))
     names = rng.choice(kinds, size=count, replace=False)
     sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=count)]
     things = tuple(
-        Thing(str(name), COLOURS[rng.integers(len(COLOURS))], size, *place)
-        for name, size, place in zip(names, sizes, _places(rng, sizes), strict=True)
+        Thing(str(name), COLOURS[rng.integers(len(COLOURS))], size, *centre)
+        for name, size, centre in zip(names, sizes, _sample_centres(rng, sizes), strict=True)
     )
     return Scene(GROUNDS[rng.integers(len(GROUNDS))], things)
 
 
-def turned(scene: Scene, quarters: int) -> Scene:
-    """The same things, upright, their places turned clockwise about the middle: what was left is then above."""
+def rotate_layout(scene: Scene, quarter_turns: int) -> Scene:
+    """The same things, upright, with their centres rotated clockwise about the image's: "left of" becomes "above"."""
     things = scene.things
-    for _ in range(quarters % 4):
+    for _ in range(quarter_turns % 4):
         things = tuple(replace(thing, x=IMAGE_SIZE - thing.y, y=thing.x) for thing in things)
     return replace(scene, things=things)
 
 
-def _places(rng: np.random.Generator, sizes: list[str]) -> list[tuple[float, float]]:
-    """Centres (x, y) such that nothing overlaps: one anywhere, two in halves, three in quarters and a half."""
+def _sample_centres(rng: np.random.Generator, sizes: list[str]) -> list[tuple[float, float]]:
+    """Centres (x, y) without overlap: one thing anywhere, two in a half each, three in two quarters and a half."""
     half = IMAGE_SIZE / 2
     whole, first, second = (0, IMAGE_SIZE), (0, half), (half, IMAGE_SIZE)
     middle = (half - 20, half + 20)
@@ -86,11 +98,14 @@ def _places(rng: np.random.Generator, sizes: list[str]) -> list[tuple[float, flo
     if rng.random() < 0.5:
         slots = [tuple((IMAGE_SIZE - high, IMAGE_SIZE - low) for low, high in slot) for slot in slots]
     order = rng.permutation(len(slots))
-    return [tuple(_within(rng, axis, PIXELS[size]) for axis in slots[i]) for i, size in zip(order, sizes, strict=True)]
+    return [
+        tuple(_sample_coordinate(rng, axis, PIXELS[size]) for axis in slots[i])
+        for i, size in zip(order, sizes, strict=True)
+    ]
 
 
-def _within(rng: np.random.Generator, axis: tuple[float, float], side: int) -> float:
-    """A centre such that a sprite of this side stays between the two ends of `axis`, its corner on the lattice."""
+def _sample_coordinate(rng: np.random.Generator, axis: tuple[float, float], side: int) -> float:
+    """A coordinate that keeps a sprite of this side between the ends of `axis`, its corner on the lattice."""
     low, high = (int(end) // _LATTICE for end in axis)
     return float(rng.integers(low, high - side // _LATTICE + 1) * _LATTICE + side / 2)
 
@@ -123,7 +138,7 @@ def _sprite(kind: str, colour: str, size: str) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _ground(name: str) -> np.ndarray:
-    """(64, 64, 3) float32: a plain colour with a quiet pattern of its own, the same in every picture."""
+    """(64, 64, 3) float32: a colour with a faint pattern, the same in every image."""
     ground = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), GROUND_RGB[name])
     pen = ImageDraw.Draw(ground)
     lighter = tuple(min(255, c + 22) for c in GROUND_RGB[name])

@@ -1,47 +1,48 @@
-"""What recipes of networks with batch normalisation share: the average that is exported, its statistics included."""
+"""Base class of the recipes of networks with batch normalisation."""
 
-from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from dalleflamingo.miniature.training.base import Recipe
 
-class AveragedRecipe:
-    """Trains `network` and follows it with `steady`, its running average, which is what is exported.
+
+class AveragedRecipe(Recipe):
+    """Trains `network`; exports `averaged`, the moving average of its weights and batch statistics.
 
     Args:
         network: a diffusers `ModelMixin`.
     """
 
-    average = 0.0  # `steady` is the average: it takes in the batch statistics, too, which the loop's own would not
+    # The loop's average covers parameters only, as diffusers' EMAModel does. Averaged weights with the batch statistics
+    # of the latest ones do not fit together, so these recipes keep an average of both.
+    average = 0.0
 
     def __init__(self, network: nn.Module):
         self.network = network.to(memory_format=torch.channels_last)
-        self.steady = deepcopy(self.network).requires_grad_(False)
-        self.modules: dict[str, nn.Module] = {"network": self.network, "steady": self.steady}
-        self.compilable = [self.network]
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.network.parameters()
+        self.averaged = deepcopy(self.network).requires_grad_(False)
+        self.modules = {"network": self.network, "averaged": self.averaged}
+        self.compilable = (self.network,)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Moves the average, batch statistics included; early steps count little, so that it soon forgets them."""
-        keep = min(0.999, (1 + step) / (10 + step))
-        new = self.network.state_dict()
-        for name, value in self.steady.state_dict().items():
+        """Update the average; its decay rises from 0.1 to 0.999, so that the first steps are soon forgotten."""
+        decay = min(0.999, (1 + step) / (10 + step))
+        latest = self.network.state_dict()
+        for name, value in self.averaged.state_dict().items():
             if value.is_floating_point():
-                value.lerp_(new[name], 1 - keep)
+                value.lerp_(latest[name], 1 - decay)
             else:
-                value.copy_(new[name])
+                value.copy_(latest[name])
 
     def restore(self, folder: Path) -> None:
+        """Read weights from a folder that `export` wrote."""
         weights = type(self.network).from_pretrained(folder).state_dict()
         for module in self.modules.values():
             module.load_state_dict(weights)
 
     def export(self, folder: Path) -> None:
-        """Writes config and safetensors, tensors in float16; `from_pretrained` loads them in float32."""
-        deepcopy(self.steady).half().save_pretrained(folder)
+        """Write config and safetensors, tensors in float16; `from_pretrained` loads them in float32."""
+        deepcopy(self.averaged).half().save_pretrained(folder)

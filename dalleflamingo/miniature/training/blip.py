@@ -1,7 +1,6 @@
-"""The miniature BLIP: `BlipForConditionalGeneration`, pretrained on web, finetuned on coco."""
+"""The miniature BLIP: a `BlipForConditionalGeneration`, pretrained on web, finetuned on coco."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
-from dalleflamingo.miniature.training.clip import DrawBatch, pixels
+from dalleflamingo.miniature.training.base import Recipe
+from dalleflamingo.miniature.training.clip import DrawBatch, clip_pixels
 from dalleflamingo.miniature.training.tokenizers import save_tokenizer
 
 BASE, LARGE = (4, 3), (6, 6)  # layers of image encoder and of text decoder
@@ -19,7 +19,13 @@ BASE, LARGE = (4, 3), (6, 6)  # layers of image encoder and of text decoder
 def make_blip(
     tokenizer: BertTokenizer, depth: tuple[int, int] = BASE, width: int = 128
 ) -> BlipForConditionalGeneration:
-    """About 1.7 M parameters (LARGE: 2.9 M) with random weights; 8 × 8 patches of 8 pixels."""
+    """A model with random weights and about 1.7 M parameters (`LARGE`: 2.9 M); 8 × 8 patches of 8 pixels.
+
+    Args:
+        tokenizer: of `train_wordpiece`.
+        depth: layers of image encoder and of text decoder.
+        width: of both.
+    """
     image_layers, text_layers = depth
     size = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4}
     text = size | {
@@ -40,23 +46,28 @@ def make_blip(
     return BlipForConditionalGeneration(config)
 
 
-def place_sines(patches: int, width: int) -> Tensor:
-    """(patches, width): sines and cosines of row and column of a square of patches, waves of half a side to eight."""
+def position_sines(patches: int, width: int) -> Tensor:
+    """(patches, width) sines and cosines of row and column in a square grid; wavelengths from half a side to eight."""
     side = math.isqrt(patches)
-    place = torch.arange(patches)
-    angles = torch.stack([place // side, place % side], dim=1) * math.pi / side  # (patches, 2)
+    patch = torch.arange(patches)
+    angles = torch.stack([patch // side, patch % side], dim=1) * math.pi / side  # (patches, 2)
     angles = (angles[..., None] * 2.0 ** torch.linspace(-2, 2, width // 4)).flatten(1)  # (patches, width / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1) * (5 / math.sqrt(width / 2))
 
 
 @torch.no_grad()
-def start_from_clip(model: BlipForConditionalGeneration, clip: open_clip.CLIP, sample: Tensor) -> None:
-    """Give BLIP's image encoder the weights of CLIP's, as BLIP started from a trained ViT (Li et al. 2022, §4.1).
+def initialise_from_clip(model: BlipForConditionalGeneration, clip: open_clip.CLIP, sample: Tensor) -> None:
+    """Copy CLIP's image encoder into BLIP's, as BLIP started from a trained ViT (Li et al. 2022, §4.1).
 
-    CLIP normalises its embedded patches (`ln_pre`), BLIP does not: the norm is folded into the embeddings, with one
-    standard deviation for all patches, the mean over a `sample` (B, 3, 64, 64) of pictures. And CLIP hardly cares where
-    a thing stands: its positions are a tenth of its patches, and a captioner that starts there calls every side "left".
-    So sines of the place are added to them, half as long as the patches.
+    CLIP normalises its embedded patches (`ln_pre`), BLIP does not. The norm is folded into the embeddings, with one
+    standard deviation for all patches, the mean over `sample`. CLIP's position embeddings are short, a tenth of its
+    patch embeddings, and a captioner that starts from them calls every side "left". So `position_sines`, half as long
+    as the patch embeddings, are added to them.
+
+    Args:
+        model: changed in place.
+        clip: of the same width, depth and patches.
+        sample: (B, 3, 64, 64) images as `clip_pixels` gives them.
     """
     theirs, ours, norm = clip.visual, model.vision_model, clip.visual.ln_pre
 
@@ -65,12 +76,12 @@ def start_from_clip(model: BlipForConditionalGeneration, clip: open_clip.CLIP, s
 
     patches = theirs.conv1(sample).flatten(2).mT + theirs.positional_embedding[1:]  # (B, 64, width)
     gain = norm.weight / centred(patches).square().mean(-1).add(norm.eps).sqrt().mean()
-    first = norm(theirs.class_embedding + theirs.positional_embedding[0])  # the class token is the same in all pictures
+    first = norm(theirs.class_embedding + theirs.positional_embedding[0])  # the class token is the same for all images
     embeddings = ours.embeddings
     embeddings.class_embedding.copy_(first)
     embeddings.position_embedding[0, 0].zero_()
     positions = centred(theirs.positional_embedding[1:]) * gain + norm.bias
-    embeddings.position_embedding[0, 1:].copy_(positions + place_sines(*positions.shape))
+    embeddings.position_embedding[0, 1:].copy_(positions + position_sines(*positions.shape))
     embeddings.patch_embedding.weight.copy_(centred(theirs.conv1.weight.movedim(0, -1)).mul(gain).movedim(-1, 0))
     embeddings.patch_embedding.bias.zero_()
     for layer, block in zip(ours.encoder.layers, theirs.transformer.resblocks, strict=True):
@@ -88,8 +99,8 @@ def start_from_clip(model: BlipForConditionalGeneration, clip: open_clip.CLIP, s
 
 
 @torch.no_grad()
-def grow_eyes(model: BlipForConditionalGeneration, smaller: BlipForConditionalGeneration) -> None:
-    """Give a deeper image encoder all layers of a trained one; those beyond begin by changing nothing."""
+def initialise_from_shallower(model: BlipForConditionalGeneration, smaller: BlipForConditionalGeneration) -> None:
+    """Copy all layers of a trained image encoder into a deeper one; its other layers begin as the identity."""
     ours, theirs = model.vision_model, smaller.vision_model
     ours.load_state_dict(theirs.state_dict(), strict=False)
     added = ours.encoder.layers[len(theirs.encoder.layers) :]
@@ -99,38 +110,40 @@ def grow_eyes(model: BlipForConditionalGeneration, smaller: BlipForConditionalGe
             last.bias.zero_()
 
 
-class CaptioningRecipe:
-    """Eq. 1: the next word's cross-entropy, teacher-forced; what the captioners' recipes share.
+class CaptioningRecipe(Recipe):
+    """Eq. 1: cross-entropy of the next token with teacher forcing. Base class of the captioners' recipes.
+
+    `draw_early` is a curriculum. Captions of the web alone do not teach relations: to name the relation of two things,
+    the decoder has to attend to the one that it named before, which is useful only once it can tell the position of the
+    thing that it attends to. From captions of one thing and its position it learned the latter in 800 steps and the
+    former in 900 more. Without them it had learned neither after 6,200.
 
     Args:
-        draw_batch: (rng, n) -> (n, 64, 64, 3) uint8 pictures and their n captions.
-        draw_first: drawn from in its stead, half of the training always, then less and less often. The web's captions
-            alone teach no sides: to say which of two things stands left, the decoder has to attend to the one that was
-            named, and that pays only once it can say where a thing stands that it attends to. From captions of one
-            thing and its place it learned the one in 800 steps and the other in 900 more; without, in 6,200, neither.
+        name: of the run.
+        draw_batch: (rng, n) -> (n, 64, 64, 3) uint8 images and their n captions.
+        draw_early: used instead of `draw_batch` in the first half of the training, then less and less often; None for
+            no curriculum.
     """
 
     steps, batch_size, learning_rate = 6000, 64, 1e-3
-    weight_decay, warmup, average = 0.05, 200, 0.998
+    weight_decay, warmup = 0.05, 200
 
-    def __init__(self, name: str, draw_batch: DrawBatch, draw_first: DrawBatch | None):
-        self.name, self.draw_batch, self.draw_first = name, draw_batch, draw_first or draw_batch
+    def __init__(self, name: str, draw_batch: DrawBatch, draw_early: DrawBatch | None):
+        self.name, self.draw_batch, self.draw_early = name, draw_batch, draw_early or draw_batch
 
     def draw(self, rng: np.random.Generator, step: int) -> tuple[np.ndarray, list[str]]:
-        """(B, 64, 64, 3) uint8 pictures and their B captions."""
-        draw = self.draw_batch if rng.random() < 2 * step / self.steps - 1 else self.draw_first
+        """(B, 64, 64, 3) uint8 images and their B captions for one step."""
+        draw = self.draw_batch if rng.random() < 2 * step / self.steps - 1 else self.draw_early
         return draw(rng, self.batch_size)
-
-    def after_step(self, step: int) -> None:
-        pass
 
 
 class BlipRecipe(CaptioningRecipe):
-    """BLIP, all of it trained.
+    """BLIP; all parameters are trained.
 
     Args:
-        tokenizer: of `train_wordpiece`. depth: layers of image encoder and of text decoder. The others as
-            `CaptioningRecipe`.
+        name, draw_batch, draw_early: as `CaptioningRecipe`.
+        tokenizer: of `train_wordpiece`.
+        depth: layers of image encoder and of text decoder.
     """
 
     def __init__(
@@ -138,54 +151,53 @@ class BlipRecipe(CaptioningRecipe):
         name: str,
         draw_batch: DrawBatch,
         tokenizer: BertTokenizer,
-        draw_first: DrawBatch | None = None,
+        draw_early: DrawBatch | None = None,
         depth: tuple[int, int] = BASE,
     ):
-        super().__init__(name, draw_batch, draw_first)
+        super().__init__(name, draw_batch, draw_early)
         self.tokenizer, self.depth = tokenizer, depth
         self.model = make_blip(tokenizer, depth)
         self.modules = {"blip": self.model}
-        self.compilable = [self.model.vision_model]  # not the decoder: its sentences differ in length
-
-    def parameters(self) -> Iterable[torch.nn.Parameter]:
-        return self.model.parameters()
+        self.compilable = (self.model.vision_model,)  # not the decoder: captions differ in length
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """`pixel_values` (B, 3, 64, 64); `input_ids` and `labels` (B, T): [DEC] words [SEP], padding not scored."""
-        pictures, captions = self.draw(rng, step)
+        """`pixel_values` (B, 3, 64, 64); `input_ids` and `labels` (B, T): [DEC] caption [SEP], padding ignored."""
+        images, captions = self.draw(rng, step)
         tokens = self.tokenizer(captions, padding="longest", return_tensors="pt")
         input_ids = tokens.input_ids
         input_ids[:, 0] = self.tokenizer.bos_token_id  # BLIP's decoder begins with [DEC] where BERT has [CLS]
         labels = input_ids.masked_fill(tokens.attention_mask == 0, -100)
         labels[:, 0] = -100
         return {
-            "pixel_values": pixels(pictures),
+            "pixel_values": clip_pixels(images),
             "input_ids": input_ids,
             "attention_mask": tokens.attention_mask,
             "labels": labels,
         }
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Mean cross-entropy of the next token in nats."""
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        seen = self.model.vision_model(batch["pixel_values"]).last_hidden_state  # (B, 65, width)
-        said = self.model.text_decoder(
+        encoder_hidden_states = self.model.vision_model(batch["pixel_values"]).last_hidden_state  # (B, 65, width)
+        output = self.model.text_decoder(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            encoder_hidden_states=seen,
+            encoder_hidden_states=encoder_hidden_states,
             labels=batch["labels"],
         )
-        return {"loss": said.loss}
+        return {"loss": output.loss}
 
     def restore(self, folder: Path) -> None:
+        """Read a `BlipForConditionalGeneration` folder."""
         self.model.load_state_dict(BlipForConditionalGeneration.from_pretrained(folder).state_dict())
 
     def export(self, folder: Path) -> None:
-        """A folder for `BlipForConditionalGeneration` and `BlipProcessor`: tensors in float16, loaded in float32."""
+        """Write a `BlipForConditionalGeneration` and `BlipProcessor` folder: tensors in float16, loaded in float32."""
         model = make_blip(self.tokenizer, self.depth)
         model.load_state_dict(self.model.state_dict())
         model.half().save_pretrained(folder)
         model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = torch.float32
         model.config.save_pretrained(folder)
-        images = BlipImageProcessor(size={"height": 64, "width": 64})
-        BlipProcessor(images, self.tokenizer).save_pretrained(folder)
+        image_processor = BlipImageProcessor(size={"height": 64, "width": 64})
+        BlipProcessor(image_processor, self.tokenizer).save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)

@@ -1,11 +1,10 @@
-"""The miniature BLIP-2: `Blip2ForConditionalGeneration`, a Q-Former between BLIP's eyes and a small OPT.
+"""The miniature BLIP-2: a `Blip2ForConditionalGeneration`, a Q-Former between BLIP's image encoder and a small OPT.
 
-As in BLIP-2 (Li et al. 2023) the image encoder is another model's and stays as it is: here BLIP's, pretrained on web.
-Unlike there the language model is trained, too. Frozen models of billions of parameters can be steered by what the
-Q-Former shows them; one of half a million has learned from text nothing but the order of words.
+As in BLIP-2 (Li et al. 2023), the image encoder is another model's and stays frozen: here BLIP's, pretrained on web.
+Unlike there, the language model is trained, too. A frozen model of billions of parameters can be steered by the outputs
+of the Q-Former; one of half a million parameters learns from text alone only the order of words.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from dalleflamingo.miniature.training.blip import CaptioningRecipe
-from dalleflamingo.miniature.training.clip import DrawBatch, pixels
+from dalleflamingo.miniature.training.clip import DrawBatch, clip_pixels
 from dalleflamingo.miniature.training.tokenizers import save_tokenizer
 
 QUERIES = 16
@@ -30,14 +29,22 @@ END = "\n"  # of a caption, as in BLIP-2
 
 
 def make_processor(tokenizer: GPT2Tokenizer) -> Blip2Processor:
-    """Adds `<image>` to the tokenizer, in whose places the Q-Former's vectors will stand."""
+    """The processor; it adds `<image>` to the tokenizer, the token that the Q-Former's outputs replace."""
     return Blip2Processor(BlipImageProcessor(size={"height": 64, "width": 64}), tokenizer, num_query_tokens=QUERIES)
 
 
 def make_blip2(
     tokenizer: GPT2Tokenizer, width: int = 128, image_layers: int = 4, query_layers: int = 4, text_layers: int = 3
 ) -> Blip2ForConditionalGeneration:
-    """About 2.4 M parameters with random weights; `tokenizer` has `<image>`."""
+    """A model with random weights and about 2.4 M parameters.
+
+    Args:
+        tokenizer: of `train_opt_bpe`, with `<image>`.
+        width: of all three networks.
+        image_layers: of the image encoder.
+        query_layers: of the Q-Former.
+        text_layers: of OPT.
+    """
     size = {"hidden_size": width, "num_attention_heads": 4}
     text = OPTConfig(
         **size,
@@ -61,36 +68,34 @@ def make_blip2(
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     model = Blip2ForConditionalGeneration(config)
-    torch.nn.init.normal_(model.query_tokens, std=0.02)  # queries that begin alike would stay alike
+    torch.nn.init.normal_(model.query_tokens, std=0.02)  # equal queries would stay equal
     return model
 
 
-def start_from_blip(model: Blip2ForConditionalGeneration, blip: BlipForConditionalGeneration) -> None:
-    """Give BLIP-2 the image encoder of a trained BLIP."""
+def initialise_from_blip(model: Blip2ForConditionalGeneration, blip: BlipForConditionalGeneration) -> None:
+    """Copy the image encoder of a trained BLIP into BLIP-2."""
     model.vision_model.load_state_dict(blip.vision_model.state_dict())
 
 
 class Blip2Recipe(CaptioningRecipe):
-    """Q-Former, its queries, the projection and OPT; the image encoder stays.
+    """Trains Q-Former, queries, projection and OPT; the image encoder is frozen.
 
     Args:
-        tokenizer: of `train_opt_bpe`. The others as `CaptioningRecipe`.
+        name, draw_batch, draw_early: as `CaptioningRecipe`.
+        tokenizer: of `train_opt_bpe`.
     """
 
-    def __init__(self, name: str, draw_batch: DrawBatch, tokenizer: GPT2Tokenizer, draw_first: DrawBatch | None = None):
-        super().__init__(name, draw_batch, draw_first)
+    def __init__(self, name: str, draw_batch: DrawBatch, tokenizer: GPT2Tokenizer, draw_early: DrawBatch | None = None):
+        super().__init__(name, draw_batch, draw_early)
         self.processor = make_processor(tokenizer)
         self.tokenizer, self.model = tokenizer, make_blip2(tokenizer)
         self.model.vision_model.requires_grad_(False)
         self.modules = {"blip2": self.model}
-        self.compilable = [self.model.vision_model, self.model.qformer]
-
-    def parameters(self) -> Iterable[torch.nn.Parameter]:
-        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        self.compilable = (self.model.vision_model, self.model.qformer)
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """`pixel_values` (B, 3, 64, 64); `input_ids`, `labels` (B, T): queries, </s>, words, END, unscored padding."""
-        pictures, captions = self.draw(rng, step)
+        """`pixel_values` (B, 3, 64, 64); `input_ids`, `labels` (B, T): queries, </s>, caption, END, ignored padding."""
+        images, captions = self.draw(rng, step)
         tokens = self.tokenizer(
             [caption + END for caption in captions], add_special_tokens=False, padding="longest", return_tensors="pt"
         )
@@ -98,7 +103,7 @@ class Blip2Recipe(CaptioningRecipe):
         start = torch.tensor([config.image_token_index] * QUERIES + [config.text_config.bos_token_id])
         start = start.expand(len(captions), -1)
         return {
-            "pixel_values": pixels(pictures),
+            "pixel_values": clip_pixels(images),
             "input_ids": torch.cat([start, tokens.input_ids], dim=1),
             "attention_mask": torch.cat([torch.ones_like(start), tokens.attention_mask], dim=1),
             "labels": torch.cat(
@@ -107,13 +112,15 @@ class Blip2Recipe(CaptioningRecipe):
         }
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Mean cross-entropy of the next token in nats."""
         return {"loss": self.model(**{name: tensor.to(self.model.device) for name, tensor in batch.items()}).loss}
 
     def restore(self, folder: Path) -> None:
+        """Read a `Blip2ForConditionalGeneration` folder."""
         self.model.load_state_dict(Blip2ForConditionalGeneration.from_pretrained(folder).state_dict())
 
     def export(self, folder: Path) -> None:
-        """A folder for `Blip2ForConditionalGeneration` and `Blip2Processor`: tensors in float16, loaded in float32."""
+        """Write a `Blip2ForConditionalGeneration` folder with its processor: tensors in float16, loaded in float32."""
         model = make_blip2(self.tokenizer)
         model.load_state_dict(self.model.state_dict())
         model.half().save_pretrained(folder)

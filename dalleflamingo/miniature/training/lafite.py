@@ -1,19 +1,21 @@
-"""Trains the miniature's GAN generator on the latents that Stable Diffusion is trained on.
+"""Training of the miniature's GAN generator, on the latents on which Stable Diffusion is trained.
 
-LAFITE (Zhou et al. 2022) is taught with CLIP's features of pictures alone, disturbed a little, and is given a caption's
-when it draws. Our captions' features lie further from the pictures', and are silent on most of what these tell: taught
-so, this small generator drew blots, and taught with captions' features, one shape for each ground. So it is taught with
-captions' features, and all that a caption leaves open is noise, which an encoder, thrown away later, reads from the
-picture's feature in training: a variational autoencoder and a GAN in one (Larsen et al. 2016; Zhu et al. 2017).
+LAFITE (Zhou et al. 2022) is trained with CLIP's image features, slightly perturbed, and generates from a caption's
+feature. Our captions' features are further from the images' and leave out most of what these contain: trained that way,
+this small generator drew blots. Trained with the captions' features alone, it drew one shape for each ground. So it is
+trained with captions' features, and everything that a caption leaves open is noise. In training, an encoder that is
+thrown away later infers this noise from the image's feature: a variational autoencoder and a GAN in one (Larsen et
+al. 2016; Zhu et al. 2017).
 
-At first autoencoder alone: near the picture, and the noise near the normal distribution that is drawn from later. Then
-a discriminator judges what is drawn from such noise, against the real picture (Huang et al. 2024), and learns, as
-LAFITE's does (Eq. 7), which of a batch's captions a picture belongs to.
+The autoencoder is trained alone at first: a reconstruction loss, and a KL divergence that keeps the inferred noise near
+the normal distribution from which it is drawn later. From `DISCRIMINATOR_START` on, a discriminator compares images
+generated from normal noise with real ones (relativistic loss with R1 and R2 penalties, Huang et al. 2024) and, as
+LAFITE's, learns which caption of the batch belongs to an image (Eq. 7).
 
-It draws single things, and of two things little more than places and colours (docs/miniature.md).
+The result draws single things, but of two things little more than positions and colours (docs/miniature.md).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +29,25 @@ from tqdm.auto import trange
 from transformers import CLIPTokenizer
 
 from dalleflamingo.miniature.lafite import Lafite
-from dalleflamingo.miniature.training.clip import encode_text, pixels
-from dalleflamingo.miniature.training.sd import BANK, latent_bank, latent_scale, web_caption, web_scene
+from dalleflamingo.miniature.training.base import Recipe
+from dalleflamingo.miniature.training.clip import clip_pixels, encode_text
+from dalleflamingo.miniature.training.sd import BANK_SIZE, latent_bank, latent_scale, web_caption, web_scene
 from dalleflamingo.miniature.world import draw
 
-TELLINGS = 3  # captions of every picture
-ALONE = 13_000  # steps before the discriminator
-NEAR_WEIGHT = 30.0  # of the squared distance between a picture and what is drawn of it
-CODE_WEIGHT = 0.08  # of the divergence of the noise that is read from what is drawn, in nats; reached at `ALONE`
-KNOW_WEIGHT = 0.5  # of telling which caption a picture belongs to
-CALM_EVERY, CALM_WEIGHT = 8, 0.25  # R1 and R2, the squared slopes of the score, at every eighth step eight times
-FLOOR = 1e-3  # of the greatest variance: directions of less are not blown up further when features are whitened
+CAPTIONS = 3  # of each image
+DISCRIMINATOR_START = 13_000  # step
+RECONSTRUCTION_WEIGHT = 30.0  # of the mean squared error of the latents
+KL_WEIGHT = 0.08  # of the KL divergence in nats; it rises linearly until `DISCRIMINATOR_START`
+CONTRASTIVE_WEIGHT = 0.5  # of the cross-entropy of an image's own caption among those of the batch
+PENALTY_INTERVAL, PENALTY_WEIGHT = 8, 0.25  # of R1 and R2; each counts `PENALTY_INTERVAL` times in its step
+VARIANCE_FLOOR = 1e-3  # share of the largest variance that is added to all when features are whitened
 
 
 class Discriminator(nn.Module):
-    """(B, 4, 16, 16) latents, (B, D) features -> (B, B): how real a picture is, and each feature its own."""
+    """(B, 4, 16, 16) latents, (B, D) features -> (B, B) scores of each image (down) with each caption (across).
+
+    The diagonal has the scores of the pairs, and differences in a row tell which caption belongs to the image.
+    """
 
     def __init__(self, feature_size: int, widths: tuple[int, int] = (128, 192)):
         super().__init__()
@@ -57,7 +63,7 @@ class Discriminator(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Two convolutions beside a shortcut, without a norm, which would mix a batch's scores."""
+    """Two convolutions and a shortcut, without normalisation, so that an image's score does not depend on its batch."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -74,7 +80,7 @@ def _leaky(x: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """(B, D) features of pictures and of their captions, whitened -> (B, N) mean and log-variance of the noise."""
+    """(B, D) whitened features of images and of their captions -> (B, N) mean and log-variance of the noise."""
 
     def __init__(self, feature_size: int, noise_size: int):
         super().__init__()
@@ -82,29 +88,43 @@ class Encoder(nn.Module):
             nn.Linear(2 * feature_size, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU(), nn.Linear(512, 2 * noise_size)
         )
 
-    def forward(self, pictures: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance = self.net(torch.cat([pictures, captions], dim=-1)).chunk(2, dim=-1)
+    def forward(self, image_features: Tensor, caption_features: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.net(torch.cat([image_features, caption_features], dim=-1)).chunk(2, dim=-1)
         return mean, log_variance.clamp(-6, 2)
 
 
-def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Kullback-Leibler divergence from normal noise, in nats, mean over the batch (Kingma & Welling 2014, App. B)."""
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL divergence from N(0, 1) in nats, mean over the batch (Kingma & Welling 2014, App. B).
+
+    Args:
+        mean: (B, N).
+        log_variance: (B, N).
+    """
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
 
 
 def whitening(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre (D,) and symmetric matrix (D, D) for `(features − centre) @ matrix`, which has about unit covariance.
+    """Centre (D,) and symmetric matrix (D, D) such that `(features − centre) @ matrix` has about unit covariance.
 
-    CLIP's features differ most by ground and colour. What tells a kind from another has a tenth of their spread; of
-    features as they are, no generator of this size had learned a kind.
+    CLIP's features vary most with ground and colour, ten times as much as with kind. From features that were not
+    whitened, no generator of this size learned a kind.
+
+    Args:
+        features: (N, D).
     """
     centre = features.mean(0)
     variances, axes = torch.linalg.eigh((features - centre).T @ (features - centre) / len(features))
-    return centre, axes @ torch.diag((variances + FLOOR * variances.max()).rsqrt()) @ axes.T
+    return centre, axes @ torch.diag((variances + VARIANCE_FLOOR * variances.max()).rsqrt()) @ axes.T
 
 
-def feature_bank(encode: Callable[[list[int]], Tensor], file: Path, count: int = BANK) -> Tensor:
-    """(count, …) features of `web_scene(0 … count − 1)`, a hundred encoded at once; computed if `file` is missing."""
+def feature_bank(encode: Callable[[list[int]], Tensor], file: Path, count: int = BANK_SIZE) -> Tensor:
+    """(count, …) features of `web_scene(0 … count − 1)`; computed if `file` is missing.
+
+    Args:
+        encode: (100 indices of scenes) -> (100, …) features.
+        file: that keeps them, in float16.
+        count: number of scenes, a multiple of 100.
+    """
     if not file.exists():
         parts = (encode(list(range(i, i + 100))) for i in trange(0, count, 100, desc=file.stem, mininterval=10))
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -113,33 +133,36 @@ def feature_bank(encode: Callable[[list[int]], Tensor], file: Path, count: int =
 
 
 @torch.no_grad()
-def picture_features(clip: open_clip.CLIP, indices: list[int]) -> Tensor:
-    """(B, D) CLIP's features, length 1, of the pictures of these scenes."""
-    return clip.encode_image(pixels(np.stack([draw(web_scene(i)) for i in indices])), normalize=True)
+def image_features(clip: open_clip.CLIP, indices: list[int]) -> Tensor:
+    """(B, D) features of length 1 of the images of these scenes."""
+    return clip.encode_image(clip_pixels(np.stack([draw(web_scene(i)) for i in indices])), normalize=True)
 
 
 @torch.no_grad()
 def caption_features(clip: open_clip.CLIP, tokenizer: CLIPTokenizer, indices: list[int]) -> Tensor:
-    """(B, TELLINGS, D) CLIP's features, length 1, of captions of these scenes."""
-    told = []
+    """(B, CAPTIONS, D) features of length 1 of captions of these scenes."""
+    captions = []
     for index in indices:
         rng = np.random.default_rng([index, 11])
-        told += [web_caption(web_scene(index), rng, unconditional_share=0.0) for _ in range(TELLINGS)]
-    ids = tokenizer(told, padding="longest", truncation=True, return_tensors="pt").input_ids
-    return F.normalize(encode_text(clip, ids), dim=-1).view(len(indices), TELLINGS, -1)
+        captions += [web_caption(web_scene(index), rng, unconditional_share=0.0) for _ in range(CAPTIONS)]
+    ids = tokenizer(captions, padding="longest", truncation=True, return_tensors="pt").input_ids
+    return F.normalize(encode_text(clip, ids), dim=-1).view(len(indices), CAPTIONS, -1)
 
 
-class LafiteRecipe:
-    """Autoencoder, then a relativistic logistic loss with both slopes beside it; all networks step together.
+class LafiteRecipe(Recipe):
+    """Variational autoencoder, then also a relativistic GAN with R1 and R2; all networks take each step together.
 
     Args:
-        vae: Stable Diffusion's. clip: frozen; its tokenizer reads captions.
-        bank, pictures, captions: files that keep what is computed once of every picture.
+        vae: Stable Diffusion's.
+        clip: frozen.
+        tokenizer: of `clip`.
+        bank: file of the latents; see `latent_bank`.
+        image_bank, caption_bank: files of CLIP's features; see `feature_bank`.
     """
 
     name = "lafite"
     steps, batch_size, learning_rate = 20_000, 64, 1e-3
-    weight_decay, warmup, average, betas, max_grad_norm = 0.0, 100, 0.998, (0.0, 0.99), 100.0
+    betas, max_grad_norm = (0.0, 0.99), 100.0
 
     def __init__(
         self,
@@ -147,81 +170,95 @@ class LafiteRecipe:
         clip: open_clip.CLIP,
         tokenizer: CLIPTokenizer,
         bank: Path,
-        pictures: Path,
-        captions: Path,
+        image_bank: Path,
+        caption_bank: Path,
     ):
         clip = clip.eval().requires_grad_(False)
         self.latents = latent_bank(vae, bank)
         self.scale = latent_scale(self.latents)
-        of_pictures = feature_bank(lambda indices: picture_features(clip, indices), pictures).float()
-        self.captions = feature_bank(lambda indices: caption_features(clip, tokenizer, indices), captions)
-        centre, matrix = whitening(of_pictures)
-        self.pictures = ((of_pictures - centre) @ matrix).half()
-        size = of_pictures.shape[1]
+        of_images = feature_bank(lambda indices: image_features(clip, indices), image_bank).float()
+        self.caption_features = feature_bank(lambda indices: caption_features(clip, tokenizer, indices), caption_bank)
+        centre, matrix = whitening(of_images)
+        self.image_features = ((of_images - centre) @ matrix).half()
+        size = of_images.shape[1]
         self.generator, self.discriminator = Lafite(feature_size=size), Discriminator(size)
         self.encoder = Encoder(size, self.generator.config.noise_size)
-        self.generator.centre, self.generator.matrix = whitening(self.captions.flatten(0, 1).float())
-        networks = (self.generator, self.discriminator, self.encoder)
-        self.modules = dict(zip(("generator", "discriminator", "encoder"), networks, strict=True))
-        self.compilable: list[nn.Module] = []
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        for module in self.modules.values():
-            yield from module.parameters()
+        self.generator.centre, self.generator.matrix = whitening(self.caption_features.flatten(0, 1).float())
+        self.modules = {
+            "generator": self.generator,
+            "discriminator": self.discriminator,
+            "encoder": self.encoder,
+        }
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """`latents` (B, 4, 16, 16), scaled, of pictures; CLIP's features (B, D): `pictures`, whitened, `captions`."""
+        """`latents` (B, 4, 16, 16), scaled; (B, D) CLIP's `image_features`, whitened, and `caption_features`."""
         index = rng.integers(len(self.latents), size=self.batch_size)
-        telling = rng.integers(TELLINGS, size=self.batch_size)
+        caption = rng.integers(CAPTIONS, size=self.batch_size)
         return {
             "latents": self.latents[index].float() * self.scale,
-            "pictures": self.pictures[index].float(),
-            "captions": self.captions[index, telling].float(),
+            "image_features": self.image_features[index].float(),
+            "caption_features": self.caption_features[index, caption].float(),
         }
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The parts of the loss and their sum ("loss"); before `DISCRIMINATOR_START` those of the autoencoder only."""
         device = self.generator.device
-        real, pictures, captions = (batch[name].to(device) for name in ("latents", "pictures", "captions"))
-        told = self.generator.whitened(captions)
-        mean, log_variance = self.encoder(pictures, told)
-        code = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        near = NEAR_WEIGHT * (self.generator(code, told) - real).square().mean()
-        normal = min(1.0, step / ALONE) * CODE_WEIGHT * divergence(mean, log_variance)
-        losses = {"near": near, "code": normal}
-        if step >= ALONE:
-            drawn = self.generator(torch.randn_like(code), told)
-            losses |= self._judged(real, drawn, told, calming=step % CALM_EVERY == 0)
+        names = ("latents", "image_features", "caption_features")
+        real, of_images, of_captions = (batch[name].to(device) for name in names)
+        condition = self.generator.whiten(of_captions)
+        mean, log_variance = self.encoder(of_images, condition)
+        noise = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        reconstruction = RECONSTRUCTION_WEIGHT * (self.generator(noise, condition) - real).square().mean()
+        kl = min(1.0, step / DISCRIMINATOR_START) * KL_WEIGHT * kl_divergence(mean, log_variance)
+        losses = {"reconstruction": reconstruction, "kl": kl}
+        if step >= DISCRIMINATOR_START:
+            generated = self.generator(torch.randn_like(noise), condition)
+            is_penalised = step % PENALTY_INTERVAL == 0
+            losses |= self.adversarial_losses(real, generated, condition, is_penalised)
         return {"loss": sum(losses.values())} | losses
 
-    def _judged(self, real: Tensor, drawn: Tensor, told: Tensor, calming: bool) -> dict[str, Tensor]:
-        judged = [latents.detach().requires_grad_(calming) for latents in (real, drawn)]
-        of_real, of_drawn = (self.discriminator(latents, told) for latents in judged)
-        score_real, score_drawn = of_real.diagonal(), of_drawn.diagonal()
-        tell = F.softplus(score_drawn - score_real).mean()
-        know = KNOW_WEIGHT * F.cross_entropy(of_real, torch.arange(len(real), device=real.device))
-        calm = torch.zeros((), device=real.device)
-        if calming:
-            calm = CALM_EVERY * CALM_WEIGHT * sum(map(steepness, (score_real, score_drawn), judged))
+    def adversarial_losses(
+        self, real: Tensor, generated: Tensor, condition: Tensor, is_penalised: bool
+    ) -> dict[str, Tensor]:
+        """The generator's relativistic loss, and the discriminator's: relativistic, contrastive, gradient penalty.
 
-        self.discriminator.requires_grad_(False)  # from here on the generator is taught
-        score = self.discriminator(drawn, told).diagonal()
+        Args:
+            real: (B, 4, 16, 16) latents.
+            generated: likewise.
+            condition: (B, D) whitened features of the captions.
+            is_penalised: whether R1 and R2 are computed in this step; otherwise the penalty is 0.
+        """
+        fixed = [latents.detach().requires_grad_(is_penalised) for latents in (real, generated)]
+        scores_of_real, scores_of_generated = (self.discriminator(latents, condition) for latents in fixed)
+        real_score, generated_score = scores_of_real.diagonal(), scores_of_generated.diagonal()
+        own = torch.arange(len(real), device=real.device)
+        penalty = torch.zeros((), device=real.device)
+        if is_penalised:
+            penalties = map(gradient_penalty, (real_score, generated_score), fixed)
+            penalty = PENALTY_INTERVAL * PENALTY_WEIGHT * sum(penalties)
+
+        self.discriminator.requires_grad_(False)  # the generator's loss does not train the discriminator
+        score = self.discriminator(generated, condition).diagonal()
         self.discriminator.requires_grad_(True)
-        return {"fool": F.softplus(score_real.detach() - score).mean(), "tell": tell, "know": know, "calm": calm}
-
-    def after_step(self, step: int) -> None:
-        pass
+        return {
+            "generator": F.softplus(real_score.detach() - score).mean(),
+            "discriminator": F.softplus(generated_score - real_score).mean(),
+            "contrastive": CONTRASTIVE_WEIGHT * F.cross_entropy(scores_of_real, own),
+            "gradient_penalty": penalty,
+        }
 
     def restore(self, folder: Path) -> None:
+        """Read the generator; discriminator and encoder, which are not shipped, begin anew."""
         self.generator.load_state_dict(Lafite.from_pretrained(folder).state_dict())
 
     def export(self, folder: Path) -> None:
-        """A folder for `Lafite`: tensors in float16, loaded in float32."""
+        """Write a folder for `Lafite`: tensors in float16, loaded in float32."""
         model = Lafite.from_config(self.generator.config)
         model.load_state_dict(self.generator.state_dict())
         model.half().save_pretrained(folder)
 
 
-def steepness(score: Tensor, latents: Tensor) -> Tensor:
-    """Mean squared length of a score's (B,) gradient by the latents (B, …) that it judges; can be minimised."""
+def gradient_penalty(score: Tensor, latents: Tensor) -> Tensor:
+    """Mean squared norm of the gradient of scores (B,) with respect to latents (B, …); differentiable."""
     [slope] = torch.autograd.grad(score.sum(), latents, create_graph=True)
     return slope.flatten(1).square().sum(1).mean()

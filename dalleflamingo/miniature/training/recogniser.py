@@ -1,11 +1,12 @@
-"""Trains the judge of pictures on scenes drawn on the fly, on damaged ones, and on ghosts that it must not name.
+"""Training of the recogniser, on scenes drawn on the fly, degraded images, and distractors that it must not name.
 
-The recogniser will judge pictures that a VAE decoded and a diffusion model drew. So it sees blur, noise, resampling,
-JPEG and wavering outlines in training, all too weak to change a name; and every third picture holds a ghost (see
-`ghosts.py`), at whose place the truth says: nothing.
+The recogniser judges images that an autoencoder decoded or a diffusion model generated. In training it therefore sees
+blur, noise, resampling, JPEG artefacts and warped outlines, all too weak to change a name. Every third image has a
+distractor (`distractors.py`), for which the target is: no thing.
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,19 +16,21 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from dalleflamingo.miniature import world
-from dalleflamingo.miniature.recogniser import PICTURE, STRIDE, HeadMaps, Recogniser, prepare
+from dalleflamingo.miniature.recogniser import STRIDE, HeadMaps, Recogniser, prepare
 from dalleflamingo.miniature.scene_graph import Scene
 from dalleflamingo.miniature.training import distractors
 from dalleflamingo.miniature.training.averaging import AveragedRecipe
+from dalleflamingo.miniature.world import IMAGE_SIZE
 
-GRID = PICTURE // STRIDE
-SPREAD = 0.8  # of the centre's bump, in cells
-OWNED = 0.3  # cells where the bump is higher answer for the thing, too: a peak may fall next to the centre
-GHOST_SHARE = 0.35  # of training pictures
+GRID = IMAGE_SIZE // STRIDE
+HEATMAP_SIGMA = 0.8  # cells, of the Gaussian around a centre
+# Cells where the heatmap exceeds this predict the thing's attributes, too: the peak may lie next to the centre.
+ATTRIBUTE_THRESHOLD = 0.3
+DISTRACTOR_SHARE = 0.35  # of training images
 
 
 class RecogniserRecipe(AveragedRecipe):
-    """A recipe for `train.py`: 64 pictures a step, exported as the running average of the weights."""
+    """Focal loss of the centres, cross-entropies of the attributes, L1 of the offsets."""
 
     name, steps, batch_size = "recogniser", 8000, 64
     learning_rate, weight_decay, warmup = 2e-3, 0.01, 200
@@ -36,44 +39,45 @@ class RecogniserRecipe(AveragedRecipe):
         super().__init__(network or Recogniser())
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """Pictures (B, 3, 64, 64) in [-1, 1] and the maps that `targets` makes of their scenes."""
-        drawn = [draw_example(rng) for _ in range(self.batch_size)]
-        scenes = [scene for _, scene in drawn]
-        pixels = prepare(np.stack([picture for picture, _ in drawn]))
-        return {"pixel_values": noise(waver(pixels, rng), rng), **targets(scenes, self.network)}
+        """`pixel_values` (B, 3, 64, 64) in [-1, 1] and the `targets` of their scenes."""
+        images, scenes = zip(*(draw_example(rng) for _ in range(self.batch_size)), strict=True)
+        pixels = prepare(np.stack(images))
+        return {"pixel_values": add_noise(warp(pixels, rng), rng), **targets(scenes, self.network)}
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The sum of the parts ("loss") and each part."""
         self.network.train()
-        like = next(self.network.parameters())
-        batch = {name: value.to(like.device) for name, value in batch.items()}
+        batch = {name: value.to(self.network.device) for name, value in batch.items()}
         pixels = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-        return losses(self.network(pixels), batch)
+        return detection_losses(self.network(pixels), batch)
 
 
 def draw_example(rng: np.random.Generator) -> tuple[np.ndarray, Scene]:
-    """A picture (64, 64, 3) uint8 as a judge may meet it, and the things in it that are things."""
+    """A degraded (64, 64, 3) uint8 image, with or without a distractor, and the scene of its real things."""
     scene = world.sample_scene(rng)
-    if rng.random() < GHOST_SHARE:
-        picture, scene = distractors.add_distractor(scene, rng)
+    if rng.random() < DISTRACTOR_SHARE:
+        image, scene = distractors.add_distractor(scene, rng)
     else:
-        picture = world.draw(scene)
-    picture, scene = shift(picture, scene, *rng.integers(-2, 3, 2).tolist())
-    return damage(picture, rng), scene
+        image = world.draw(scene)
+    image, scene = shift(image, scene, *rng.integers(-2, 3, 2).tolist())
+    return degrade(image, rng), scene
 
 
-def shift(picture: np.ndarray, scene: Scene, dx: int, dy: int) -> tuple[np.ndarray, Scene]:
-    """Moves a (64, 64, 3) picture and its things by up to 4 px: the world keeps to a lattice, a generator may not."""
-    wide = np.pad(picture, ((4, 4), (4, 4), (0, 0)), mode="edge")
+def shift(image: np.ndarray, scene: Scene, dx: int, dy: int) -> tuple[np.ndarray, Scene]:
+    """Move a (64, 64, 3) image and its things by up to 4 pixels: the world has a lattice, a generator need not."""
+    wide = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="edge")
     things = tuple(replace(thing, x=thing.x + dx, y=thing.y + dy) for thing in scene.things)
-    return wide[4 - dy : 4 - dy + PICTURE, 4 - dx : 4 - dx + PICTURE], Scene(scene.ground, things)
+    return wide[4 - dy : 4 - dy + IMAGE_SIZE, 4 - dx : 4 - dx + IMAGE_SIZE], Scene(scene.ground, things)
 
 
-def damage(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Resamples, blurs, compresses, tints a (64, 64, 3) uint8 picture, each at times, never until a name changes."""
-    image = Image.fromarray(picture)
+def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A (64, 64, 3) uint8 image resampled, blurred, compressed, tinted, each with some probability; names stay true."""
+    image = Image.fromarray(image)
     if rng.random() < 0.25:
-        side = int(rng.integers(40, PICTURE))
-        image = image.resize((side, side), Image.Resampling.BOX).resize((PICTURE, PICTURE), Image.Resampling.BICUBIC)
+        side = int(rng.integers(40, IMAGE_SIZE))
+        image = image.resize((side, side), Image.Resampling.BOX).resize(
+            (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC
+        )
     if rng.random() < 0.35:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 1.1)))
     if rng.random() < 0.2:
@@ -87,32 +91,39 @@ def damage(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return pixels
 
 
-def waver(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Bends half of the (B, 3, 64, 64) pictures by a smooth random field of up to about 2 pixels, as generators do."""
+def warp(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Half of the (B, 3, 64, 64) images warped by a smooth random field of up to about 2 pixels, as generators warp."""
     count = len(pixels)
     strength = rng.uniform(0, 0.8, (count, 1, 1, 1)) * (rng.random((count, 1, 1, 1)) < 0.5)
     coarse = torch.from_numpy((rng.standard_normal((count, 2, 6, 6)) * strength).astype(np.float32))
-    field = F.interpolate(coarse, size=PICTURE, mode="bicubic", align_corners=True)  # pixels
-    still = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), [count, 3, PICTURE, PICTURE], align_corners=False)
-    grid = still + field.permute(0, 2, 3, 1) * (2 / PICTURE)
+    field = F.interpolate(coarse, size=IMAGE_SIZE, mode="bicubic", align_corners=True)  # pixels
+    identity = F.affine_grid(
+        torch.eye(2, 3).expand(count, 2, 3), [count, 3, IMAGE_SIZE, IMAGE_SIZE], align_corners=False
+    )
+    grid = identity + field.permute(0, 2, 3, 1) * (2 / IMAGE_SIZE)
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
-def noise(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Adds Gaussian noise of up to 0.08 (of a range of 2) to the (B, 3, 64, 64) pictures, half of the time none."""
+def add_noise(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Half of the (B, 3, 64, 64) images with Gaussian noise of standard deviation up to 0.08, in a range of 2."""
     count = len(pixels)
     strength = rng.uniform(0, 0.08, (count, 1, 1, 1)) * (rng.random((count, 1, 1, 1)) < 0.5)
     grains = rng.standard_normal(pixels.shape, dtype=np.float32) * strength.astype(np.float32)
     return (pixels + torch.from_numpy(grains)).clamp(-1, 1)
 
 
-def targets(scenes: list[Scene], network: Recogniser) -> dict[str, Tensor]:
-    """What the heads should say of B scenes.
+def targets(scenes: Sequence[Scene], network: Recogniser) -> dict[str, Tensor]:
+    """Targets of the heads for B scenes.
 
+    Args:
+        scenes: B of them.
+        network: whose names are counted.
     Returns:
-        centre: (B, G, G) bumps, exactly 1 in the cell of each centre.
-        weight: (B, G, G) how much a cell answers for a thing's attributes, 0 where it answers for none.
-        offset: (B, 2, G, G) as in `HeadMaps`; kind, colour, size: (B, G, G) indices; ground: (B,) indices.
+        centre: (B, G, G) heatmap, exactly 1 in the cell of each centre.
+        weight: (B, G, G) of the attributes' losses, 0 where no thing is near.
+        offset: (B, 2, G, G) as in `HeadMaps`.
+        kind, colour, size: (B, G, G) indices.
+        ground: (B,) indices.
     """
     names = network.config
     count = len(scenes)
@@ -127,21 +138,26 @@ def targets(scenes: list[Scene], network: Recogniser) -> dict[str, Tensor]:
             x, y = thing.x / STRIDE, thing.y / STRIDE  # in cells
             i, j = np.clip((int(x), int(y)), 0, GRID - 1)
             square = (middle - middle[i]) ** 2 + (middle[:, None] - middle[j]) ** 2  # (G, G)
-            bump = np.exp(-square / (2 * SPREAD**2)).astype(np.float32)
-            mine = bump > maps["centre"][b]  # nearest thing owns a cell
-            maps["centre"][b][mine] = bump[mine]
-            maps["offset"][b, 0][mine] = np.broadcast_to(x - middle, (GRID, GRID))[mine]
-            maps["offset"][b, 1][mine] = np.broadcast_to((y - middle)[:, None], (GRID, GRID))[mine]
-            maps["kind"][b][mine] = names.kinds.index(thing.kind)
-            maps["colour"][b][mine] = names.colours.index(thing.colour)
-            maps["size"][b][mine] = names.sizes.index(thing.size)
-    maps["weight"] = maps["centre"] * (maps["centre"] > OWNED)
+            gaussian = np.exp(-square / (2 * HEATMAP_SIGMA**2)).astype(np.float32)
+            nearest = gaussian > maps["centre"][b]  # a cell belongs to the nearest thing
+            maps["centre"][b][nearest] = gaussian[nearest]
+            maps["offset"][b, 0][nearest] = np.broadcast_to(x - middle, (GRID, GRID))[nearest]
+            maps["offset"][b, 1][nearest] = np.broadcast_to((y - middle)[:, None], (GRID, GRID))[nearest]
+            maps["kind"][b][nearest] = names.kinds.index(thing.kind)
+            maps["colour"][b][nearest] = names.colours.index(thing.colour)
+            maps["size"][b][nearest] = names.sizes.index(thing.size)
+    maps["weight"] = maps["centre"] * (maps["centre"] > ATTRIBUTE_THRESHOLD)
     maps["ground"] = np.array([names.grounds.index(scene.ground) for scene in scenes])
     return {name: torch.from_numpy(value) for name, value in maps.items()}
 
 
-def losses(maps: HeadMaps, truth: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sum ("loss") and its parts, scalars: focal for centres, cross-entropies and L1 weighted to the centres."""
+def detection_losses(maps: HeadMaps, truth: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of the loss and their weighted sum ("loss"), scalars.
+
+    Args:
+        maps: output of the network.
+        truth: of `targets`.
+    """
     weight = truth["weight"]
     total = weight.sum().clamp(min=1)
     parts = {"centre": centre_loss(maps.centre[:, 0], truth["centre"])}
@@ -153,14 +169,15 @@ def losses(maps: HeadMaps, truth: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"loss": sum(value * scale.get(name, 1.0) for name, value in parts.items()), **parts}
 
 
-def centre_loss(logits: Tensor, bumps: Tensor) -> Tensor:
+def centre_loss(logits: Tensor, heatmap: Tensor) -> Tensor:
     """Focal loss of centre points (Zhou et al. 2019, Objects as Points, eq. 1; α = 2, β = 4), per centre.
 
     Args:
-        logits, bumps: (B, G, G); a bump of exactly 1 is a centre, less than 1 excuses a near miss.
+        logits: (B, G, G).
+        heatmap: (B, G, G); a value of 1 is a centre, a value below 1 lowers the loss of a near miss.
     """
     probability = logits.sigmoid()
     hit = (1 - probability) ** 2 * F.logsigmoid(logits)
-    miss = (1 - bumps) ** 4 * probability**2 * F.logsigmoid(-logits)
-    centres = (bumps == 1).float()
+    miss = (1 - heatmap) ** 4 * probability**2 * F.logsigmoid(-logits)
+    centres = (heatmap == 1).float()
     return -(centres * hit + (1 - centres) * miss).sum() / centres.sum().clamp(min=1)

@@ -1,22 +1,21 @@
-"""The miniature Stable Diffusion: U-Net on 16 × 16 × 4 latents, conditioned on a text encoder that began as CLIP's.
+"""The miniature Stable Diffusion: a U-Net on 16 × 16 × 4 latents, conditioned on a text encoder that began as CLIP's.
 
-Three things differ from SD v1 on purpose; the first two go together.
+It differs from Stable Diffusion v1 in three points; the first two belong together.
 
-The noise schedule. SD's ends at ᾱ_T = 0.0047: a trace of the picture's mean leaks through at every timestep of
-training and is missing when sampling starts from pure noise, so plain grounds come out in wrong colours. DDPM's linear
-schedule ends at ᾱ_T = 4e-5 and, sampled from its very end (`trailing`), does not.
+*Noise schedule.* That of Stable Diffusion ends at ᾱ_T = 0.0047. In training, a trace of the image's mean is therefore
+left at every timestep; sampling starts from pure noise, which has no such trace, and plain grounds get wrong colours.
+DDPM's linear schedule ends at ᾱ_T = 4e-5; sampled from its last timestep (`trailing`), it does not have this problem.
 
-The target. Near such an end the noise ε is what the network sees, so to predict it (Eq. 3) teaches next to nothing of
-what the text says. The velocity v = √ᾱ ε − √(1−ᾱ) z (Salimans & Ho 2022; SD v2) is the same knowledge, z_t being given,
-but asks there for the picture itself. Side by side, 600 steps from the same weights: the clean latent's squared error
-at t = 800 is 1.28 with ε and 0.66 with v, where 0.65 is what knowing the ground alone leaves.
+*Target.* Near such an end the input is almost equal to the noise ε, so predicting ε (Eq. 3) teaches hardly anything
+about the text. The velocity v = √ᾱ ε − √(1−ᾱ) z (Salimans & Ho 2022; Stable Diffusion v2) is equivalent given z_t, but
+near the end it is the image itself. Side by side, after 600 steps from the same weights, the squared error of the
+clean latent at t = 800 is 1.28 with ε and 0.66 with v; knowing only the ground would give 0.65.
 
-The text encoder. SD's stays as CLIP left it. Ours learns on, first by itself (`far_view.py`), then with the U-Net: of
-what varies between captions of one thing in the small tower's states (those behind the text's end) 71 % is the ground
-and 16 % the kind, and a U-Net that sees only as many pictures as a laptop draws takes long to find them.
+*Text encoder.* Stable Diffusion keeps CLIP's frozen. Ours is trained on, first alone (`sd_text.py`), then with the
+U-Net. In the hidden states behind the end of CLIP's captions of one thing, 71 % of the variance is due to the ground
+and 16 % to the kind. A U-Net that sees only as many images as a laptop can draw needs long to find the rest in them.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,24 +27,26 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dalleflamingo.miniature.annotators import alt_text, plain_text
+from dalleflamingo.miniature.annotators import alt_text, minimal_caption
 from dalleflamingo.miniature.scene_graph import Scene
+from dalleflamingo.miniature.training.base import Recipe
 from dalleflamingo.miniature.training.tokenizers import save_tokenizer
-from dalleflamingo.miniature.training.vae import to_pixels
+from dalleflamingo.miniature.training.vae import vae_pixels
 from dalleflamingo.miniature.world import draw, sample_scene
 
-BANK = 40_000  # pictures whose latents are computed once; their captions are told anew each time
-UNCONDITIONAL_SHARE = 0.12  # of captions replaced by "", for classifier-free guidance (Ho & Salimans 2022)
-PLAIN_SHARE = 0.8  # of the others' captions, up to two things, told barely and truly: alt-text is wrong in one of five
-# Beta distributions of t/T: mostly where text, not what is still visible, must decide. The first is where kinds and
-# colours are decided, the second where places are, when a thing can hardly be seen yet.
+BANK_SIZE = 40_000  # images whose latents are computed once; their captions are written anew each time
+UNCONDITIONAL_SHARE = 0.12  # of captions are "", for classifier-free guidance (Ho & Salimans 2022)
+MINIMAL_SHARE = 0.8  # of the other captions of one or two things are minimal and true; alt-text is wrong in one of five
+# Beta distributions of t/T, mostly where the text decides and not what is still visible: kinds and colours are decided
+# at EARLY timesteps, positions at LATE ones, where a thing can hardly be seen.
 EARLY, LATE = (2.0, 3.0), (5.0, 2.0)
-LATE_SHARE = 0.5  # of samples whose timestep is drawn from the second
-FAR_WEIGHT = 0.3  # of the far view's loss
-LESSONS = {1: 0.05, 2: 0.4}  # things in a picture -> share of training until which their places alone are learned
+LATE_SHARE = 0.5  # of timesteps are drawn from LATE
+LAYOUT_WEIGHT = 0.3  # of the layout loss
+CURRICULUM = {1: 0.05, 2: 0.4}  # number of things -> share of the training until which there are only such images
 
 
 def make_unet(text_width: int) -> UNet2DConditionModel:
+    """The U-Net with random weights, for hidden states of width `text_width`."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -61,6 +62,7 @@ def make_unet(text_width: int) -> UNet2DConditionModel:
 
 
 def make_scheduler() -> DDPMScheduler:
+    """DDPM's linear noise schedule, velocity as target; see above."""
     return DDPMScheduler(
         beta_start=1e-4,
         beta_end=0.02,
@@ -72,7 +74,7 @@ def make_scheduler() -> DDPMScheduler:
 
 
 def web_scene(index: int) -> Scene:
-    """The scene of latent `index` of the bank; every other one holds a single thing."""
+    """The scene of latent `index` of the bank; every other one has a single thing."""
     rng = np.random.default_rng([7, index])
     return sample_scene(rng, count=1 if index % 2 else None)
 
@@ -80,22 +82,29 @@ def web_scene(index: int) -> Scene:
 def web_caption(
     scene: Scene,
     rng: np.random.Generator,
-    plain_share: float = PLAIN_SHARE,
+    minimal_share: float = MINIMAL_SHARE,
     unconditional_share: float = UNCONDITIONAL_SHARE,
 ) -> str:
-    """What the generator is told of a picture, told anew each time."""
+    """A random caption of a scene for training the generator: empty, minimal or alt-text.
+
+    Args:
+        scene: to describe.
+        rng: source of all choices.
+        minimal_share: probability of a minimal caption, where it is not empty and the scene has one or two things.
+        unconditional_share: probability of "".
+    """
     if rng.random() < unconditional_share:
         return ""
-    return (plain_text if len(scene.things) < 3 and rng.random() < plain_share else alt_text)(scene, rng)
+    return (minimal_caption if len(scene.things) < 3 and rng.random() < minimal_share else alt_text)(scene, rng)
 
 
 @torch.no_grad()
-def latent_bank(vae: AutoencoderKL, file: Path, count: int = BANK) -> Tensor:
+def latent_bank(vae: AutoencoderKL, file: Path, count: int = BANK_SIZE) -> Tensor:
     """(count, 4, 16, 16) latents, unscaled, of `web_scene(0 … count − 1)`; computed if `file` is missing."""
     if not file.exists():
         batches = [
             vae.encode(
-                to_pixels(np.stack([draw(web_scene(i)) for i in range(first, first + 100)])).to(vae.device)
+                vae_pixels(np.stack([draw(web_scene(i)) for i in range(first, first + 100)])).to(vae.device)
             ).latent_dist.mean
             for first in trange(0, count, 100, desc="latents", mininterval=10)
         ]
@@ -104,112 +113,123 @@ def latent_bank(vae: AutoencoderKL, file: Path, count: int = BANK) -> Tensor:
     return load_file(file)["latents"]
 
 
-def far_view(latents: Tensor) -> Tensor:
-    """(B, 4, 16, 16) latents -> (B, 4, 8, 8)."""
-    return F.avg_pool2d(latents, 2)
-
-
-def at_end(states: Tensor, input_ids: Tensor, end_id: int) -> Tensor:
-    """(B, D): of (B, T, D) states those where the (B, T) ids first have `end_id`."""
-    end = (input_ids == end_id).int().argmax(1)
-    return states[torch.arange(len(end)), end]
-
-
 def latent_scale(latents: Tensor) -> float:
-    """What brings (N, 4, 16, 16) latents to standard deviation 1."""
+    """The factor that brings (N, 4, 16, 16) latents to standard deviation 1."""
     return float(1 / latents[:2000].float().std())
 
 
-class SdRecipe:
-    """Eq. 3 with v for ε: the velocity, predicted from the noised latent, the timestep and the text.
+def layout(latents: Tensor) -> Tensor:
+    """(B, 4, 16, 16) latents -> (B, 4, 8, 8), at half their resolution: which colour is where, but no detail."""
+    return F.avg_pool2d(latents, 2)
+
+
+def state_at_end(hidden_states: Tensor, input_ids: Tensor, end_id: int) -> Tensor:
+    """(B, D): of (B, T, D) hidden states those at the first `end_id` of each row of the (B, T) ids."""
+    end = (input_ids == end_id).int().argmax(1)
+    return hidden_states[torch.arange(len(end)), end]
+
+
+class SdRecipe(Recipe):
+    """Eq. 3 with v in place of ε: predict the velocity from noised latent, timestep and text.
 
     Args:
         vae: trained; frozen here.
-        text_encoder: CLIP's text tower, to start from.
+        text_encoder: to start from.
         tokenizer: of the text encoder.
-        bank: file that keeps the latents.
-        tell: the linear map of `far_view.py`, so that the text encoder does not forget what it has learned by it.
+        bank: file of the latents; see `latent_bank`.
+        layout_head: the linear map of `sd_text.py`, trained on, so that the text encoder keeps what it learned with it.
     """
 
     name = "sd"
     steps, batch_size, learning_rate = 6000, 32, 1e-3
-    weight_decay, warmup, average = 0.01, 100, 0.998
+    weight_decay = 0.01
 
     def __init__(
-        self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, bank: Path, tell: nn.Linear
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        bank: Path,
+        layout_head: nn.Linear,
     ):
         self.latents = latent_bank(vae, bank)
-        self.things = np.array([len(web_scene(i).things) for i in range(len(self.latents))])
+        self.thing_counts = np.array([len(web_scene(i).things) for i in range(len(self.latents))])
         vae.register_to_config(scaling_factor=latent_scale(self.latents))
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.scheduler = make_scheduler()
         self.unet = make_unet(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
-        self.tell = tell
-        self.modules = {"unet": self.unet, "text_encoder": self.text_encoder, "tell": self.tell}
-        self.compilable = [self.unet]
+        self.layout_head = layout_head
+        self.modules = {"unet": self.unet, "text_encoder": self.text_encoder, "layout_head": self.layout_head}
+        self.compilable = (self.unet,)
 
-    def parameters(self) -> Iterable[torch.nn.Parameter]:
-        yield from self.unet.parameters()
-        yield from self.text_encoder.parameters()
-        yield from self.tell.parameters()
+    def curriculum_stage(self, step: int) -> int | None:
+        """The number of things in all images of this step; None after the curriculum, when any number is drawn.
 
-    def lesson(self, step: int) -> int | None:
-        """How many things the pictures hold while places alone are learned."""
-        return next((things for things, end in LESSONS.items() if step < end * self.steps), None)
+        During the curriculum captions are minimal and timesteps late, so that positions alone are learned.
+        """
+        return next((count for count, end in CURRICULUM.items() if step < end * self.steps), None)
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """`latents` (B, 4, 16, 16), scaled; `input_ids` (B, 77)."""
-        lesson = self.lesson(step)
-        alike = np.flatnonzero(self.things == lesson)
-        index = rng.choice(alike, self.batch_size) if lesson else self.index(rng, step)
-        captions = [web_caption(web_scene(i), rng, 1.0 if lesson else PLAIN_SHARE) for i in index]
+        index = self.sample_indices(rng, step)
+        minimal_share = 1.0 if self.curriculum_stage(step) else MINIMAL_SHARE
+        captions = [web_caption(web_scene(i), rng, minimal_share) for i in index]
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return {"latents": self.latents[index].float() * self.vae.config.scaling_factor, "input_ids": tokens.input_ids}
 
-    def index(self, rng: np.random.Generator, step: int) -> np.ndarray:
-        """(B,) places in the bank: first mostly single things, then fewer and fewer of them."""
-        one_thing = 0.8 * max(0.0, 1 - 2 * step / self.steps)
-        chosen = rng.random(self.batch_size) < one_thing
-        return 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + chosen
+    def sample_indices(self, rng: np.random.Generator, step: int) -> np.ndarray:
+        """(B,) indices into the bank; the share of single things falls until half of the steps are done."""
+        if count := self.curriculum_stage(step):
+            return rng.choice(np.flatnonzero(self.thing_counts == count), self.batch_size)
+        single_share = 0.8 * max(0.0, 1 - 2 * step / self.steps)
+        is_single = rng.random(self.batch_size) < single_share
+        return 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + is_single
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Squared error of the velocity, plus that of the layout where there is a caption."""
         device = self.unet.device
         latents = batch["latents"].to(device, memory_format=torch.channels_last)
         ids = batch["input_ids"].to(device)
-        states = self.text_encoder(ids).last_hidden_state  # (B, 77, width)
+        encoder_hidden_states = self.text_encoder(ids).last_hidden_state  # (B, 77, width)
         noise = torch.randn_like(latents)
-        early, late = (torch.distributions.Beta(*shape).sample((len(latents),)) for shape in (EARLY, LATE))
-        is_late = torch.rand(len(latents)) < (1.0 if self.lesson(step) else LATE_SHARE)
-        share = torch.where(is_late, late, early).to(device)
-        timesteps = (share * self.scheduler.config.num_train_timesteps).long()
+        timesteps = self.sample_timesteps(len(latents), step).to(device)
         noised = self.scheduler.add_noise(latents, noise, timesteps)
-        velocity = self.scheduler.get_velocity(latents, noise, timesteps)
-        near = F.mse_loss(self.unet(noised, timesteps, states).sample, velocity)
-        end = self.tokenizer.eos_token_id
-        views, told = far_view(latents), ids[:, 1] != end
-        far = F.mse_loss(self.tell(at_end(states, ids, end)).view_as(views)[told], views[told])
-        return {"loss": near + FAR_WEIGHT * far, "near": near, "far": far}
+        target = self.scheduler.get_velocity(latents, noise, timesteps)
+        velocity = F.mse_loss(self.unet(noised, timesteps, encoder_hidden_states).sample, target)
+        layout_loss = self.layout_loss(encoder_hidden_states, ids, latents)
+        return {"loss": velocity + LAYOUT_WEIGHT * layout_loss, "velocity": velocity, "layout": layout_loss}
 
-    def after_step(self, step: int) -> None:
-        pass
+    def sample_timesteps(self, n: int, step: int) -> Tensor:
+        """(n,) timesteps, from `EARLY` and `LATE`; late ones only during the curriculum."""
+        early, late = (torch.distributions.Beta(*shape).sample((n,)) for shape in (EARLY, LATE))
+        is_late = torch.rand(n) < (1.0 if self.curriculum_stage(step) else LATE_SHARE)
+        return (torch.where(is_late, late, early) * self.scheduler.config.num_train_timesteps).long()
+
+    def layout_loss(self, hidden_states: Tensor, input_ids: Tensor, latents: Tensor) -> Tensor:
+        """Squared error of the layout that is predicted at the end of each caption, empty captions excluded."""
+        end_id = self.tokenizer.eos_token_id
+        target, has_caption = layout(latents), input_ids[:, 1] != end_id
+        predicted = self.layout_head(state_at_end(hidden_states, input_ids, end_id)).view_as(target)
+        return F.mse_loss(predicted[has_caption], target[has_caption])
 
     def restore(self, folder: Path) -> None:
+        """Read U-Net and text encoder from a pipeline's folder."""
         for module, name in ((self.unet, "unet"), (self.text_encoder, "text_encoder")):
             module.load_state_dict(type(module).from_pretrained(folder, subfolder=name).state_dict())
 
     def export(self, folder: Path) -> None:
-        """A folder for `StableDiffusionPipeline`: tensors in float16, loaded in float32."""
+        """Write a folder for `StableDiffusionPipeline`: tensors in float16, loaded in float32."""
         pipeline = StableDiffusionPipeline(
-            self.vae,
-            self.text_encoder,
-            self.tokenizer,
-            self.unet,
-            self.scheduler,
-            None,
-            None,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
             requires_safety_checker=False,
         )
         pipeline.to(dtype=torch.float16).save_pretrained(folder)
         save_tokenizer(self.tokenizer, Path(folder) / "tokenizer")
-        self.text_encoder.config.dtype = torch.float32  # transformers, unlike diffusers, would load what the files hold
+        self.text_encoder.config.dtype = torch.float32  # transformers, unlike diffusers, loads in the type of the files
         self.text_encoder.config.save_pretrained(Path(folder) / "text_encoder")

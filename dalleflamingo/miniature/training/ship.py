@@ -1,61 +1,67 @@
-"""Write the trained models into `data/miniature`: `python -m dalleflamingo train --ship`.
+"""Writing trained models into `data/miniature`, with MANIFEST.json.
 
-The MANIFEST names every file with its sha256 and size, and for every model its seed, recipe, minutes, hardware and
-curve, and how many parameters were trained; `gates.py` adds how good the models are. A run that began from the weights
-of others (`--init-from`) says which in a file `earlier.json` of its folder: a list of {"what", "steps", "minutes"},
-first to last.
+The MANIFEST has sha256 and size of every file and, for every model, its number of trained parameters, seed, command,
+hardware, minutes and curve. `research/gates.py` adds how good the models are.
 """
 
-import argparse
 import hashlib
 import json
-import os
-import platform
 from pathlib import Path
 
-from dalleflamingo.miniature.corpora import ROOT
-from dalleflamingo.miniature.training.recipes import RECIPES, RUNS
-from dalleflamingo.runs import load_trained
+from dalleflamingo.miniature.corpora import data_folder
+from dalleflamingo.miniature.training.base import load_trained
+from dalleflamingo.miniature.training.recipes import RECIPES, STAGES
+from dalleflamingo.runs import write_whole
 
-# trained on the way to a model that is shipped: the MANIFEST tells their history only
-STAGES = ("vae", "clip-web", "sd-text", "blip-web", "blip-large-web", "blip2-web")
-LARGEST_FILE, LARGEST_ALL = 16 * 2**20, 48 * 2**20
+MAX_FILE_BYTES, MAX_TOTAL_BYTES = 16 * 2**20, 48 * 2**20
 _CURVE_POINTS = 60
 
 
-def ship(name: str, root: Path = ROOT) -> dict:
-    """Export one trained model into its folder, if it is not a stage of another; returns its entry in the MANIFEST.
+def ship(name: str, run: Path, root: Path | None = None) -> dict:
+    """Export a trained model into its folder, unless it is a stage of another.
 
+    Args:
+        name: in `RECIPES`.
+        run: folder of its training.
+        root: folder of the miniature's data; None: `data_folder()`.
+    Returns:
+        the model's entry in the MANIFEST.
     Raises:
-        FileNotFoundError: if it has not been trained.
+        FileNotFoundError: the run has no checkpoint.
     """
     recipe = RECIPES[name]()
-    steps, minutes = load_trained(recipe, RUNS / name)
-    curve = [json.loads(line) for line in (RUNS / name / "log.jsonl").read_text().splitlines()]
+    steps, minutes = load_trained(recipe, run)
+    curve = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     every = max(1, len(curve) // _CURVE_POINTS)
+    settings = json.loads((run / "training.json").read_text())
     entry = {
         "parameters": sum(parameter.numel() for parameter in recipe.parameters()),
-        "seed": 0,
-        "command": f"python -m dalleflamingo train {name} --steps {steps}",
+        "seed": settings["seed"],
+        "command": f"python -m dalleflamingo train {name} --steps {steps} --seed {settings['seed']}",
         "batch_size": recipe.batch_size,
         "learning_rate": recipe.learning_rate,
-        "hardware": f"one {platform.machine()} CPU core of {os.cpu_count()}",
+        "hardware": settings["hardware"],
         "minutes": round(minutes, 1),
         "curve": curve[::-every][::-1],
     }
-    if (RUNS / name / "earlier.json").exists():
-        entry["earlier"] = json.loads((RUNS / name / "earlier.json").read_text())
+    if settings["init_from"]:
+        entry["init_from"] = settings["init_from"]
+        entry["command"] += f" --init-from {settings['init_from']}"
     if name not in STAGES:
-        recipe.export(root / name)
+        recipe.export((root or data_folder()) / name)
     return entry
 
 
-def write_manifest(models: dict, root: Path = ROOT) -> None:
-    """List every shipped file, and what is known of `models`; entries of models that are not named are kept.
+def write_manifest(models: dict[str, dict], root: Path | None = None) -> None:
+    """Write MANIFEST.json: all shipped files, and the entries of `models`; those of other models are kept.
 
+    Args:
+        models: name -> entry, of `ship`.
+        root: folder of the miniature's data; None: `data_folder()`.
     Raises:
-        ValueError: if a file or all files together are larger than the repository allows.
+        ValueError: a file, or all together, are larger than the repository allows.
     """
+    root = root or data_folder()
     file = root / "MANIFEST.json"
     manifest = json.loads(file.read_text()) if file.exists() else {"models": {}}
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".png" and path != file)
@@ -68,17 +74,10 @@ def write_manifest(models: dict, root: Path = ROOT) -> None:
     }
     largest = max(files, key=lambda name: files[name]["bytes"])
     together = sum(entry["bytes"] for entry in files.values())
-    if files[largest]["bytes"] > LARGEST_FILE or together > LARGEST_ALL:
+    if files[largest]["bytes"] > MAX_FILE_BYTES or together > MAX_TOTAL_BYTES:
         raise ValueError(
-            f"{root} holds {together:,} bytes, {largest} {files[largest]['bytes']:,}: 48 MB and 16 MB are allowed"
+            f"{root} has {together:,} bytes, its largest file {largest} {files[largest]['bytes']:,}: "
+            f"the repository allows {MAX_TOTAL_BYTES:,} and {MAX_FILE_BYTES:,}"
         )
     manifest |= {"licence": "MIT", "files": files, "models": manifest["models"] | models}
-    file.write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="which (default: all)", metavar="MODEL")
-    names = parser.parse_args(arguments).models or list(RECIPES)
-    write_manifest({name: ship(name) for name in names})
-    print(f"shipped {', '.join(names)} to {ROOT}")
+    write_whole(file, lambda part: part.write_text(json.dumps(manifest, indent=1) + "\n"))

@@ -1,10 +1,10 @@
-"""The three tokenizers of the miniature, learned from the world's captions, which split words differently.
+"""The three tokenizers of the miniature, learned from the world's captions; they split words differently.
 
-BLIP reads WordPiece (BERT's: `##` marks a piece that continues a word), BLIP-2's language model OPT byte pairs that
-keep their spaces (`Ġ` is the space before a word), Stable Diffusion CLIP's byte pairs (`</w>` marks a piece that ends a
-word). The map between such vocabularies is the bridge of §4.1. All are written as ordinary `transformers` folders. The
-same texts give the same files, in whatever order they come: every base symbol gets its id before training, because the
-trainer breaks ties between equally frequent pairs by id.
+BLIP has WordPiece (BERT's: `##` marks a token that continues a word). BLIP-2's language model OPT has byte pairs that
+include spaces (`Ġ` is the space before a word). Stable Diffusion has CLIP's byte pairs (`</w>` marks a token that ends
+a word). The bridge of §4.1 maps between such vocabularies. All are written as ordinary `transformers` folders. The same
+texts give the same files in any order: every base symbol gets its id before training, because the trainer breaks ties
+between equally frequent pairs by id.
 """
 
 import json
@@ -24,7 +24,7 @@ END_OF_WORD = "</w>"
 def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Path:
     """Learn BLIP's WordPiece vocabulary, lower-cased, and write it as a `BertTokenizer` folder.
 
-    Ids: `[PAD] [UNK] [CLS] [SEP] [MASK]`, the characters, the characters as `##` pieces, the learned pieces, and
+    Ids: `[PAD] [UNK] [CLS] [SEP] [MASK]`, the characters, the characters with `##`, the learned tokens, and
     `[DEC]` last, as in BLIP. A decoder sentence begins with `[DEC]` (`bos_token`), ends with `[SEP]` (`eos_token`).
 
     Args:
@@ -43,7 +43,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     first = sorted(set(string.ascii_lowercase).union(*words))
     later = sorted(set(string.ascii_lowercase).union(*(word[1:] for word in words)))
     base = [*BERT_SPECIALS, *first, *(f"##{character}" for character in later)]
-    _require_room(vocab_size, len(base) + 1, f"{len(first)} characters, {len(later)} as ## pieces, 6 special tokens")
+    _require_room(vocab_size, len(base) + 1, f"{len(first)} characters, {len(later)} with ##, 6 special tokens")
 
     learner = _learner(models.WordPiece(unk_token="[UNK]"), stock)
     learner.train_from_iterator(
@@ -65,7 +65,7 @@ def train_clip_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path, ma
         texts: the captions to learn from.
         vocab_size: number of ids, special tokens included; fewer if the texts hold fewer different words.
         folder: where to write; made if missing.
-        max_length: length of a padded sentence in tokens.
+        max_length: tokens of a padded caption.
     Returns:
         the folder.
     Raises:
@@ -92,8 +92,12 @@ def train_opt_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> 
     Ids, as in OPT: `<s> <pad> </s> <unk>`, the 256 bytes, one id per merge. A sentence begins with `</s>`; a caption of
     BLIP-2 ends with a line break, which is a byte like others. Nothing is ever unknown.
 
-    Arguments and result as of `train_wordpiece`.
-
+    Args:
+        texts: the captions to learn from.
+        vocab_size: number of ids, special tokens included; fewer if the texts hold fewer different words.
+        folder: where to write; made if missing.
+    Returns:
+        the folder.
     Raises:
         ValueError: if `vocab_size` has no room for the 256 bytes and the four special tokens.
     """
@@ -112,7 +116,7 @@ def train_opt_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> 
 
 
 def _learner(model: models.Model, stock: Tokenizer) -> Tokenizer:
-    """A tokenizer to train that cuts text into words exactly as the stock one will."""
+    """A tokenizer to train, with the normaliser and the pre-tokenizer of the stock one."""
     learner = Tokenizer(model)
     learner.normalizer, learner.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
     return learner
@@ -124,7 +128,7 @@ def _require_room(vocab_size: int, needed: int, what: str) -> None:
 
 
 def save_tokenizer(tokenizer: BertTokenizer | CLIPTokenizer | GPT2Tokenizer, folder: str | Path) -> Path:
-    """Write tokenizer.json, and for older transformers and people vocab.txt or vocab.json and merges.txt."""
+    """Write tokenizer.json, and vocab.txt or vocab.json and merges.txt for older transformers and human readers."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)

@@ -1,73 +1,93 @@
-"""Train the miniature's models: `python -m dalleflamingo train vae`, or `all` for everything in order.
+"""The training loop, one for all models, and the command `python -m dalleflamingo train`.
 
-One loop for every model. A *recipe* (`vae.py`, `clip.py`, `blip.py`, …) names its modules, draws its batches and gives
-its loss; the loop does the rest: AdamW with warm-up and cosine decay, clipping, a moving average of the weights,
-checkpoints, resumption after a kill, the curve. CPU or GPU, same code; a run goes on where its last checkpoint stands.
-`torchrun --nproc-per-node 2 -m dalleflamingo train sd --threads 1` gives each of two cores its own batches.
+A recipe (`base.py`) has the networks, the batches and the loss. The loop does the rest: AdamW, warm-up and cosine
+decay, clipping, a moving average of the weights, checkpoints, resumption, the curve. It is the same code on a CPU, a
+GPU, or several of them: `torchrun --nproc-per-node 2 -m dalleflamingo train sd --threads 1` gives each of two processes
+its own batches and averages their gradients.
 """
 
 import argparse
+import inspect
 import json
-import math
 import os
+import platform
+import resource
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from accelerate import Accelerator
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm.auto import trange
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
+from dalleflamingo.miniature.corpora import data_folder
+from dalleflamingo.miniature.training.base import Recipe
 from dalleflamingo.miniature.training.recipes import RECIPES, RUNS
+from dalleflamingo.miniature.training.ship import ship, write_manifest
 from dalleflamingo.runs import Checkpoint
 
+FINAL_LEARNING_RATE = 0.02  # share of the recipe's
 
-def train(recipe, run: Path, checkpoint_every: int = 100, seed: int = 0, device: str = "cpu") -> None:
-    """Train `recipe` for `recipe.steps` optimizer steps in all, counting those that `run` holds already.
+
+def train(
+    recipe: Recipe, run: Path, checkpoint_every: int = 100, seed: int = 0, init_from: Path | None = None
+) -> float:
+    """Train `recipe` until `recipe.steps` steps are done in all, counting those that `run` has already.
 
     Args:
-        recipe: what to train; see `recipes.py`.
-        run: folder of the checkpoint (`state.safetensors`) and the curve (`log.jsonl`).
+        recipe: what to train.
+        run: folder of the checkpoint (`state.safetensors`), the curve (`log.jsonl`) and the settings (`training.json`).
+        checkpoint_every: steps between two checkpoints.
+        seed: of data and noise. Those of a step follow from its number, so resuming needs no state of a generator.
+        init_from: folder of the weights that `recipe` was restored from, for the record.
+    Returns:
+        minutes of all steps.
     Raises:
-        FloatingPointError: if the loss is not finite; the last checkpoint is kept.
+        FloatingPointError: the loss is not finite; the last checkpoint is kept.
+        ValueError: the run was begun with another seed.
     """
-    run.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    with accelerator.main_process_first():
+        record_settings(run, seed, f"{processes} × {hardware(accelerator.device)}", init_from)
     for module in recipe.modules.values():
-        module.to(device)
+        module.to(accelerator.device)
     parameters = list(recipe.parameters())
     optimizer = torch.optim.AdamW(
-        recipe.paces() if hasattr(recipe, "paces") else parameters,
-        lr=recipe.learning_rate,
-        betas=getattr(recipe, "betas", (0.9, 0.98)),
-        weight_decay=recipe.weight_decay,
+        recipe.parameter_groups(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
     )
     checkpoint = Checkpoint(run, recipe, optimizer)
     first, minutes = checkpoint.load()
-    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    schedule = learning_rate_schedule(optimizer, recipe, first)
     started, recent = time.time(), []
-    progress = trange(first, recipe.steps, initial=first, total=recipe.steps, desc=recipe.name, mininterval=10)
+    progress = trange(
+        first, recipe.steps, initial=first, total=recipe.steps, desc=recipe.name, mininterval=10, disable=rank > 0
+    )
     for step in progress:
-        # a step's noise and data follow from its number, so that resuming needs no RNG state
-        torch.manual_seed((seed * 1_000_003 + step) * workers + rank)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * group.get("pace", 1.0) * schedule(step, recipe.steps, recipe.warmup)
-        losses = recipe.loss(recipe.batch(np.random.default_rng([seed, step] + [rank] * (workers > 1)), step), step)
+        torch.manual_seed((seed * 1_000_003 + step) * processes + rank)
+        rng = np.random.default_rng([seed, step] + [rank] * (processes > 1))
+        losses = recipe.loss(recipe.batch(rng, step), step)
         if not torch.isfinite(losses["loss"]):
             raise FloatingPointError(
-                f"{recipe.name}: loss {losses['loss'].item()} at step {step}; the checkpoint in {run} is good"
+                f"{recipe.name}: the loss is {losses['loss'].item()} at step {step}. The checkpoint in {run} is "
+                f"good: lower the recipe's learning_rate ({recipe.learning_rate:g}) or raise its warmup "
+                f"({recipe.warmup} steps), and give the same command again"
             )
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        if workers > 1:
-            average_gradients(parameters, workers)
-        torch.nn.utils.clip_grad_norm_(parameters, getattr(recipe, "max_grad_norm", 1.0))
+        average_gradients(accelerator, parameters)
+        clip_grad_norm_(parameters, recipe.max_grad_norm)
         optimizer.step()
+        schedule.step()
         recipe.after_step(step)
         checkpoint.follow()
         recent.append({name: value.item() for name, value in losses.items()})
         if (step + 1) % checkpoint_every and step + 1 < recipe.steps:
             continue
-        if rank == 0:
+        if accelerator.is_main_process:
             means = {name: round(float(np.mean([entry[name] for entry in recent])), 5) for name in recent[0]}
             spent = minutes + (time.time() - started) / 60
             checkpoint.save(step + 1, spent)
@@ -75,51 +95,131 @@ def train(recipe, run: Path, checkpoint_every: int = 100, seed: int = 0, device:
                 log.write(json.dumps({"step": step + 1, "minutes": round(spent, 2), **means}) + "\n")
             progress.set_postfix(means)
         recent = []
+    accelerator.wait_for_everyone()
+    return minutes + (time.time() - started) / 60 * (first < recipe.steps)
 
 
-def average_gradients(parameters: list[torch.nn.Parameter], workers: int) -> None:
-    """Every worker goes on with the mean of all workers' gradients, sent as one long vector."""
-    gradients = [parameter.grad for parameter in parameters]
-    together = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(together)
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, mean in zip(gradients, (together / workers).split(sizes), strict=True):
-        gradient.copy_(mean.view(gradient.shape))
-
-
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """Factor of the learning rate: linear warm-up, then cosine decay to 2 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=[*RECIPES, "all"])
-    parser.add_argument("--steps", type=int, help="length of training (default: the recipe's)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the networks (wants a C++ compiler; faster on long runs)"
+def learning_rate_schedule(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, first: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then cosine decay to 2 %, beginning at step `first`."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+        optimizer, recipe.warmup, recipe.steps, min_lr_rate=FINAL_LEARNING_RATE, last_epoch=first - 1
     )
-    parser.add_argument("--init-from", type=Path, help="start from the weights in this folder (data/miniature/sd, say)")
-    parser.add_argument("--run", type=Path, help=f"where the run is kept (default: {RUNS}/MODEL)")
+
+
+def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
+    """Replace every gradient by its mean over all processes.
+
+    DistributedDataParallel would need one `forward` that computes the whole loss; recipes call parts of their networks.
+    """
+    if accelerator.num_processes > 1:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        vector_to_parameters(accelerator.reduce(parameters_to_vector(gradients), reduction="mean"), gradients)
+
+
+def record_settings(run: Path, seed: int, hardware: str, init_from: Path | None) -> None:
+    """Write `training.json` into a new run; in one that exists, check that it was begun with the same seed."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = run / "training.json"
+    if file.exists():
+        if (begun := json.loads(file.read_text())["seed"]) != seed:
+            raise ValueError(f"{run} was begun with seed {begun}: give --seed {begun}, or another folder by --run")
+        return
+    settings = {"seed": seed, "hardware": hardware, "init_from": init_from and str(init_from)}
+    file.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def hardware(device: torch.device) -> str:
+    """The GPU's name, or the CPU's architecture and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def steps_done(run: Path) -> int:
+    """The step of the last checkpoint of a run, 0 if it has none."""
+    log = run / "log.jsonl"
+    return json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has used, in GB; on a GPU, of the GPU's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command `python -m dalleflamingo train`; returns its exit status."""
+    parser = argument_parser()
     options = parser.parse_args(arguments)
+    if options.run and options.model == "all":
+        parser.error("--run is the folder of one model: leave it out, or name the model")
+    if options.steps is not None and options.steps < 0:
+        parser.error(f"--steps {options.steps}: give 0 or more")
     if options.threads:
         torch.set_num_threads(options.threads)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
-    torch.set_flush_denormal(True)  # denormal numbers are a hundred times slower on CPUs
     for name in RECIPES if options.model == "all" else [options.model]:
-        torch.manual_seed(options.seed)
-        recipe = RECIPES[name]()
-        recipe.steps = options.steps or recipe.steps
-        if options.init_from:
-            recipe.restore(options.init_from)
-        if options.compile:
-            for module in recipe.compilable:
-                module.compile()
         run = options.run or RUNS / name
-        train(recipe, run, seed=options.seed, device="cuda" if torch.cuda.is_available() else "cpu")
-        print(f"{name}: trained, in {run}")
+        torch.set_flush_denormal(True)  # denormal numbers are a hundred times slower on CPUs
+        try:
+            train_one(name, run, options)
+        except KeyboardInterrupt:
+            print(f"\nInterrupted. {run} keeps {steps_done(run)} steps of {name}; the same command goes on from there.")
+            return 130
+        finally:
+            torch.set_flush_denormal(False)
+    return 0
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    summaries = [f"  {name:<15} {inspect.getdoc(recipe).splitlines()[0]}" for name, recipe in RECIPES.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m dalleflamingo train",
+        description="Train the models of the miniature. A run that is there goes on from its last checkpoint.",
+        epilog="models, in the order in which `all` trains them:\n" + "\n".join(summaries),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", choices=[*RECIPES, "all"], metavar="MODEL", help="one of those below, or all")
+    parser.add_argument("--steps", type=int, help="steps in all, those done before included (default: the recipe's)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: 0)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks; needs a C++ compiler")
+    parser.add_argument(
+        "--init-from", type=Path, metavar="FOLDER", help="start from these weights, for example data/miniature/sd"
+    )
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help=f"of checkpoint and curve (default: {RUNS}/MODEL)")
+    parser.add_argument(
+        "--ship",
+        action="store_true",
+        help="then write the model into data/miniature, with its entry in MANIFEST.json; "
+        "with --steps 0 the run as it is",
+    )
+    return parser
+
+
+def train_one(name: str, run: Path, options: argparse.Namespace) -> None:
+    """Train one model as `argument_parser` says, ship it if asked for, and say what was made."""
+    torch.manual_seed(options.seed)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    with accelerator.main_process_first():  # it may compute a bank of latents, which the others then read
+        recipe = RECIPES[name]()
+    if options.steps is not None:
+        recipe.steps = options.steps
+    if options.init_from:
+        recipe.restore(options.init_from)
+    if options.compile:
+        for module in recipe.compilable:
+            module.compile()
+    minutes = train(recipe, run, seed=options.seed, init_from=options.init_from)
+    if not accelerator.is_main_process:
+        return
+    if options.ship:
+        write_manifest({name: ship(name, run)})
+    where = f"{run}, shipped in {data_folder()}" if options.ship else run
+    memory = peak_memory(accelerator.device)
+    print(f"{name}: {steps_done(run)} steps in {where}; {minutes:.1f} minutes, {memory:.1f} GB of memory")
