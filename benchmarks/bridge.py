@@ -1,10 +1,10 @@
 """The map and the bridge, measured: `python benchmarks/bridge.py [--captions FOLDER] [--opt FOLDER] [--images N]`.
 
-* What crosses: shares of captions, on COCO's Karpathy split (learned on val, measured on test) and on the miniature's.
-* What it costs: learning the map and carrying captions, against the same by one caption at a time and a dense matrix,
-  side by side in one run.
-* What arrives: pictures drawn from the captioner's own distributions over each map in each mode, judged by the
-  recogniser.
+* Captions: the share that arrives unchanged, on COCO's Karpathy split (learned on val, measured on test) and on the
+  miniature's.
+* Cost: learning the map and mapping captions, against the same for one caption at a time with a dense matrix, side by
+  side in one run.
+* Images: generated from the captioner's own distributions with each map in each mode, judged by the recogniser.
 
 Writes docs/results/bridge.json and docs/results/bridge.md. Without FOLDER, COCO's part stays as it was measured last.
 """
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from dalleflamingo import registry
-from dalleflamingo.bridge import MODES, Bridge, relax
+from dalleflamingo.bridge import BRIDGE_MODES, Bridge, relax
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.evaluation.vocabulary_report import report
 from dalleflamingo.generator import Generator
@@ -30,18 +30,20 @@ from dalleflamingo.miniature.image_score import score_prompt
 from dalleflamingo.miniature.recogniser import Recogniser
 from dalleflamingo.miniature.scene_graph import Scene
 from dalleflamingo.profiles import PROFILES
-from dalleflamingo.research.report import current_commit
-from dalleflamingo.tokens import clip_tokenizer, wordpiece_tokenizer
-from dalleflamingo.vocabulary import KINDS, VocabularyMap
+from dalleflamingo.research.pages import current_commit
+from dalleflamingo.research.released import released_map
+from dalleflamingo.tokens import Alignment, clip_tokenizer, wordpiece_tokenizer
+from dalleflamingo.vocabulary import MAP_KINDS, VocabularyMap
 
 RESULTS = Path("docs/results")
+KINDS = ("one-to-one", "released", "word-aligned")
 SEED, MINI = 0, PROFILES["mini"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=Path, help="folder of coco_karpathy_{val,test}_gt.json")
-    parser.add_argument("--images", type=int, default=100, help="pictures for each map and mode")
+    parser.add_argument("--images", type=int, default=100, help="images for each map and mode")
     parser.add_argument("--opt", type=Path, help="folder of BLIP-2's tokenizer, OPT's or any of GPT-2's merges")
     arguments = parser.parse_args()
     file = RESULTS / "bridge.json"
@@ -57,13 +59,13 @@ def main() -> None:
         parser.error("--opt is measured on COCO: give --captions, too")
     if arguments.captions:
         coco = {part: read_captions(arguments.captions / f"coco_karpathy_{part}_gt.json") for part in ("val", "test")}
-        keep("coco", crossings(wordpiece_tokenizer(), clip_tokenizer(), coco["val"], coco["test"]))
+        keep("coco", reports(wordpiece_tokenizer(), clip_tokenizer(), coco["val"], coco["test"]))
         keep("cost", costs(coco["val"]))
         if arguments.opt:
             opt = AutoTokenizer.from_pretrained(arguments.opt)
-            keep("opt", crossings(opt, clip_tokenizer(), coco["val"], coco["test"], ("one-to-one", "word-aligned")))
-    keep("miniature", miniature_crossings())
-    keep("pictures", pictures(arguments.images))
+            keep("opt", reports(opt, clip_tokenizer(), coco["val"], coco["test"], MAP_KINDS))
+    keep("miniature", miniature_reports())
+    keep("images", images(arguments.images))
     (RESULTS / "bridge.md").write_text(page(found))
     print(f"{RESULTS}/bridge.md")
 
@@ -72,47 +74,55 @@ def read_captions(file: Path) -> list[str]:
     return [entry["caption"] for entry in json.loads(file.read_text())["annotations"]]
 
 
-# ── what crosses ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def learn(source, target, captions: list[str], kind: str) -> VocabularyMap:
+    return released_map(source, target) if kind == "released" else VocabularyMap.learn(source, target, captions, kind)
 
 
-def crossings(captioners, generators, learned: list[str], measured: list[str], kinds=KINDS) -> list[dict]:
-    """A row a map and direction."""
+# ── captions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def reports(captioner, generator, learned: list[str], measured: list[str], kinds=KINDS) -> list[dict]:
+    """A row for each direction and map between two tokenizers."""
     rows = []
-    for direction, source, target in (("there", captioners, generators), ("back", generators, captioners)):
-        for kind in kinds if direction == "there" else ("one-to-one", "word-aligned"):
-            told = report(VocabularyMap.learn(source, target, learned, kind), measured)
+    directions = (
+        ("to the generator", captioner, generator, kinds),
+        ("to the captioner", generator, captioner, MAP_KINDS),
+    )
+    for direction, source, target, possible in directions:
+        for kind in possible:
+            found = report(learn(source, target, learned, kind), measured)
             rows.append(
                 {
                     "direction": direction,
                     "map": kind,
-                    "n": told.exact.n,
-                    "same": told.same.value,
-                    "exact": [told.exact.value, told.exact.low, told.exact.high],
-                    "read": told.read.value,
-                    "unknown": told.unknown.value,
-                    "made": told.made,
-                    "lost": told.lost,
-                    "words": told.words.word.head(5).tolist(),
+                    "n": found.exact.n,
+                    "same_tokens": found.same_tokens.value,
+                    "exact": [found.exact.value, found.exact.low, found.exact.high],
+                    "token_accuracy": found.token_accuracy.value,
+                    "unknown": found.unknown.value,
+                    "added_mass": found.added_mass,
+                    "lost": found.lost,
+                    "lost_words": found.lost_words.word.head(5).tolist(),
                 }
             )
     return rows
 
 
-def miniature_crossings() -> list[dict]:
+def miniature_reports() -> list[dict]:
     texts = {
-        part: [text for example in registry.dataset("miniature/coco", part) for text in example.references]
+        part: [text for example in registry.load_dataset(MINI.coco, part) for text in example.references]
         for part in ("train", "test")
     }
-    captioner = Captioner.from_pretrained(registry.locate("miniature/blip"))
-    generator = Generator.from_pretrained(registry.locate("miniature/sd"))
-    return crossings(captioner.processor.tokenizer, generator.pipeline.tokenizer, texts["train"], texts["test"])
+    captioner = Captioner.from_pretrained(registry.locate(MINI.captioner))
+    generator = Generator.from_pretrained(registry.locate(MINI.generator))
+    return reports(captioner.processor.tokenizer, generator.pipeline.tokenizer, texts["train"], texts["test"])
 
 
-# ── what it costs ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── cost ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def costs(captions: list[str]) -> dict:
-    """Seconds of ours and of the plain version, each on the same captions, and the ratio."""
+    """Seconds of the package and of the plain version, each on the same captions, and the ratio."""
     source, target = wordpiece_tokenizer(), clip_tokenizer()
     vocabulary_map = VocabularyMap.learn(source, target, captions)
     special = dict(bos_token_id=49_406, eos_token_id=49_407, pad_token_id=49_407)
@@ -121,52 +131,52 @@ def costs(captions: list[str]) -> dict:
     texts = captions[:4]
     ids = [source(text, add_special_tokens=False).input_ids for text in texts]
     longest = max(map(len, ids))
-    said = torch.randn(len(ids), longest, len(source), generator=torch.Generator().manual_seed(SEED)).softmax(-1)
-    paths = vocabulary_map.paths(ids, texts)
-    dense, table = vocabulary_map.matrix.to_dense(), encoder.get_input_embeddings().weight.detach()
+    P = torch.randn(len(ids), longest, len(source), generator=torch.Generator().manual_seed(SEED)).softmax(-1)
+    alignments = vocabulary_map.align(ids, texts)
+    dense, E = vocabulary_map.matrix.to_dense(), encoder.get_input_embeddings().weight.detach()
 
     @torch.no_grad()
     def plain() -> list[torch.Tensor]:
-        return [plain_prompt(said[i], path, dense, table) for i, path in enumerate(paths)]
+        return [plain_prompt(P[i], alignment, dense, E) for i, alignment in enumerate(alignments)]
 
     @torch.no_grad()
-    def ours() -> torch.Tensor:
-        return bridge.map.carry(said, paths, bridge.readings, table)
+    def embeddings() -> torch.Tensor:
+        return bridge.vocabulary_map.expected_embeddings(P, alignments, bridge.mapped_embeddings, E)
 
     @torch.no_grad()
-    def written_down() -> torch.Tensor:
-        return bridge.map.rows(said, paths) @ table
+    def distributions() -> torch.Tensor:
+        return bridge.vocabulary_map.target_distributions(P, alignments) @ E
 
-    torch.testing.assert_close(ours(), written_down(), atol=1e-4, rtol=1e-3)
-    for mine, theirs, path in zip(ours(), plain(), paths, strict=True):
-        torch.testing.assert_close(mine[: len(path.target)], theirs, atol=1e-4, rtol=1e-3)
-    fast, slow, rows = seconds(ours), seconds(plain, 2), seconds(written_down)
+    torch.testing.assert_close(embeddings(), distributions(), atol=1e-4, rtol=1e-3)
+    for fast, slow, alignment in zip(embeddings(), plain(), alignments, strict=True):
+        torch.testing.assert_close(fast[: len(alignment.target)], slow, atol=1e-4, rtol=1e-3)
+    fast, slow = seconds(embeddings), seconds(plain, 2)
     entries = vocabulary_map.matrix._nnz()
     return {
         "captions": len(captions),
         "learn": seconds(lambda: VocabularyMap.learn(source, target, captions), 2),
-        "carry": fast,
+        "embeddings": fast,
         "plain": slow,
-        "rows": rows,
+        "distributions": seconds(distributions),
         "ratio": slow / fast,
         "batch": len(texts),
-        "megabytes": (bridge.readings.numel() * 4 + entries * 20) / 1e6,
+        "megabytes": (bridge.mapped_embeddings.numel() * 4 + entries * 20) / 1e6,
         "dense_megabytes": dense.numel() * 4 / 1e6,
     }
 
 
-def plain_prompt(said: torch.Tensor, path, matrix: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The formula as it stands: a caption and a place at a time, rows over the whole target vocabulary."""
+def plain_prompt(P: torch.Tensor, alignment: Alignment, matrix: torch.Tensor, E: torch.Tensor) -> torch.Tensor:
+    """The equation as it is written: one caption and one position at a time, over the whole target vocabulary."""
     rows = []
-    for j, u in enumerate(path.target):
-        row, stayed = torch.zeros(len(table)), 1.0
-        for t in (t for t, place in enumerate(path.lands) if place == j):
-            departure = said[t].clone()
-            departure[path.source[t]] = 0
-            row += stayed * (departure @ matrix)
-            stayed *= said[t, path.source[t]]
-        row[u] += stayed
-        rows.append(row @ table)
+    for j, u in enumerate(alignment.target):
+        row, followed = torch.zeros(len(E)), 1.0
+        for t in (t for t, position in enumerate(alignment.target_positions) if position == j):
+            departure = P[t].clone()
+            departure[alignment.source[t]] = 0
+            row += followed * (departure @ matrix)
+            followed *= P[t, alignment.source[t]]
+        row[u] += followed
+        rows.append(row @ E)
     return torch.stack(rows)
 
 
@@ -181,41 +191,41 @@ def seconds(work: Callable[[], object], times: int = 5) -> float:
     return float(np.median(taken))
 
 
-# ── what arrives ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @torch.no_grad()
-def pictures(n: int) -> list[dict]:
-    """Things of the source picture found again in what is drawn, by map and mode; same caption, same noise."""
-    captioner = Captioner.from_pretrained(registry.locate("miniature/blip"))
-    generator = Generator.from_pretrained(registry.locate("miniature/sd"))
-    recogniser = Recogniser.from_pretrained(registry.locate("miniature/recogniser")).eval()
+def images(n: int) -> list[dict]:
+    """Things of the source image found again in the generated image, by map and mode; same caption, same noise."""
+    captioner = Captioner.from_pretrained(registry.locate(MINI.captioner))
+    generator = Generator.from_pretrained(registry.locate(MINI.generator))
+    recogniser = Recogniser.from_pretrained(registry.locate(MINI.judge)).eval()
     source, target = captioner.processor.tokenizer, generator.pipeline.tokenizer
-    data = registry.dataset("miniature/coco", "test").subset(n, SEED)
-    images = [data.open(example) for example in data]
+    data = registry.load_dataset(MINI.coco, "test").subset(n, SEED)
+    sources = [data.open(example) for example in data]
     scenes = [Scene.from_dict(example.extra["scene"]) for example in data]
-    captions = captioner.describe(images)
-    logits, ids = captioner.token_logits(images, captions)
+    captions = captioner.describe(sources)
+    logits, ids = captioner.token_logits(sources, captions)
     seeds = [derive_seed(SEED, example.image_id) for example in data]
-    train = [text for example in registry.dataset("miniature/coco", "train") for text in example.references]
+    train = [text for example in registry.load_dataset(MINI.coco, "train") for text in example.references]
 
-    def judged(states) -> list:
-        drawn = generator.render(states, seeds, MINI.steps, MINI.guidance_scale, 25)
-        return [score_prompt(*pair) for pair in zip(recogniser.find(drawn), scenes, strict=True)]
+    def judged(encoder_hidden_states) -> list:
+        generated = generator.render(encoder_hidden_states, seeds, MINI.steps, MINI.guidance_scale, 25)
+        return [score_prompt(*pair) for pair in zip(recogniser.find(generated), scenes, strict=True)]
 
-    read = target(captions, padding="max_length", return_tensors="pt").input_ids
-    scores = {("text", "text"): judged(generator.pipeline.text_encoder(read).last_hidden_state)}
+    text_ids = target(captions, padding="max_length", return_tensors="pt").input_ids
+    scores = {("text", "text"): judged(generator.pipeline.text_encoder(text_ids).last_hidden_state)}
     for kind in tqdm(KINDS, desc="maps"):
-        learned = VocabularyMap.learn(source, target, train, kind).widened(logits.shape[-1])
+        learned = learn(source, target, train, kind).resize(logits.shape[-1])
         bridge = Bridge(learned, generator.pipeline.text_encoder)
-        for mode in tqdm(MODES, desc=kind):
-            said = relax(logits, mode, generator=torch.Generator().manual_seed(SEED))
-            scores[kind, mode] = judged(bridge(said, ids))
+        for mode in tqdm(BRIDGE_MODES, desc=kind):
+            P = relax(logits, mode, generator=torch.Generator().manual_seed(SEED))
+            scores[kind, mode] = judged(bridge(P, ids))
     return [result_row(kind, mode, mine, scores["text", "text"]) for (kind, mode), mine in scores.items()]
 
 
 def result_row(kind: str, mode: str, mine: list, text: list) -> dict:
-    """Share of things found (kind and colour) and its difference from the text's, with intervals over pictures."""
+    """Share of things found (kind and colour) and its difference from the text's, with intervals over images."""
     right, things = np.array([s.right for s in mine]), np.array([s.things for s in mine])
     baseline = np.array([s.right for s in text])
 
@@ -230,24 +240,35 @@ def result_row(kind: str, mode: str, mine: list, text: list) -> dict:
 
 
 def page(found: dict) -> str:
+    """The page: the tables of captions, the cost, the images."""
     lines = [
         "# The map and the bridge, measured",
         "",
         "Made by `python benchmarks/bridge.py --captions FOLDER --opt FOLDER --images N`; `--help` says which folders.",
         "",
-        "The tables of what crosses: captions are known as the captioner's pieces only, said with certainty. (From "
-        "its text every caption crosses the word-aligned map. M has no part in that: it serves departures.) *There* is "
-        "from the captioner to the generator, *back* the other way, where lower-cased pieces do not tell what was a "
-        "capital. *Read*: pieces that M by itself reads as what they begin in. *released* is our reconstruction of the "
-        "authors' rule: it pairs 5,064 pieces inside words with a whole word, theirs 829; what mass theirs makes was "
-        "not measured.",
+        "In the tables of captions the captioner is certain, and a caption is known as its tokens only. (If its "
+        "text is known, the word-aligned map keeps every caption. It uses M only where the captioner departs from "
+        "the caption.) *Unchanged* captions arrive as the generator's own tokens, or in the other direction as the "
+        "captioner's, where lower-cased tokens do not tell what was a capital. *Tokens right by M alone* are source "
+        "tokens for which M's likeliest target token is the one that holds their first character. *Mass added* is "
+        "the mean of the sums of M's rows, minus 1. *released* is our reconstruction of the authors' rule: it pairs "
+        "5,064 tokens inside words with a whole word, theirs 829. What mass theirs adds was not measured.",
         "",
+        *caption_tables(found),
+        *(cost_part(found) if "cost" in found else ()),
+        *image_table(found),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def caption_tables(found: dict) -> list[str]:
+    """Lines of a table for each pair of tokenizers that was measured."""
     titles = {
         "coco": "COCO, BLIP to CLIP: learned on Karpathy val, measured on Karpathy test",
         "opt": "COCO, byte-level BPE (BLIP-2's OPT has GPT-2's merges) to CLIP",
         "miniature": "The miniature",
     }
+    lines = []
     for name, title in titles.items():
         if name not in found:
             continue
@@ -256,49 +277,60 @@ def page(found: dict) -> str:
             "",
             measured_at(found, name),
             "",
-            "| direction | map | captions | same pieces | carried exactly (95 %) | read | to [UNK] | mass made "
-            "| words lost |",
+            "| direction | map | captions | same tokens | unchanged (95 %) | tokens right by M alone | tokens to [UNK] "
+            "| mass added | words lost |",
             "| --- " * 9 + "|",
         ]
         for entry in found[name]:
             exact, low, high = entry["exact"]
-            words = ", ".join(word or "(a space)" for word in entry["words"])
+            words = ", ".join(word or "(a space)" for word in entry["lost_words"])
             lost = f"{entry['lost']:,}: {words}" if words else "0"
-            made = round(entry["made"], 3) + 0  # no −0.000
+            added = round(entry["added_mass"], 3) + 0  # no −0.000
             lines += [
-                f"| {entry['direction']} | {entry['map']} | {entry['n']:,} | {entry['same']:.2%} | {exact:.2%} "
-                f"({low:.2%} … {high:.2%}) | {entry['read']:.2%} | {entry['unknown']:.3%} | {made:+.3f} | {lost} |"
+                f"| {entry['direction']} | {entry['map']} | {entry['n']:,} | {entry['same_tokens']:.2%} | {exact:.2%} "
+                f"({low:.2%} … {high:.2%}) | {entry['token_accuracy']:.2%} | {entry['unknown']:.3%} | {added:+.3f} "
+                f"| {lost} |"
             ]
         lines += [""]
-    if cost := found.get("cost"):
-        lines += [
-            "## Cost",
-            "",
-            f"Learned from {cost['captions']:,} captions in {cost['learn']:.1f} s. {cost['batch']} captions over the "
-            f"real vocabularies, to embeddings of 768 numbers: {cost['carry'] * 1e3:.0f} ms. In the same run: batched, "
-            f"but with M's rows written down before they meet the table, {cost['rows'] / cost['carry']:.1f} times as "
-            f"long; one caption and one place at a time with a dense matrix, {cost['plain']:.1f} s, "
-            f"**{cost['ratio']:.0f} times** as long. Memory: {cost['megabytes']:.0f} MB (M·E and M) instead of "
-            f"{cost['dense_megabytes']:,.0f} MB. {measured_at(found, 'cost')}",
-            "",
-        ]
-    lines += [
-        "## Pictures from the captioner's own distributions",
+    return lines
+
+
+def cost_part(found: dict) -> list[str]:
+    """Lines on time and memory."""
+    cost = found["cost"]
+    return [
+        "## Cost",
         "",
-        "Miniature, coco test, captions by beam search: things of the source picture that the recogniser finds again, "
-        f"kind and colour, in what is drawn ({MINI.steps} steps, guidance {MINI.guidance_scale}; same caption and "
-        f"noise; seed {SEED}). {measured_at(found, 'pictures')}",
+        f"Learned from {cost['captions']:,} captions in {cost['learn']:.1f} s. {cost['batch']} captions over the "
+        f"real vocabularies, as expected embeddings of 768 numbers: {cost['embeddings'] * 1e3:.0f} ms. In the same "
+        "run: batched, but with the distributions over the target vocabulary formed first, "
+        f"{cost['distributions'] / cost['embeddings']:.1f} times as "
+        f"long; one caption and one position at a time with a dense matrix, {cost['plain']:.1f} s, "
+        f"**{cost['ratio']:.0f} times** as long. Memory: {cost['megabytes']:.0f} MB (M·E and M) instead of "
+        f"{cost['dense_megabytes']:,.0f} MB. {measured_at(found, 'cost')}",
         "",
-        "| map | mode | pictures | things found (95 %) | against text (95 %) |",
+    ]
+
+
+def image_table(found: dict) -> list[str]:
+    """Lines of the table of generated images."""
+    lines = [
+        "## Images from the captioner's own distributions",
+        "",
+        "Miniature, coco test, captions by beam search: things of the source image that the recogniser finds again, "
+        f"kind and colour, in the generated image ({MINI.steps} steps, guidance {MINI.guidance_scale}; same caption "
+        f"and noise; seed {SEED}). {measured_at(found, 'images')}",
+        "",
+        "| map | mode | images | things found (95 %) | against text (95 %) |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for entry in found["pictures"]:
+    for entry in found["images"]:
         share, apart = (
             f"{value:.3f} ({low:.3f} … {high:.3f})" for value, low, high in (entry["found"], entry["against_text"])
         )
         apart = "" if entry["map"] == "text" else apart
         lines += [f"| {entry['map']} | {entry['mode']} | {entry['n']} | {share} | {apart} |"]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def measured_at(found: dict, part: str) -> str:

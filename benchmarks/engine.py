@@ -31,12 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from dalleflamingo import profiles, registry
-from dalleflamingo.captioner import Captioner, Nucleus
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.decoding import Nucleus
 from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import derive_seed, mean_interval, within_group_spearman
 from dalleflamingo.profiles import Profile
-from dalleflamingo.reconstruct import image_text_image, load_models
-from dalleflamingo.research.report import SHIPPED, current_commit, table
+from dalleflamingo.reconstruct import JourneySettings, image_text_image, load_models
+from dalleflamingo.research.pages import SHIPPED, current_commit, table
 
 K, STEPS, MATRIX = 10, 20, 2048
 # Many steps, and what draws in fewer. DDPM throws new noise in at every step; the others have the first noise only.
@@ -77,7 +78,7 @@ def timed(work: Callable[..., Result], *arguments: object) -> tuple[Result, floa
 
 def speed(profile: Profile, count: int) -> dict:
     """Seconds of both sides for so many pictures, how far their drawings lie apart, and the least time possible."""
-    dataset = registry.dataset(profile.dataset)
+    dataset = registry.load_dataset(profile.dataset)
     images = [dataset.open(example) for example in dataset.subset(count)]
     captioner = Captioner.from_pretrained(registry.locate(profile.captioner))
     generator = Generator.from_pretrained(registry.locate(profile.generator))
@@ -188,17 +189,21 @@ def stock_pictures(
 
 def agreement(profile: Profile, count: int, runs: Path) -> dict[tuple[str, int], dict[str, float]]:
     """Spearman's ρ, within a picture, of CLIP's order by each scheduler with that by many steps; equal first noise."""
-    pictures = registry.dataset(profile.dataset).subset(count)
+    pictures = registry.load_dataset(profile.dataset).subset(count)
     captioner, _, encoders = load_models(profile)
     found = {}
     for many, fewer in QUICK.items():
         orders = {
             (name, steps): image_text_image(
-                pictures, captioner, with_scheduler(profile, name), encoders[:1], runs / f"{name}-{steps}",
-                candidates=K, steps=steps, guidance_scale=profile.guidance_scale, batch_size=32, seed=1,
+                pictures,
+                captioner,
+                with_scheduler(profile, name),
+                encoders[:1],
+                runs / f"{name}-{steps}",
+                JourneySettings.of(profile, candidates=K, steps=steps, batch_size=32, seed=1),
             )
             for name, steps in (many, *fewer)
-        }  # fmt: skip
+        }
         for which, order in orders.items():
             both = pd.DataFrame({"image_id": order.image_id, "many": orders[many]["clip"], "few": order["clip"]})
             rho = mean_interval(within_group_spearman(both, "image_id", "many", "few").dropna().to_numpy())
@@ -213,10 +218,11 @@ def in_a_process_of_its_own(images: int) -> float:
 
 
 def peak_memory(images: int) -> float:
-    dataset = registry.dataset("miniature/coco", "train").subset(images)
-    settings = dict(candidates=2, steps=1, guidance_scale=1.0)
+    profile = profiles.PROFILES["mini"]
+    dataset = registry.load_dataset(profile.coco, "train").subset(images)
+    settings = JourneySettings(candidates=2, steps=1, guidance_scale=1.0)
     with tempfile.TemporaryDirectory() as folder:
-        image_text_image(dataset, *load_models(profiles.PROFILES["mini"]), folder, **settings)
+        image_text_image(dataset, *load_models(profile), folder, settings)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
 
 

@@ -1,4 +1,4 @@
-"""A step of each half with models of the published sizes, random weights, small pictures, on a CPU."""
+"""A step of each half of the cycle with models of the published sizes, random weights, small images, on a CPU."""
 
 import importlib.util
 from pathlib import Path
@@ -40,14 +40,14 @@ def test_both_halves_of_the_cycle_train_at_full_size(full_size, tmp_path):
     pipeline = StableDiffusionPipeline(
         full_size.vae(SIDE), encoder, tokenizer, unet, schedule, None, None, requires_safety_checker=False
     )
-    dataset = registry.dataset("miniature/coco", "val").subset(2)
-    config = CycleConfig(steps=2, batch_size=2, learning_rate=1e-3, checkpointing=True)
-    made, pairs, learner = cycle.assemble(config, captioner, Generator(pipeline), dataset)
+    dataset = registry.load_dataset("miniature/coco", "val").subset(2)
+    config = CycleConfig("blip-base", "sd-v1-4", "coco", steps=2, batch_size=2, learning_rate=1e-3, checkpointing=True)
+    made, batches, trainable = cycle.build_cycle(config, captioner, Generator(pipeline), dataset)
     learning = cycle_losses.captioner_parameters(captioner) | cycle_losses.generator_parameters(made.generator)
-    assert [sum(p.numel() for p in m.parameters()) for m in learner.modules.values()] == [7_087_104, 12_390_400]
+    assert [sum(p.numel() for p in m.parameters()) for m in trainable.modules.values()] == [7_087_104, 12_390_400]
     watched = {f"{i} {name}": p for i, m in enumerate((captioner.model, unet)) for name, p in m.named_parameters()}
     before = {name: float(p.detach().double().sum()) for name, p in watched.items()}
-    cycle.train(config, made, pairs, learner, tmp_path, Accelerator(cpu=True))
+    cycle.train_cycle(config, made, batches, trainable, tmp_path, Accelerator(cpu=True))
     moved = {name.split(" ")[1] for name, p in watched.items() if float(p.detach().double().sum()) != before[name]}
     assert moved <= set(learning) and len(moved) > len(learning) // 2
     rows = cycle.read_log(tmp_path)
@@ -61,5 +61,6 @@ def test_the_arithmetic_of_a_step_is_that_of_its_parts(full_size):
     assert 2 * 1.22e12 < part["autoencoder decodes 512 px, with a gradient"] < 2.1 * 1.3e12
     assert 2 * 0.34e12 < part["U-Net, queries learn"] < 3 * 0.34e12
     assert part["autoencoder encodes"] == pytest.approx(0.55e12, rel=0.05)
-    rows = {setting: (image + text) / 2 / (say + draw) for setting, say, draw, image, text in full_size.steps(part)}
+    steps = {setting: counts for setting, *counts in full_size.steps(part)}
+    rows = {setting: (image + text) / 2 / (one + three) for setting, (one, three, image, text) in steps.items()}
     assert rows["x̂ at 256 px, latents once"] < 1.4 < rows["x̂ at 512 px, latents at every step"]

@@ -1,29 +1,37 @@
-"""A claim of the paper, measured: an effect with its interval, hence a verdict; and the scoreboard that keeps them all.
-
-The rule was declared before any run: a claim holds where the interval of its effect lies beyond 0 on the paper's side,
-does not hold where it lies beyond 0 on the other, and is undecided else.
-"""
+"""A claim of the paper, measured: an effect with its interval, hence a verdict; and the scoreboard of all claims."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from dalleflamingo.course import show
 from dalleflamingo.intervals import Interval
-from dalleflamingo.research.pages import cell, write_whole
+from dalleflamingo.research.metrics import ranking_label
+from dalleflamingo.research.pages import cell, table
 from dalleflamingo.research.ranking import ALL
+from dalleflamingo.runs import write_whole
+
+RULE = (
+    "The rule was declared before any run: a claim holds where the interval of its effect lies above 0, does not hold "
+    "where it lies below 0, and is undecided else. Effects are signed so that positive ones support the paper."
+)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A row of the scoreboard; `effect` is signed so that the paper's side is above 0.
+    """A row of the scoreboard.
 
-    ranked_by: "all" where the effect is over every similarity. digits: of the effect. apart: reported beside it.
-    dataset: where it is not the one that the scoreboard is told. seeds: of training, where models were trained.
+    Attributes:
+        number: of the claim.
+        text: what the effect is.
+        ranked_by: a similarity; "all" where the effect is over every one, or none ranks.
+        effect: the primary effect; positive supports the paper.
+        digits: of the effect, after the decimal point.
+        secondary: other effects that are reported beside the primary one, by what they are.
+        dataset: where it is not the one that the scoreboard is given.
+        seeds: of training, where models were trained.
     """
 
     number: int
@@ -31,7 +39,7 @@ class Claim:
     ranked_by: str
     effect: Interval
     digits: int
-    apart: Mapping[str, Interval] = field(default_factory=dict)
+    secondary: Mapping[str, Interval] = field(default_factory=dict)
     dataset: str = ""
     seeds: Sequence[int] = ()
 
@@ -41,7 +49,7 @@ class Claim:
 
 
 def verdict(effect: Interval) -> str:
-    """ "holds", "does not hold" or "undecided", by where the interval lies; one that touches 0 decides nothing."""
+    """ "holds", "does not hold" or "undecided" (see `RULE`); an interval that touches 0 decides nothing."""
     if effect.low > 0:
         return "holds"
     return "does not hold" if effect.high < 0 else "undecided"
@@ -51,6 +59,7 @@ def weakest_of(effects: Mapping[str, Interval], one_unit: bool = True) -> str:
     """The name of the effect that decides where all must hold: by verdict first, then by value.
 
     Args:
+        effects: by name.
         one_unit: the values compare as they are; else each is taken over the width of its interval.
     """
     order = ("does not hold", "undecided", "holds")
@@ -63,18 +72,18 @@ def weakest_of(effects: Mapping[str, Interval], one_unit: bool = True) -> str:
     return min(effects, key=strength)
 
 
-class Where(Protocol):
-    """What the scoreboard says of a measurement, as `Settings` does."""
+def scoreboard(path: Path, claims: Sequence[Claim], *, profile: str, dataset: str, seed: int) -> None:
+    """Put these claims in the place of those of the same numbers and data sets; others stay.
 
-    profile: str
-    dataset: str
-    seed: int
-
-
-def scoreboard(path: Path, claims: Sequence[Claim], settings: Where) -> None:
-    """Put these claims in the place of those of the same numbers and data sets; others stay."""
+    Args:
+        path: of the JSON file.
+        claims: the new ones.
+        profile: under which they were measured.
+        dataset: on which they were measured, where a claim names no other.
+        seed: of the run, where a claim names no seeds of training.
+    """
     there = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.exists() else []
-    new = {(claim.number, claim.dataset or settings.dataset) for claim in claims}
+    new = {(claim.number, claim.dataset or dataset) for claim in claims}
     rows = [row for row in there if (row["claim"], row["dataset"]) not in new]
     for claim in claims:
         rows.append(
@@ -82,12 +91,12 @@ def scoreboard(path: Path, claims: Sequence[Claim], settings: Where) -> None:
                 "claim": claim.number,
                 "verdict": claim.verdict,
                 **_rounded(claim.effect),
-                "seeds": list(claim.seeds or [settings.seed]),
-                "profile": settings.profile,
-                "dataset": claim.dataset or settings.dataset,
+                "seeds": list(claim.seeds or [seed]),
+                "profile": profile,
+                "dataset": claim.dataset or dataset,
                 "ranked_by": claim.ranked_by,
                 "what": claim.text,
-                "apart": {what: _rounded(found) for what, found in claim.apart.items()},
+                "secondary": {what: _rounded(found) for what, found in claim.secondary.items()},
             }
         )
     rows.sort(key=lambda row: row["claim"])
@@ -102,6 +111,27 @@ def _rounded(effect: Interval) -> dict[str, float]:
 
 def verdict_line(claim: Claim) -> str:
     """A claim as an item of a list in Markdown."""
-    by = "" if claim.ranked_by == ALL else f", ranked by {show.LABELS[claim.ranked_by]}"
+    by = "" if claim.ranked_by == ALL else f", ranked by {ranking_label(claim.ranked_by)}"
     text = f"{claim.text[0].upper()}{claim.text[1:]}"
     return f"* Claim {claim.number}{by}: **{claim.verdict}**. {text}: {cell(claim.effect, claim.digits, signed=True)}."
+
+
+def secondary_table(claims: Sequence[Claim], others: Sequence[Sequence[str]] = ()) -> str:
+    """The secondary effects of claims as a table in Markdown; "" where there is none.
+
+    Args:
+        claims: whose secondary effects are listed.
+        others: further rows of three texts, such as the paper's.
+    """
+    rows = []
+    for claim in claims:
+        by = "" if claim.ranked_by == ALL else ranking_label(claim.ranked_by)
+        rows += [[by, what, cell(found, claim.digits, signed=True)] for what, found in claim.secondary.items()]
+    return table(["ranked by", "effect", ""], [*rows, *others]) if rows else ""
+
+
+def print_claims(claims: Sequence[Claim]) -> None:
+    """A line for each claim, as a command ends."""
+    for claim in claims:
+        by = "" if claim.ranked_by == ALL else f", ranked by {claim.ranked_by}"
+        print(f"Claim {claim.number}{by}: {claim.verdict}; {claim.text}: {claim.effect}")

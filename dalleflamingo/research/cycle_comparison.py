@@ -1,7 +1,7 @@
-"""Runs of the cycle study side by side: every arm's scores, and differences between arms, with their intervals.
+"""Runs of the cycle study side by side: the scores of every arm and the differences between arms, with intervals.
 
-Arms are compared seed by seed on the same pictures; seeds are drawn anew by the bootstrap, then pictures, and the
-corpus metrics are computed again on every draw, once for all that is asked of them.
+Arms are compared seed by seed on the same images. The bootstrap draws seeds anew, then images; corpus metrics are
+computed again on every resample, once for all comparisons.
 """
 
 import json
@@ -11,47 +11,60 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
+from torch import Tensor, from_numpy
 
-from dalleflamingo import profiles
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.image_metrics import fid
-from dalleflamingo.intervals import Interval, bootstrap_of_runs, resampled
-from dalleflamingo.research.cycle_study import FIRST, START, TABLE_3, tested
-from dalleflamingo.research.ranking import ALL, evaluate_captions
+from dalleflamingo.intervals import Interval, resample
+from dalleflamingo.profiles import Profile
+from dalleflamingo.research.caption_ranking import evaluate_captions
+from dalleflamingo.research.cycle_arms import START, TABLE_3
+from dalleflamingo.research.metrics import METRICS
+from dalleflamingo.research.ranking import ALL
+from dalleflamingo.research.resampling import bootstrap_of_runs
 
-RESAMPLES, RESAMPLES_OF_FID = 1000, 300
+RESAMPLES, RESAMPLES_OF_SETS = 1000, 300  # FID, a metric of a set, takes its time
 _RUN = ["arm", "seed"]
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Examined:
-    """Runs that were tested on the same n images.
+class EvaluatedRuns:
+    """Runs of one captioner that were evaluated on the same n images.
 
     Attributes:
         runs: (arm, seed) of each. domain: (n,) of the images.
         scores: metric -> function of S runs and some images, as positions, which gives (S,) values of the corpora.
+        resamples: of the bootstrap. resamples_of_sets: likewise, of metrics of sets of images.
     """
 
     runs: tuple[tuple[str, int], ...]
     domain: np.ndarray
     scores: Mapping[str, Score]
+    resamples: int = RESAMPLES
+    resamples_of_sets: int = RESAMPLES_OF_SETS
     _kept: dict[tuple[str, str], tuple[np.ndarray, np.ndarray, int]] = field(default_factory=dict, repr=False)
 
     def seeds(self, arm: str) -> list[int]:
-        """Of the arm's runs; none where it was not run."""
+        """Training seeds of an arm; none where it was not run."""
         return sorted(seed for name, seed in self.runs if name == arm)
 
-    def shared(self, arms: Sequence[str]) -> list[int]:
-        """The seeds that all of these arms have; the untrained models' is 0."""
+    def shared_seeds(self, arms: Sequence[str]) -> list[int]:
+        """The training seeds that all of these arms have; the models before training have any."""
         trained = [set(self.seeds(arm)) for arm in arms if arm != START]
         return sorted(set.intersection(*trained)) if trained else [0]
 
     def value(self, metric: str, arm: str, minus: str | None = None, domain: str = ALL) -> Interval:
-        """An arm's metric, mean over its seeds; or its difference to another's with the same seeds."""
+        """An arm's metric, mean over its seeds; or its difference to another arm with the same seeds.
+
+        Args:
+            metric: of `scores`.
+            arm: of `runs`.
+            minus: the other arm.
+            domain: of the images, or all.
+        """
         if minus is None:
             return self.combine(metric, lambda mean: mean(arm), [arm], domain)
         return self.combine(metric, lambda mean: mean(arm) - mean(minus), [arm, minus], domain)
@@ -63,8 +76,15 @@ class Examined:
         arms: Sequence[str],
         domain: str = ALL,
     ) -> Interval:
-        """A function of the arms' means, over the seeds that all of `arms` have; the untrained models have any."""
-        shared = self.shared(arms)
+        """A function of the arms' means over the seeds that all of them have.
+
+        Args:
+            metric: of `scores`.
+            function: takes a function that gives an arm's mean.
+            arms: those that it asks for.
+            domain: of the images, or all.
+        """
+        shared = self.shared_seeds(arms)
         columns = {
             arm: np.array([self.runs.index((arm, 0 if arm == START else seed)) for seed in shared]) for arm in arms
         }
@@ -73,111 +93,133 @@ class Examined:
             return function(lambda arm: float(scores[columns[arm][chosen]].mean()))
 
         sample, drawn, n = self._resampled(metric, domain)
-        return bootstrap_of_runs(statistic, len(shared), sample, drawn, n, recentred=metric == "fid")
+        return bootstrap_of_runs(statistic, len(shared), sample, drawn, n, recentred=METRICS[metric].of_sets)
 
     def _resampled(self, metric: str, domain: str) -> tuple[np.ndarray, np.ndarray, int]:
-        """Every run's score, and its scores on pictures drawn anew, computed once; and the number of pictures."""
+        """Every run's score, its scores on resampled images, computed once, and the number of images."""
         if (metric, domain) not in self._kept:
             inside = np.arange(len(self.domain)) if domain == ALL else np.flatnonzero(self.domain == domain)
             every, score = np.arange(len(self.runs)), self.scores[metric]
-            resamples = RESAMPLES_OF_FID if metric == "fid" else RESAMPLES
-            drawn = resampled(lambda images: score(every, inside[images]), len(inside), resamples)
+            resamples = self.resamples_of_sets if METRICS[metric].of_sets else self.resamples
+            drawn = resample(lambda images: score(every, inside[images]), len(inside), resamples)
             self._kept[metric, domain] = *drawn, len(inside)
         return self._kept[metric, domain]
 
 
-def of_captions(table: pd.DataFrame, dataset: Dataset) -> Examined:
+def evaluated_captions(table: pd.DataFrame, dataset: Dataset, **resamples: int) -> EvaluatedRuns:
     """Captions by the runs of one captioner.
 
     Args:
         table: columns arm, seed, image_id, caption; every run has described every image.
+        dataset: the images.
+        resamples: as of `EvaluatedRuns`.
     """
     runs = tuple(table[_RUN].drop_duplicates().itertuples(index=False, name=None))
     number = {run: i for i, run in enumerate(runs)}
     candidate = [number[run] for run in table[_RUN].itertuples(index=False, name=None)]
-    judged = evaluate_captions(table.assign(candidate=candidate).sort_values("candidate", kind="stable"), dataset)
+    evaluated = evaluate_captions(table.assign(candidate=candidate).sort_values("candidate", kind="stable"), dataset)
 
-    def of(metric: str) -> Score:
-        return lambda chosen, images: judged.metrics[metric](judged.rows[images][:, chosen].T)
+    def score_of(metric: str) -> Score:
+        return lambda chosen, images: evaluated.metrics[metric](evaluated.rows[images][:, chosen].T)
 
-    return Examined(runs, judged.domain, {name: of(name) for name in judged.metrics})
+    return EvaluatedRuns(runs, evaluated.domain, {name: score_of(name) for name in evaluated.metrics}, **resamples)
 
 
-def of_pictures(table: pd.DataFrame, dataset: Dataset, real: torch.Tensor) -> Examined:
-    """Pictures by the runs of one generator.
+def evaluated_images(table: pd.DataFrame, dataset: Dataset, real: Tensor, **resamples: int) -> EvaluatedRuns:
+    """Images by the runs of one generator.
 
     Args:
         table: columns arm, seed, image_id, clip_distance, features (a list in each row).
-        real: (n, D) features of the data set's pictures, in its order.
+        dataset: the real images.
+        real: (n, D) features of these, in the order of the data set.
+        resamples: as of `EvaluatedRuns`.
     """
     ids = [example.image_id for example in dataset]
     found = {run: part.set_index("image_id").loc[ids] for run, part in table.groupby(_RUN)}
     distances = np.stack([part["clip_distance"].to_numpy() for part in found.values()])  # (runs, n)
-    features = torch.tensor(np.stack([np.stack(part["features"].to_list()) for part in found.values()])).float()
+    features = from_numpy(np.stack([np.stack(part["features"].to_list()) for part in found.values()])).float()
     scores = {
         "clip_distance": lambda chosen, images: distances[chosen][:, images].mean(axis=1),
         "fid": lambda chosen, images: np.array([fid(real[images], features[run][images]) for run in chosen]),
     }
-    return Examined(tuple(found), np.array([example.domain for example in dataset], dtype=object), scores)
+    domain = np.array([example.domain for example in dataset], dtype=object)
+    return EvaluatedRuns(tuple(found), domain, scores, **resamples)
 
 
 @dataclass(frozen=True)
-class Study:
-    """Everything that was measured: captioner -> its runs' captions, and pictures of the generators taught with it."""
+class StudyResults:
+    """Everything that was measured.
 
-    nocaps: Mapping[str, Examined]
-    coco: Mapping[str, Examined]
-    pictures: Mapping[str, Examined]
-    coco_pictures: Mapping[str, Examined]
-
-
-def gather(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The captions and the pictures of every run that is done, a row each.
-
-    Raises:
-        FileNotFoundError: no run with pictures is.
+    Attributes:
+        captions: "nocaps" and "coco" -> captioner -> its runs.
+        images: likewise, of the generators that were trained with the captioner.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("*/result.json"))]
-    if not any(run.get("pictures") for run in found):
-        raise FileNotFoundError(f"{runs} has no run that is done: `python -m dalleflamingo research cycle` makes them")
-    captions, pictures = [], []
+
+    captions: Mapping[str, Mapping[str, EvaluatedRuns]]
+    images: Mapping[str, Mapping[str, EvaluatedRuns]]
+
+
+def read_runs(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The captions and the generated images of every run that is done, a row each.
+
+    Args:
+        folder: of all runs.
+    Raises:
+        FileNotFoundError: no run with images is done.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/result.json"))]
+    if not any(run.get("images") for run in found):
+        raise FileNotFoundError(
+            f"{folder} has no run that is done: `python -m dalleflamingo research cycle` makes them"
+        )
+    captions, images = [], []
     for run in found:
-        of = {name: run[name] for name in ("captioner", "arm", "seed")}
-        for corpus, said in run["captions"].items():
-            captions += [of | {"corpus": corpus, "image_id": int(i), "caption": text} for i, text in said.items()]
-        for corpus, drawn in run.get("pictures", {}).items():
-            pictures.append(pd.DataFrame(drawn).assign(corpus=corpus, **of))
-    return pd.DataFrame(captions), pd.concat(pictures, ignore_index=True)
+        names = {name: run[name] for name in ("captioner", "arm", "seed")}
+        for corpus, by_id in run["captions"].items():
+            captions += [names | {"corpus": corpus, "image_id": int(i), "caption": text} for i, text in by_id.items()]
+        for corpus, columns in run.get("images", {}).items():
+            images.append(pd.DataFrame(columns).assign(corpus=corpus, **names))
+    return pd.DataFrame(captions), pd.concat(images, ignore_index=True)
 
 
-def study(captions: pd.DataFrame, pictures: pd.DataFrame) -> Study:
-    """Judge what `gather` found."""
-    datasets = tested()
-    said = {
+def evaluate_runs(
+    captions: pd.DataFrame, images: pd.DataFrame, datasets: Mapping[str, Dataset], profile: Profile, **resamples: int
+) -> StudyResults:
+    """Evaluate what `read_runs` found.
+
+    Args:
+        captions: of `read_runs`.
+        images: of `read_runs`.
+        datasets: test images by name, with the human captions.
+        profile: names the first captioner and the network of FID.
+        resamples: as of `EvaluatedRuns`.
+    """
+    by_captioner = {
         corpus: {
-            captioner: of_captions(part[part["corpus"] == corpus], dataset)
+            captioner: evaluated_captions(part[part["corpus"] == corpus], dataset, **resamples)
             for captioner, part in captions.groupby("captioner")
         }
         for corpus, dataset in datasets.items()
     }
-    drawn = {
-        corpus: _drawn(pictures[pictures["corpus"] == corpus], dataset, features_of(dataset))
-        for corpus, dataset in datasets.items()
-    }
-    return Study(said["nocaps"], said["coco"], drawn["nocaps"], drawn["coco"])
+    by_teacher = {}
+    for corpus, dataset in datasets.items():
+        parts, real = (
+            _by_captioner(images[images["corpus"] == corpus], profile.captioners[0]),
+            real_features(dataset, profile),
+        )
+        by_teacher[corpus] = {who: evaluated_images(part, dataset, real, **resamples) for who, part in parts.items()}
+    return StudyResults(by_captioner, by_teacher)
 
 
-def _drawn(pictures: pd.DataFrame, dataset: Dataset, real: torch.Tensor) -> dict[str, Examined]:
-    """Captioner -> runs; what labels teach the generator no captioner changes, and all have these runs of the first."""
-    first = pictures[pictures["captioner"] == FIRST]
-    alike = first[first["arm"].isin((START, *TABLE_3[:2]))]
-    found = {FIRST: of_pictures(first, dataset, real)}
-    for captioner, part in pictures[pictures["captioner"] != FIRST].groupby("captioner"):
-        found[captioner] = of_pictures(pd.concat([alike, part]), dataset, real)
-    return found
+def _by_captioner(images: pd.DataFrame, first: str) -> dict[str, pd.DataFrame]:
+    """Captioner -> rows; what labels teach the generator no captioner changes, so all share these rows of the first."""
+    of_first = images[images["captioner"] == first]
+    shared = of_first[of_first["arm"].isin((START, *TABLE_3[:2]))]
+    others = images[images["captioner"] != first].groupby("captioner")
+    return {first: of_first} | {captioner: pd.concat([shared, part]) for captioner, part in others}
 
 
-def features_of(dataset: Dataset) -> torch.Tensor:
-    """(n, D) features of a data set's own pictures."""
-    inception = FeatureExtractor.of(profiles.current().inception)
-    return inception.look([dataset.open(example) for example in dataset]).features
+def real_features(dataset: Dataset, profile: Profile) -> Tensor:
+    """(n, D) features of a data set's own images by the profile's Inception."""
+    inception = FeatureExtractor.from_registry(profile.inception, profile.device)
+    return inception.extract([dataset.open(example) for example in dataset]).features

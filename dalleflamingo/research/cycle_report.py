@@ -3,302 +3,303 @@
 python -m dalleflamingo research cycle-report      after the study; writes docs/results/cycle.md, its tables, claims
 """
 
-import argparse
-import json
-from collections.abc import Callable, Sequence
-from itertools import combinations, pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 
-from dalleflamingo import profiles, registry
+from dalleflamingo import profiles
 from dalleflamingo.course import cycle_figures, show
-from dalleflamingo.cycle import CHOSEN
-from dalleflamingo.datasets import open_image
-from dalleflamingo.intervals import Interval
-from dalleflamingo.research import pages, report
-from dalleflamingo.research.claims import Claim, scoreboard, verdict_line, weakest_of
-from dalleflamingo.research.cycle_comparison import (
-    Examined,
-    Study,
-    features_of,
-    gather,
-    of_captions,
-    of_pictures,
-    study,
+from dalleflamingo.datasets import DOMAINS, Dataset, open_image
+from dalleflamingo.profiles import Profile
+from dalleflamingo.registry import ENTRIES
+from dalleflamingo.research import pages, paper
+from dalleflamingo.research.claims import Claim, print_claims, scoreboard, verdict_line
+from dalleflamingo.research.cycle_arms import (
+    OTHER_SETTINGS,
+    RELEASED_CODE,
+    START,
+    TABLE_3,
+    TABLE_9,
+    Run,
+    label_of,
 )
-from dalleflamingo.research.cycle_study import ARMS, DEVIATIONS, MODES, START, TABLE_3, TABLE_9, chosen_on, tested
+from dalleflamingo.research.cycle_claims import all_claims
+from dalleflamingo.research.cycle_comparison import (
+    EvaluatedRuns,
+    StudyResults,
+    evaluate_runs,
+    evaluated_captions,
+    evaluated_images,
+    read_runs,
+    real_features,
+)
+from dalleflamingo.research.cycle_study import IMAGES, development_sets, test_sets
+from dalleflamingo.research.metrics import METRICS
+from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.research.ranking import ALL
 
-BLIP, LARGE, BLIP2 = "miniature/blip", "miniature/blip-large", "miniature/blip2"
-CALLED = {BLIP: "BLIP", LARGE: "larger BLIP", BLIP2: "BLIP-2"}
-DOMAINS = ("in-domain", "near-domain", "out-domain", ALL)
-# NoCaps CIDEr of the published captioner and after the cycle, then COCO's
-PAPER_TABLE_3 = {
-    BLIP: (109.7, 111.8, 133.3, 134.6),
-    LARGE: (113.2, 114.0, 136.7, 137.3),
-    BLIP2: (119.9, 121.0, 145.8, 146.4),
-}
-PAPER_TABLE_4 = {  # CLIP distance × 100 and FID, NoCaps and COCO
-    (BLIP, START): ("40.39 / 21.19", "42.48 / 27.08"),
-    (BLIP, "labels"): ("40.77 / 24.32", "40.11 / 25.66"),
-    (BLIP, "cycle"): ("39.78 / 21.96", "40.68 / 24.68"),
-    (LARGE, "cycle"): ("40.31 / 22.92", "40.71 / 24.21"),
-}
-PAPER_TABLE_9 = dict(zip(TABLE_9, (111.8, 110.9, 110.2, 109.7, 102.3), strict=True))
-GALLERY = {"start": f"blip-{START}", "labels only": "blip-labels-0", "cycle": "blip-cycle-0"}  # runs
+COMMAND = "python -m dalleflamingo research cycle-report"
+GALLERY = {START: START, "labels only": "labels", "cycle": "cycle"}  # heading -> arm
 
 
-def trials_page(runs: Path) -> str:
-    """What was tried before the study, on pictures that the test has not, in Markdown."""
-    captions, pictures = gather(runs)
-    datasets = chosen_on()
-    said = {name: of_captions(captions[captions["corpus"] == name], dataset) for name, dataset in datasets.items()}
-    drawn = of_pictures(pictures, datasets["nocaps"], features_of(datasets["nocaps"]))
+# ── tables: data frames of texts ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def table_3(found: StudyResults) -> pd.DataFrame:
+    """Captioning: a row for each captioner and arm."""
     rows = []
-    for arm, _ in said["nocaps"].runs:
-        rows.append([arm, _cell(said["nocaps"], "cider", arm), _cell(said["nocaps"], "f1", arm),
-                     _cell(said["coco"], "cider", arm), _cell(drawn, "clip_distance", arm),
-                     _cell(drawn, "fid", arm)])  # fmt: skip
-    return "\n\n".join([
-        "# What was tried",
-        "One seed, 600 steps, three hundred pictures each of nocaps-dev and of coco's val split, none of them in "
-        f"the test. Made by `python -m dalleflamingo research cycle --trials` at commit `{pages.current_commit()}`.",
-        pages.table(["", "CIDEr × 100", "F1", "CIDEr × 100, coco", "CLIP distance × 100 ↓", "FID ↓"], rows),
-    ]) + "\n"  # fmt: skip
-
-
-def claim_9(found: Study) -> list[Claim]:
-    """The cycle beats the captioner that it starts from, for three captioners; apart, that and labels on coco."""
-    claims = []
-    for captioner, runs in found.nocaps.items():
-        if not runs.seeds("cycle"):
-            continue
-        text = f"{CALLED[captioner]}: the cycle's captions beat those of the start, CIDEr × 100, overall"
-        apart = {f"minus {ARMS[arm].what}": runs.value("cider", "cycle", arm) for arm in TABLE_3[:2] if runs.seeds(arm)}
-        apart["on coco"] = found.coco[captioner].value("cider", "cycle", START)
-        effect = runs.value("cider", "cycle", START)
-        claims.append(Claim(9, text, ALL, effect, 1, apart, seeds=runs.seeds("cycle")))
-    return claims
-
-
-def claim_10(found: Study) -> list[Claim]:
-    """The cycle's pictures lie nearer out of domain than those of the start and of labels: the weaker of the two."""
-    claims = []
-    for captioner, runs in found.pictures.items():
-        if not (runs.seeds("cycle") and runs.seeds("labels")):
-            continue
-        out = DOMAINS[2]
-        nearer = {
-            "than the start": runs.value("clip_distance", START, "cycle", out),
-            "than labels only": runs.value("clip_distance", "labels", "cycle", out),
-        }
-        weaker = weakest_of(nearer)
-        apart = {name: effect for name, effect in nearer.items() if name != weaker}
-        if runs.seeds(TABLE_3[1]):
-            apart[f"than {ARMS[TABLE_3[1]].what}"] = runs.value("clip_distance", TABLE_3[1], "cycle", out)
-        apart["labels only, than the start, out of domain"] = runs.value("clip_distance", START, "labels", out)
-        apart["labels only, than the start, in domain"] = runs.value("clip_distance", START, "labels", DOMAINS[0])
-        apart["labels only, than the start, on coco"] = found.coco_pictures[captioner].value(
-            "clip_distance", START, "labels"
+    for captioner, runs in found.captions["nocaps"].items():
+        published = paper.TABLE_3[ENTRIES[captioner].counterpart]
+        before, after = (
+            f"{nocaps} / {coco}" for nocaps, coco in zip(published["nocaps"], published["coco"], strict=True)
         )
-        text = f"taught with {CALLED[captioner]}: SD draws nearer to the picture out of domain {weaker}, CLIP distance"
-        claims.append(Claim(10, f"{text} × 100", ALL, nearer[weaker], 2, apart, seeds=runs.shared(["labels", "cycle"])))
-    return claims
+        for arm in (arm for arm in (START, *TABLE_3) if runs.seeds(arm)):
+            rows.append(
+                {
+                    "captioner": ENTRIES[captioner].label,
+                    "trained by": label_of(arm),
+                    "seeds": "" if arm == START else str(len(runs.seeds(arm))),
+                    **_by_domain(runs, "cider", arm),
+                    **_content(runs, arm),
+                    "coco": _cell(found.captions["coco"][captioner], "cider", arm),
+                    "the paper: NoCaps / COCO": {START: before, "cycle": after}.get(arm, ""),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
-def claim_11(found: Study) -> list[Claim]:
-    """Without either half the captions are worse: the weaker of the two differences (Table 5)."""
-    runs = found.nocaps[BLIP]
-    without = {"the reconstruction losses": "labels", "the labels": "reconstruction"}
-    if not all(runs.seeds(arm) for arm in (*without.values(), "cycle")):
-        return []
-    effects = {what: runs.value("cider", "cycle", arm) for what, arm in without.items()}
-    weaker = weakest_of(effects)
-    text = f"the cycle's captions beat those without {weaker}, CIDEr × 100, overall"
-    apart = {f"without {what}": effect for what, effect in effects.items() if what != weaker}
-    return [Claim(11, text, ALL, effects[weaker], 1, apart, seeds=runs.shared(["cycle", *without.values()]))]
+def table_4(found: StudyResults, profile: Profile) -> pd.DataFrame:
+    """Generation: a row for each captioner and arm; lower is better throughout."""
+    rows = []
+    for captioner, runs in found.images["nocaps"].items():
+        own = (START, *TABLE_3, "reconstruction") if captioner == profile.captioners[0] else ("cycle",)
+        names = {START: "SD", "labels": "SD, labels only", "cycle": f"cycle, {ENTRIES[captioner].counterpart}"}
+        for arm in (arm for arm in own if runs.seeds(arm)):
+            published = paper.TABLE_4.get(names.get(arm), {})
+            texts = {name: f"{100 * distance:.2f} / {fid:.2f}" for name, (distance, fid) in published.items()}
+            rows.append(
+                {
+                    "trained with": ENTRIES[captioner].label,
+                    "trained by": label_of(arm),
+                    **_by_domain(runs, "clip_distance", arm),
+                    "FID": _cell(runs, "fid", arm),
+                    "coco": _cell(found.images["coco"][captioner], "clip_distance", arm),
+                    "coco, FID": _cell(found.images["coco"][captioner], "fid", arm),
+                    "the paper: NoCaps": texts.get("nocaps", ""),
+                    "COCO": texts.get("coco", ""),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
-def claim_12(found: Study) -> list[Claim]:
-    """The order of Table 9: Kendall's τ of the five arms, which stand in the paper's order, and each two neighbours."""
-    runs = found.nocaps[BLIP]
-    if not all(runs.seeds(arm) for arm in TABLE_9):
-        return []
+def table_9(runs: EvaluatedRuns) -> pd.DataFrame:
+    """What trains the captioner: a row for each arm, as Table 9 and, in its first and last two rows, Table 5."""
+    rows = []
+    for arm, published in zip(TABLE_9, paper.TABLE_9.values(), strict=True):
+        if runs.seeds(arm):
+            rows.append(
+                {
+                    "trained by": label_of(arm),
+                    "seeds": str(len(runs.seeds(arm))),
+                    "CIDEr × 100": _cell(runs, "cider", arm),
+                    "minus cycle": "" if arm == "cycle" else _difference(runs, "cider", arm, "cycle"),
+                    **_content(runs, arm),
+                    "the paper": str(published),
+                }
+            )
+    return pd.DataFrame(rows)
 
-    def agreement(mean: Callable[[str], float]) -> float:
-        return float(np.mean([np.sign(mean(better) - mean(worse)) for better, worse in combinations(TABLE_9, 2)]))
 
-    effect = runs.combine("cider", agreement, TABLE_9)
-    apart = {
-        f"{ARMS[better].what} − {ARMS[worse].what}": runs.value("cider", better, worse)
-        for better, worse in pairwise(TABLE_9)
-    }
-    text = "the order of what trains BLIP is the paper's: Kendall's τ of CIDEr × 100"
-    return [Claim(12, text, ALL, effect, 1, apart, seeds=runs.shared(TABLE_9))]
+def table_explored(runs: EvaluatedRuns, arms: Sequence[str]) -> pd.DataFrame:
+    """Arms of one seed beside the cycle from that seed; intervals are over images alone."""
+    rows = []
+    for arm in (arm for arm in arms if runs.seeds(arm)):
+        row = {
+            "changed": label_of(arm),
+            "CIDEr × 100": _cell(runs, "cider", arm),
+            "minus cycle": _difference(runs, "cider", arm, "cycle"),
+        }
+        content = {f"{name} minus cycle": _difference(runs, metric, arm, "cycle") for metric, name in _contents(runs)}
+        rows.append(row | content)
+    return pd.DataFrame(rows, columns=None if rows else ["changed", "CIDEr × 100", "minus cycle"])
 
 
-def claim_14(folder: Path) -> list[Claim]:
-    """The cycle costs at most 1.4 × plain finetuning, at full size: 1.4 minus the ratio, counted, without an interval.
+def table_of_trials(folder: Path, profile: Profile) -> pd.DataFrame:
+    """The runs by which settings were chosen: a row each."""
+    captions, images = read_runs(folder)
+    datasets = development_sets(profile)
+    described = {name: evaluated_captions(captions[captions["corpus"] == name], one) for name, one in datasets.items()}
+    generated = evaluated_images(images, datasets["nocaps"], real_features(datasets["nocaps"], profile))
+    return pd.DataFrame(
+        {
+            "": arm,
+            "CIDEr × 100": _cell(described["nocaps"], "cider", arm),
+            **_content(described["nocaps"], arm),
+            "CIDEr × 100, coco": _cell(described["coco"], "cider", arm),
+            "CLIP distance × 100 ↓": _cell(generated, "clip_distance", arm),
+            "FID ↓": _cell(generated, "fid", arm),
+        }
+        for arm, _ in described["nocaps"].runs
+    )
+
+
+def _by_domain(runs: EvaluatedRuns, metric: str, arm: str) -> dict[str, str]:
+    cells = {name.partition("-")[0]: _cell(runs, metric, arm, name) for name in (*DOMAINS, ALL)}
+    return cells | {"all − start": "" if arm == START else _difference(runs, metric, arm, START)}
+
+
+def _contents(runs: EvaluatedRuns) -> list[tuple[str, str]]:
+    """The metric of a caption's content that the runs have, with its column: F1 where scenes are known, else SPICE."""
+    columns = {"f1": "F1", "spice": "SPICE × 100"}
+    return [(metric, column) for metric, column in columns.items() if metric in runs.scores][:1]
+
+
+def _content(runs: EvaluatedRuns, arm: str) -> dict[str, str]:
+    return {column: _cell(runs, metric, arm) for metric, column in _contents(runs)}
+
+
+def _cell(runs: EvaluatedRuns, metric: str, arm: str, domain: str = ALL) -> str:
+    return pages.cell(runs.value(metric, arm, domain=domain), METRICS[metric].digits)
+
+
+def _difference(runs: EvaluatedRuns, metric: str, arm: str, minus: str) -> str:
+    return pages.cell(runs.value(metric, arm, minus), METRICS[metric].digits, signed=True)
+
+
+# ── pages ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def page(tables: Mapping[str, pd.DataFrame], claims: Sequence[Claim], profile: Profile, images: int) -> list[str]:
+    """The parts of the page in Markdown.
 
     Args:
-        folder: of the results that `benchmarks/full_size.py` and `benchmarks/cycle.py` wrote.
+        tables: of `all_tables`.
+        claims: of `cycle_claims.all_claims`.
+        profile: of the runs.
+        images: test images of each data set.
     """
-    steps = json.loads((folder / "cycle-arithmetic.json").read_text(encoding="utf-8"))["steps"]
-    spared = {name: 1.4 - (image + text) / 2 / (say + draw) for name, say, draw, image, text in steps}
-    first, *others = spared
-    apart = {name: Interval(spared[name], spared[name], spared[name], 1, None) for name in others}
-    cost = json.loads((folder / "cycle-cost.json").read_text(encoding="utf-8"))
-    for entry in (entry for entry in cost["found"] if entry["captioner"] == BLIP):
-        captioner, generator, image, text, _ = (np.array(taken) for taken in entry["seconds"].values())
-        saved = 1.4 - (image + text) / 2 / (captioner + generator)
-        bounds = (float(value) for value in np.quantile(saved, (0.5, 0.05, 0.95)))
-        what = f"the miniature, timed (5th to 95th percentile), {entry['setting']}"
-        apart[what] = Interval(*bounds, len(saved), None)
-    text = f"a step of the cycle costs at most 1.4 × one from labels: 1.4 − the ratio, counted at full size, {first}"
-    return [Claim(14, text, ALL, Interval(spared[first], spared[first], spared[first], 1, None), 2, apart)]
-
-
-def table_3(found: Study) -> pd.DataFrame:
-    """Captioning: texts, a row a captioner and arm."""
-    rows = []
-    for captioner, runs in found.nocaps.items():
-        published, cycled, coco_published, coco_cycled = PAPER_TABLE_3[captioner]
-        paper = {START: f"{published} / {coco_published}", "cycle": f"{cycled} / {coco_cycled}"}
-        for arm in (arm for arm in (START, *TABLE_3) if runs.seeds(arm)):
-            cells = [_cell(runs, "cider", arm, domain) for domain in DOMAINS]
-            gain = "" if arm == START else _difference(runs, "cider", arm)
-            coco = _cell(found.coco[captioner], "cider", arm)
-            seeds = "" if arm == START else str(len(runs.seeds(arm)))
-            rows.append([CALLED[captioner], _what(arm), seeds, *cells, gain, _cell(runs, "f1", arm), coco,
-                         paper.get(arm, "")])  # fmt: skip
-    columns = ["captioner", "trained by", "seeds", "in", "near", "out", "all", "all − start", "F1", "coco"]
-    return pd.DataFrame(rows, columns=[*columns, "the paper: NoCaps / COCO"])
-
-
-def table_4(found: Study) -> pd.DataFrame:
-    """Generation: texts, a row a captioner and arm; lower is better throughout."""
-    rows = []
-    for captioner, runs in found.pictures.items():
-        own = (START, *TABLE_3, "reconstruction") if captioner == BLIP else ("cycle",)
-        for arm in (arm for arm in own if runs.seeds(arm)):
-            cells = [_cell(runs, "clip_distance", arm, domain) for domain in DOMAINS]
-            gain = "" if arm == START else _difference(runs, "clip_distance", arm)
-            coco = [_cell(found.coco_pictures[captioner], metric, arm) for metric in ("clip_distance", "fid")]
-            rows.append([CALLED[captioner], _what(arm), *cells, gain, _cell(runs, "fid", arm), *coco,
-                         *PAPER_TABLE_4.get((captioner, arm), ("", ""))])  # fmt: skip
-    columns = ["taught with", "trained by", "in", "near", "out", "all", "all − start", "FID", "coco", "coco, FID"]
-    return pd.DataFrame(rows, columns=[*columns, "the paper: NoCaps", "COCO"])
-
-
-def table_9(found: Study) -> pd.DataFrame:
-    """What trains BLIP: texts, a row an arm, as Table 9 and, in its first and last two rows, Table 5."""
-    runs, rows = found.nocaps[BLIP], []
-    for arm in (arm for arm in TABLE_9 if runs.seeds(arm)):
-        against = "" if arm == "cycle" else _difference(runs, "cider", arm, "cycle")
-        rows.append([_what(arm), str(len(runs.seeds(arm))), _cell(runs, "cider", arm), against,
-                     _cell(runs, "f1", arm), str(PAPER_TABLE_9[arm])])  # fmt: skip
-    return pd.DataFrame(rows, columns=["trained by", "seeds", "CIDEr × 100", "minus cycle", "F1", "the paper"])
-
-
-def table_explored(found: Study, arms: Sequence[str]) -> pd.DataFrame:
-    """Arms of one seed beside the cycle from that seed: texts; intervals are over pictures alone."""
-    runs, rows = found.nocaps[BLIP], []
-    for arm in (arm for arm in arms if runs.seeds(arm)):
-        rows.append([_what(arm), _cell(runs, "cider", arm), _difference(runs, "cider", arm, "cycle"),
-                     _difference(runs, "f1", arm, "cycle")])  # fmt: skip
-    return pd.DataFrame(rows, columns=["changed", "CIDEr × 100", "minus cycle", "F1 minus cycle"])
-
-
-def _cell(runs: Examined, metric: str, arm: str, domain: str = ALL) -> str:
-    return pages.cell(runs.value(metric, arm, domain=domain), report.METRICS[metric].digits)
-
-
-def _difference(runs: Examined, metric: str, arm: str, minus: str = START) -> str:
-    return pages.cell(runs.value(metric, arm, minus), report.METRICS[metric].digits, signed=True)
-
-
-def _what(arm: str) -> str:
-    return "start" if arm == START else ARMS[arm].what
-
-
-def page(found: Study, claims: Sequence[Claim], command: str) -> str:
-    """The page in Markdown."""
     lines = []
     for claim in claims:
         lines.append(verdict_line(claim))
-        for what, effect in claim.apart.items():
+        for what, effect in claim.secondary.items():
             lines.append(f"  * {what}: {pages.cell(effect, claim.digits, signed=True)}")
-    losses = CHOSEN.losses
-    parts = [
+    config = Run("cycle", profile.captioners[0]).config(profile)
+    return [
         "# Cycle finetuning",
-        "**Measured in the miniature**; the paper's figures stand beside ours for their direction.",
-        f"Made by `{command}` at commit `{pages.current_commit()}`. Brackets are 95 % intervals: training seeds are "
-        "drawn anew, then pictures; differences are paired by both. Three hundred pictures of nocaps, as many of coco.",
-        f"Settings: {CHOSEN.pictures} labelled pictures of coco, {CHOSEN.steps} steps of {CHOSEN.batch_size} pairs, "
-        f"{CHOSEN.schedule}, learning rate {CHOSEN.learning_rate:g}, (4) below {losses.latest:.0%} of the timesteps; "
-        "chosen on other pictures of the same sort, of [what was tried](cycle-trials.md).",
+        pages.measured_on(profile.dataset, pages.BESIDE_THE_PAPER),
+        f"Made by `{COMMAND}` at commit `{pages.current_commit()}`. Brackets are 95 % intervals: training seeds are "
+        f"drawn anew, then images; differences are paired by both. {images} images of nocaps, as many of coco.",
+        f"Settings: {config.images or 'all'} labelled images of coco, {config.steps} steps of {config.batch_size} "
+        f"pairs, {config.schedule}, learning rate {config.learning_rate:g}, (4) below {config.losses.max_timestep:.0%} "
+        "of the timesteps; chosen on other images of the same sort, by [these trials](cycle-trials.md).",
         "\n".join(lines),
         "## Captions (Table 3): CIDEr × 100",
-        _markdown(table_3(found)),
-        "## Pictures (Table 4): CLIP distance × 100 to the real picture and FID, lower is better",
-        _markdown(table_4(found)),
-        "![The same captions drawn by the generator before, taught by labels, taught by the cycle]"
-        "(../figures/cycle_pictures.png)",
+        pages.frame_table(tables["3"]),
+        "## Images (Table 4): CLIP distance × 100 to the real image and FID, lower is better",
+        pages.frame_table(tables["4"]),
+        "![The same captions rendered by the generator before training, trained by labels, trained by the cycle]"
+        "(../figures/cycle_images.png)",
         "## What trains BLIP (Tables 5 and 9)",
-        _markdown(table_9(found)),
+        pages.frame_table(tables["9"]),
         "## As the authors' released code has it, one seed, exploratory",
-        _markdown(table_explored(found, DEVIATIONS)),
+        pages.frame_table(tables["deviations"]),
         "## Other settings, one seed, exploratory",
-        _markdown(table_explored(found, MODES)),
+        pages.frame_table(tables["modes"]),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
-def _markdown(frame: pd.DataFrame) -> str:
-    return pages.table(list(frame), frame.to_numpy().tolist())
+def all_tables(found: StudyResults, profile: Profile) -> dict[str, pd.DataFrame]:
+    """Every table, by the end of its file's name.
+
+    Args:
+        found: the runs.
+        profile: names the first captioner.
+    """
+    runs = found.captions["nocaps"][profile.captioners[0]]
+    return {
+        "3": table_3(found),
+        "4": table_4(found, profile),
+        "9": table_9(runs),
+        "deviations": table_explored(runs, RELEASED_CODE),
+        "modes": table_explored(runs, OTHER_SETTINGS),
+    }
 
 
-def gallery(runs: Path, path: Path) -> None:
-    """What three generators draw of the same captions from the same noise, two captions of each domain."""
-    parts = tested()["nocaps"].by_domain().values()
-    examples = [example for part in parts for example in part[:2]]
-    pictures = {"real": [open_image(example.path) for example in examples]}
-    for name, run in GALLERY.items():
-        pictures[name] = [open_image(runs / run / f"pictures/nocaps/{example.image_id}.png") for example in examples]
-    show.write_png(cycle_figures.drawn_by(pictures, [example.sample_reference(seed=0) for example in examples]), path)
+def trials_page(folder: Path, profile: Profile) -> list[str]:
+    """The parts of the page of the trials in Markdown.
+
+    Args:
+        folder: of the trials' runs.
+        profile: of the runs.
+    """
+    return [
+        "# What was tried",
+        "One seed, 600 steps, three hundred images each of nocaps-dev and of coco's val split, none of them in the "
+        f"test. Made by `python -m dalleflamingo research cycle --trials` at commit `{pages.current_commit()}`.",
+        pages.frame_table(table_of_trials(folder, profile)),
+    ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write the page, its tables and the claims into the docs."""
-    parser = argparse.ArgumentParser(prog="python -m dalleflamingo research cycle-report", description=main.__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("build/runs/cycle"), help="default: %(default)s")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="default: docs")
-    options = parser.parse_args(arguments)
-    try:
-        captions, pictures = gather(options.runs)
-    except (FileNotFoundError, registry.RegistryError) as error:
-        parser.error(str(error))
-    found, folder = study(captions, pictures), options.docs / "results"
-    claims = [*claim_9(found), *claim_10(found), *claim_11(found), *claim_12(found), *claim_14(folder)]
+def gallery(runs: Path, dataset: Dataset, profile: Profile, path: Path) -> bool:
+    """Write what three generators render of the same captions from the same noise, two captions of each domain.
+
+    Args:
+        runs: folder of all runs.
+        dataset: the test images of NoCaps.
+        profile: names the first captioner.
+        path: of the figure.
+    Returns:
+        False where one of the three runs is not done.
+    """
+    folders = {name: runs / Run(arm, profile.captioners[0]).name for name, arm in GALLERY.items()}
+    if not all((folder / "result.json").is_file() for folder in folders.values()):
+        return False
+    examples = [example for part in dataset.by_domain().values() for example in part[:2]]
+    images = {"real": [open_image(example.path) for example in examples]}
+    for name, folder in folders.items():
+        images[name] = [open_image(folder / f"images/nocaps/{example.image_id}.png") for example in examples]
+    prompts = [example.sample_reference(seed=0) for example in examples]
+    show.write_png(cycle_figures.rendered_by(images, prompts), path)
+    return True
+
+
+def write(runs: Path, docs: Path, profile: Profile, datasets: Mapping[str, Dataset], **resamples: int) -> list[Claim]:
+    """Write the page, its tables, its figure and the claims; returns these.
+
+    Args:
+        runs: folder of all runs.
+        docs: gets `results` and `figures`.
+        profile: of the runs.
+        datasets: test images by name.
+        resamples: as of `EvaluatedRuns`.
+    Raises:
+        FileNotFoundError: no run is done.
+    """
+    captions, images = read_runs(runs)
+    found, folder = evaluate_runs(captions, images, datasets, profile, **resamples), docs / "results"
+    claims, tables = all_claims(found, profile, folder), all_tables(found, profile)
     captions.to_parquet(folder / "cycle-captions.parquet", index=False)
-    pictures.drop(columns="features").round(4).to_parquet(folder / "cycle-pictures.parquet", index=False)
-    for name, frame in (("3", table_3(found)), ("4", table_4(found)), ("9", table_9(found)),
-                        ("deviations", table_explored(found, DEVIATIONS)),
-                        ("modes", table_explored(found, MODES))):  # fmt: skip
+    images.drop(columns="features").round(4).to_parquet(folder / "cycle-images.parquet", index=False)
+    for name, frame in tables.items():
         frame.to_csv(folder / f"cycle-table-{name}.csv", index=False)
+    scoreboard(folder / "claims.json", claims, profile=profile.name, dataset=profile.dataset, seed=0)
+    pages.write_page(folder / "cycle.md", page(tables, claims, profile, len(datasets["nocaps"])))
+    gallery(runs, datasets["nocaps"], profile, docs / "figures" / "cycle_images.png")
+    if (runs / "trials").is_dir():
+        pages.write_page(folder / "cycle-trials.md", trials_page(runs / "trials", profile))
+    return claims
+
+
+def main(arguments: list[str]) -> int:
+    """Write docs/results/cycle.md, its tables, its figure and claims 9 to 12 and 14, from the runs that are done.
+
+    The runs are those of `python -m dalleflamingo research cycle`, with the same profile; what a step costs is measured
+    by benchmarks/cycle.py and benchmarks/full_size.py.
+    """
+    parser = study_parser("cycle-report", main.__doc__)
+    parser.add_argument("--images", type=positive, default=IMAGES, help="test images of the runs; default: %(default)s")
+    options = parse(parser, arguments)
     profile = profiles.current()
-    where = SimpleNamespace(profile=profile.name, dataset=profile.dataset, seed=0)
-    scoreboard(folder / "claims.json", claims, where)
-    (folder / "cycle.md").write_text(
-        page(found, claims, "python -m dalleflamingo research cycle-report"), encoding="utf-8"
-    )
-    if all((options.runs / run / "result.json").is_file() for run in GALLERY.values()):
-        gallery(options.runs, options.docs / "figures" / "cycle_pictures.png")
-    if (options.runs / "trials").is_dir():
-        (folder / "cycle-trials.md").write_text(trials_page(options.runs / "trials"), encoding="utf-8")
-    for claim in claims:
-        print(f"Claim {claim.number}: {claim.verdict}; {claim.text}: {claim.effect}")
+    print_claims(write(options.runs / "cycle", options.docs, profile, test_sets(profile, options.images)))
     return 0

@@ -1,6 +1,6 @@
-"""Drawn pictures held against the real one of their image, and against what was asked for (§3.2, Table 2, Fig. 4)."""
+"""Generated images against the real one of their caption, and against what the caption says (§3.2, Table 2, Fig. 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,68 +11,100 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalleflamingo import registry
 from dalleflamingo.datasets import Dataset, ImageFiles
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.image_metrics import fid, inception_score
 from dalleflamingo.miniature import scene_graph
 from dalleflamingo.miniature.image_score import score_prompt
 from dalleflamingo.miniature.recogniser import Recogniser
+from dalleflamingo.profiles import Profile
 from dalleflamingo.research.ranking import CorpusMetric, EvaluatedCandidates, mean_of, rows_of
 from dalleflamingo.similarity import Encoder
 
 
 @dataclass(frozen=True)
-class Judges:
-    """Who judges pictures; the recogniser only where the world is the miniature."""
+class ImageEvaluators:
+    """The models by which images are evaluated; the recogniser only where the profile has one."""
 
     clip: Encoder
     dino: Encoder
     inception: FeatureExtractor
     recogniser: Recogniser | None = None
 
+    @classmethod
+    def of(cls, profile: Profile, clip: Encoder, dino: Encoder) -> "ImageEvaluators":
+        """CLIP and DINO with the profile's Inception and, where it has a judge, its recogniser.
+
+        Args:
+            profile: names the other models.
+            clip: loaded already.
+            dino: loaded already.
+        Raises:
+            RegistryError: as `registry.locate`.
+        """
+        judge = Recogniser.from_pretrained(registry.locate(profile.judge)) if profile.judge else None
+        return cls(clip, dino, FeatureExtractor.from_registry(profile.inception, profile.device), judge)
+
 
 def evaluate_images(
-    table: pd.DataFrame, dataset: Dataset, run_folder: str | Path, judges: Judges
+    table: pd.DataFrame, dataset: Dataset, run_folder: str | Path, evaluators: ImageEvaluators
 ) -> EvaluatedCandidates:
-    """The pictures of a table as from `reconstruct.text_image_text`, judged.
+    """The generated images of a table, evaluated.
 
+    Args:
+        table: as from `reconstruct.text_image_text`.
+        dataset: with the real images.
+        run_folder: that the table's paths are relative to.
+        evaluators: CLIP, DINO, Inception and, in the miniature, the recogniser.
     Returns:
-        metrics and columns `clip_distance` and `dino_distance`, 100 · (1 − cosine) to the real picture of the image;
-        metrics `fid` and `is`, of the whole set; in the miniature `found`, the share of the caption's things that the
-        recogniser finds, in kind and colour, with `relations`, the share of its relations that are right of those that
-        could be told (NaN where none could), as a column only.
+        metrics and columns `clip_distance` and `dino_distance`, 100 · (1 − cosine) to the real image;
+        metrics `fid` and `is`, of the whole set; with a recogniser `found`, the share of the caption's things that it
+        finds, in kind and colour, and as a column only `relations`, the share of the caption's relations that are
+        right of those that could be told (NaN where none could).
     Raises:
-        ValueError: the images have different numbers of candidates. KeyError: one is not in the data set.
-        UnreadableImage: a picture is missing or damaged.
+        ValueError: the images have different numbers of candidates.
+        KeyError: an image is not in the data set.
+        UnreadableImage: an image is missing or damaged.
     """
     rows, ids = rows_of(table)
     examples = {example.image_id: example for example in dataset}
     real = ImageFiles(examples[i].path for i in ids)
-    drawn = ImageFiles(Path(run_folder) / path for path in table["picture"])
-    image = np.empty(len(table), dtype=int)
-    image[rows] = np.arange(len(ids))[:, None]  # (n · K,) which real picture is a candidate's
+    generated = ImageFiles(Path(run_folder) / path for path in table["image"])
+    source = np.empty(len(table), dtype=int)
+    source[rows] = np.arange(len(ids))[:, None]  # (n · K,) which real image is a candidate's
     columns = {
-        "clip_distance": distances(judges.clip, real, drawn, image),
-        "dino_distance": distances(judges.dino, real, drawn, image),
+        "clip_distance": distances(evaluators.clip, real, generated, source),
+        "dino_distance": distances(evaluators.dino, real, generated, source),
     }
-    if judges.recogniser:
-        columns |= _found(judges.recogniser, drawn, table["caption"])
+    if evaluators.recogniser:
+        columns |= _recognised(evaluators.recogniser, generated, table["caption"])
     metrics = {name: mean_of(columns[name]) for name in ("clip_distance", "dino_distance", "found") if name in columns}
-    true, seen = judges.inception.look(real), judges.inception.look(drawn)
-    metrics["fid"] = _each(lambda pick: fid(true.features[image[pick]], seen.features[pick]))
-    metrics["is"] = _each(lambda pick: inception_score(seen.logits[pick]))
+    of_real, of_generated = evaluators.inception.extract(real), evaluators.inception.extract(generated)
+    metrics["fid"] = _each(lambda rows: fid(of_real.features[source[rows]], of_generated.features[rows]))
+    metrics["is"] = _each(lambda rows: inception_score(of_generated.logits[rows]))
     domain = np.array([examples[i].domain for i in ids], dtype=object)
-    return EvaluatedCandidates(table.assign(**columns), rows, domain, metrics, "found" if judges.recogniser else None)
+    oracle = "found" if evaluators.recogniser else None
+    return EvaluatedCandidates(table.assign(**columns), rows, domain, metrics, oracle)
 
 
-def distances(encoder: Encoder, real: Sequence[Image], drawn: Sequence[Image], image: np.ndarray) -> np.ndarray:
-    """(N,) 100 · (1 − cosine) of N drawn pictures to the real ones whose positions `image` (N,) gives."""
-    cosine: Tensor = F.cosine_similarity(encoder.embed(real)[torch.from_numpy(image)], encoder.embed(drawn))
+def distances(encoder: Encoder, real: Sequence[Image], generated: Sequence[Image], source: np.ndarray) -> np.ndarray:
+    """100 · (1 − cosine) of each generated image to its real one.
+
+    Args:
+        encoder: CLIP or DINO.
+        real: n images.
+        generated: N images.
+        source: (N,) position of each one's real image.
+    Returns:
+        (N,) in [0, 200].
+    """
+    cosine: Tensor = F.cosine_similarity(encoder.embed(real)[torch.from_numpy(source)], encoder.embed(generated))
     return 100 * (1 - cosine.double().numpy())
 
 
-def _found(recogniser: Recogniser, drawn: Sequence[Image], captions: Sequence[str]) -> dict[str, np.ndarray]:
-    pairs = zip(recogniser.find(drawn), captions, strict=True)
+def _recognised(recogniser: Recogniser, generated: Sequence[Image], captions: Sequence[str]) -> dict[str, np.ndarray]:
+    pairs = zip(recogniser.find(generated), captions, strict=True)
     scores = [score_prompt(found, scene_graph.parse(caption)) for found, caption in pairs]
     relations = [score.relations_right / score.relations if score.relations else np.nan for score in scores]
     return {
@@ -81,6 +113,6 @@ def _found(recogniser: Recogniser, drawn: Sequence[Image], captions: Sequence[st
     }
 
 
-def _each(statistic) -> CorpusMetric:
+def _each(statistic: Callable[[np.ndarray], float]) -> CorpusMetric:
     """A metric of one corpus, (n,) row positions, as one of many, (S, n)."""
-    return lambda picks: np.array([statistic(pick) for pick in picks])
+    return lambda selection: np.array([statistic(rows) for rows in selection])

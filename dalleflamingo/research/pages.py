@@ -1,15 +1,28 @@
-"""The parts of a results page in Markdown: cells with intervals, tables, where it was measured and by which commit."""
+"""The parts of a results page in Markdown, and the sentences that every page begins with."""
 
-import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import pandas as pd
+
+from dalleflamingo import registry
 from dalleflamingo.intervals import Interval
+from dalleflamingo.runs import write_whole
+
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout
+SHIPPED = ROOT / "docs" / "results"
+BESIDE_THE_PAPER = "; the paper's values stand beside ours to compare their direction, not their size"
 
 
 def cell(interval: Interval, digits: int, signed: bool = False) -> str:
-    """A figure with its interval, as text."""
+    """A value with its interval, as text.
+
+    Args:
+        interval: the value.
+        digits: after the decimal point.
+        signed: with a plus sign, as of a difference.
+    """
     form = f"{'+' if signed else ''}.{digits}f"
     return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
@@ -20,26 +33,49 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def measured_on(dataset: str) -> str:
-    """How a page begins."""
-    return "**Measured in the miniature**" if dataset.startswith("miniature/") else f"Measured on {dataset}"
+def frame_table(frame: pd.DataFrame) -> str:
+    """A table in Markdown of a data frame of texts."""
+    return table(list(frame), frame.to_numpy().tolist())
 
 
-def current_commit() -> str:
-    """The commit that measures; "-dirty" behind it where package, benchmarks or data are no longer as it has them."""
-    package = Path(__file__).resolve().parents[1]
-    made_by = [str(package), *(str(package.parent / name) for name in ("benchmarks", "data"))]
+def measured_on(dataset: str, unlike: str = "") -> str:
+    """The sentence that a page begins with.
+
+    Args:
+        dataset: its name in the registry.
+        unlike: what else a result in the miniature has to say, behind a comma.
+    """
+    if not registry.entry_of(dataset).shipped:
+        return f"Measured on {dataset}."
+    return (
+        "**Measured in the miniature**, with small models trained on a drawn world. It is no result on COCO or NoCaps"
+        f"{unlike}."
+    )
+
+
+def made_by(command: str, commit: str) -> str:
+    """How the numbers of a page can be made again."""
+    return f"Made by `{command}` at commit `{commit}`. Brackets are 95 % intervals by a paired bootstrap over images."
+
+
+def write_page(path: Path, parts: Iterable[str]) -> None:
+    """Write the parts of a page that are not empty, a blank line between them."""
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def current_commit(repository: Path = ROOT) -> str:
+    """The commit that measures; "-dirty" behind it where package, benchmarks or data are no longer as it has them.
+
+    Args:
+        repository: the root of the checkout.
+    """
+    made_by = [str(repository / name) for name in ("dalleflamingo", "benchmarks", "data")]
     try:
         commit, changed = (
-            subprocess.run(["git", *command], cwd=package, capture_output=True, check=True, text=True).stdout.strip()
+            subprocess.run(["git", *command], cwd=repository, capture_output=True, check=True, text=True).stdout.strip()
             for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", *made_by])
         )
     except (OSError, subprocess.CalledProcessError):
         return "not in a git checkout"
     return f"{commit}-dirty" if changed else commit
-
-
-def write_whole(path: Path, write_to: Callable[[Path], object]) -> None:
-    part = path.with_name(path.name + ".part")
-    write_to(part)
-    os.replace(part, path)

@@ -3,124 +3,72 @@
     results/insight-1.parquet        a row a candidate, with its scores
     results/insight-1-intervals.csv  every number of the page and the figures, with its interval
     results/insight-1.md             the page
-    results/claims.json              the scoreboard of all insights; a insight replaces its own rows
+    results/claims.json              the scoreboard of all claims; an insight replaces its own rows
     figures/*.png
 
-What was measured in the miniature says so on every page, and stands beside the paper's figures, never for them.
+A page says where it was measured in the miniature, and the paper's values stand beside ours, never for them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from dalleflamingo.course import show
 from dalleflamingo.intervals import Interval
-from dalleflamingo.research.claims import Claim, scoreboard, verdict_line
-from dalleflamingo.research.pages import cell, current_commit, measured_on, table, write_whole
-from dalleflamingo.research.ranking import ALL, LOWER, curves, gains, scores, similarities
+from dalleflamingo.research import paper
+from dalleflamingo.research.claims import RULE, Claim, scoreboard, secondary_table, verdict_line
+from dalleflamingo.research.metrics import METRICS, Metric, ranking_label
+from dalleflamingo.research.pages import BESIDE_THE_PAPER, SHIPPED, cell, measured_on, table, write_page
+from dalleflamingo.research.provenance import Provenance
+from dalleflamingo.research.ranking import ALL, BASELINES, SHUFFLES, curves, gains, scores, similarities
+from dalleflamingo.runs import write_whole
 
-SHIPPED = Path(__file__).resolve().parents[2] / "docs" / "results"
-# insight -> metric -> domain -> the paper's figures on NoCaps, random and ranked (Tables 1 and 2)
-PAPER = {
-    "insight-1": {
-        "cider": {
-            "all": (74.1, 80.3),
-            "in-domain": (75.1, 77.3),
-            "near-domain": (72.4, 78.3),
-            "out-domain": (78.7, 88.8),
-        },
-    },
-    "insight-2": {
-        "clip_distance": {"all": (40.54, 33.47)},
-        "fid": {"all": (32.37, 29.59)},
-        "is": {"all": (41.19, 45.64)},
-    },
-}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is written: its name, digits, and the end of its figures' names where it has any."""
-
-    label: str
-    digits: int
-    figure: str | None = None
-
-
-METRICS = {
-    "cider": Metric("CIDEr × 100", 1, ""),
-    "f1": Metric("scene-graph F1", 3, "_f1"),
-    "bleu4": Metric("BLEU-4 × 100", 1),
-    "wmd": Metric(show.LABELS["wmd"], 3),
-    "found": Metric(show.LABELS["found"], 3, "_found"),
-    "clip_distance": Metric(show.LABELS["clip_distance"], 2, "_clip"),
-    "dino_distance": Metric(show.LABELS["dino_distance"], 2),
-    "fid": Metric(show.LABELS["fid"], 2, "_fid"),
-    "is": Metric(show.LABELS["is"], 2, "_is"),
-}
 _TEXTS = {
     "insight-1": {
-        "title": "Insight I: is the caption that gives the picture back the better caption?",
+        "title": "Insight I: is the caption that gives the image back the better caption?",
         "table": "Ranked first against random (Table 1)",
         "oracle": "the candidate with the best scene-graph F1",
         "rho": "Rank correlation within an image (claim 1)",
-        "pairs": "In the miniature scene-graph F1 stands for SPICE, which wants parts that cannot be had everywhere.",
+        "pairs": "In the miniature scene-graph F1 takes the part of SPICE.",
+        "figures": "",
     },
     "insight-2": {
-        "title": "Insight II: is the picture that gives the caption back the better picture?",
+        "title": "Insight II: is the image that gives the caption back the better image?",
         "table": "Ranked first against random (Table 2)",
-        "oracle": "the picture that shows most of the caption's things",
+        "oracle": "the image that shows most of the caption's things",
         "rho": "Rank correlation within a caption (claim 3)",
-        "pairs": "FID and the Inception Score are figures of a set of pictures; no single picture has one.",
+        "pairs": "FID and the Inception Score are values of a set of images; no single image has one.",
+        "figures": "_texts",
     },
 }
-
-
 _SHUFFLED = (
     "*Shuffled*: the same ranking by another image's similarities, a check of the measurement: nothing but chance may "
-    "be gained. One shuffle has an interval like the others and misses 0 once in twenty times; below it stands what "
-    "500 shuffles gain, their mean and the bounds of 95 % of them. A ranking that lies beyond these knows something."
+    "be gained. One shuffle has an interval like the others and misses 0 once in twenty times; the last rows are the "
+    f"mean gain of {SHUFFLES} shuffles, and the bounds that 95 % of them lie in. A ranking beyond these bounds knows "
+    "something."
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that a reader needs to make the same numbers again.
-
-    candidates: drawn for each image. ranked: how many of them, the first, the insight ranks. judges: of what else.
-    """
-
-    command: str
-    profile: str
-    dataset: str
-    candidates: int
-    ranked: int
-    sampling: str
-    steps: int
-    guidance_scale: float
-    scheduler: str
-    tokenizer: str
-    resamples: int
-    seed: int
-    judges: str = ""
-
-    @classmethod
-    def of(cls, table: pd.DataFrame) -> "Settings":
-        """Of a table that `load` returned."""
-        return cls(**{name: table.attrs[name] for name in cls.__dataclass_fields__})
-
-    @property
-    def miniature(self) -> bool:
-        return self.dataset.startswith("miniature/")
+_BASELINES = {
+    "length": "longest caption",
+    "likelihood": "likeliest to the captioner",
+    "consensus": "most like the other candidates (CIDEr)",
+    "clip_score": "CLIPScore of caption and image",
+}
 
 
 @dataclass(frozen=True)
 class Insight:
-    """One insight as it was measured; the tables are those of `reproduce` and `picks`.
+    """One insight as it was measured.
 
-    chance: similarity -> metric -> what `picks.shuffle` gains. figures: what its figures' names begin their ends with.
+    Attributes:
+        name: "insight-1" or "insight-2".
+        table: the evaluated candidates.
+        effects: of `ranking.measure`.
+        correlations: of `ranking.correlate`.
+        claims: that it decides.
+        chance: similarity -> metric -> of `ranking.gain_of_chance`.
+        provenance: how it was made.
     """
 
     name: str
@@ -129,166 +77,188 @@ class Insight:
     correlations: pd.DataFrame
     claims: Sequence[Claim]
     chance: Mapping[str, Mapping[str, Interval]]
-    settings: Settings
-    figures: str = ""
-    commit: str = field(default_factory=lambda: current_commit())
+    provenance: Provenance
 
     @property
     def metrics(self) -> dict[str, Metric]:
         measured = set(self.effects["metric"])
         return {name: metric for name, metric in METRICS.items() if name in measured}
 
+    @property
+    def figures(self) -> dict[str, str]:
+        """Metric -> the end of its figures' names, of the metrics that have figures."""
+        begin = _TEXTS[self.name]["figures"]
+        return {name: f"{begin}{one.figure}" for name, one in self.metrics.items() if one.figure is not None}
+
 
 def write(docs: Path, insight: Insight) -> None:
-    """Write everything about one insight; see the module's text for the files."""
-    folder = docs / "results"
+    """Write everything about one insight; see the module's docstring for the files."""
+    folder, provenance = docs / "results", insight.provenance
     folder.mkdir(parents=True, exist_ok=True)
     stamped = insight.table.copy()
-    stamped.attrs = {**asdict(insight.settings), "commit": insight.commit}
+    stamped.attrs = provenance.as_attrs()
     write_whole(folder / f"{insight.name}.parquet", lambda path: stamped.to_parquet(path, index=False))
     rounded = insight.effects.round(5)
     write_whole(folder / f"{insight.name}-intervals.csv", lambda path: rounded.to_csv(path, index=False))
-    scoreboard(folder / "claims.json", insight.claims, insight.settings)
+    board = folder / "claims.json"
+    scoreboard(board, insight.claims, profile=provenance.profile, dataset=provenance.dataset, seed=provenance.seed)
     draw(insight, docs / "figures")
-    text = page(insight)
-    write_whole(folder / f"{insight.name}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_page(folder / f"{insight.name}.md", page(insight))
 
 
 def load(name: str, folder: Path = SHIPPED) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A measured insight: its candidate table, settings in `.attrs`, and its intervals as `picks.measure` gives them.
+    """A measured insight: its candidate table, provenance in `.attrs`, and its table of effects.
 
+    Args:
+        name: "insight-1" or "insight-2".
+        folder: with its files.
     Raises:
         FileNotFoundError: it is not measured in that folder.
     """
-    table, intervals = folder / f"{name}.parquet", folder / f"{name}-intervals.csv"
-    if not (table.is_file() and intervals.is_file()):
+    candidates, effects = folder / f"{name}.parquet", folder / f"{name}-intervals.csv"
+    if not (candidates.is_file() and effects.is_file()):
         raise FileNotFoundError(
             f"{name} is not measured in {folder}: its files come with a clone of the repository, so run "
             f"`git checkout -- {folder}`, or measure it with `make reproduce`"
         )
-    return pd.read_parquet(table), pd.read_csv(intervals)
+    return pd.read_parquet(candidates), pd.read_csv(effects)
 
 
 def draw(insight: Insight, folder: Path) -> None:
     """rank_curve….png and gains….png of each metric that has figures."""
-    for name, metric in insight.metrics.items():
-        if metric.figure is not None:
-            drawn = curves(insight.effects, name), scores(insight.effects, name, "random")[ALL].value
-            end = f"{insight.figures}{metric.figure}"
-            curve = show.rank_curve(drawn[0], metric.label, drawn[1], lower=name in LOWER, of=insight.name)
-            show.write_png(curve, folder / f"rank_curve{end}.png")
-            bars = {by: gains(insight.effects, name, by) for by in similarities(insight.effects)}
-            show.write_png(show.gain_bars(bars, metric.label, lower=name in LOWER), folder / f"gains{end}.png")
+    effects = insight.effects
+    for name, end in insight.figures.items():
+        label, lower = METRICS[name].label, METRICS[name].lower_is_better
+        random = scores(effects, name, "random")[ALL].value
+        curve = show.rank_curve(curves(effects, name), label, random, lower=lower, of=insight.name)
+        show.write_png(curve, folder / f"rank_curve{end}.png")
+        bars = {by: gains(effects, name, by) for by in similarities(effects)}
+        show.write_png(show.gain_bars(bars, label, lower=lower), folder / f"gains{end}.png")
 
 
-def page(insight: Insight) -> str:
-    """The page in Markdown; no text of a model or a file comes into it."""
-    settings, texts = insight.settings, _TEXTS[insight.name]
-    where = measured_on(settings.dataset) + (
-        ", with small models trained on a drawn world. It is no result on COCO or NoCaps; the paper's figures stand "
-        "beside ours to compare their direction, not their size."
-        if settings.miniature
-        else "."
-    )
-    ways = set(insight.effects["pick"])
-    drawn = [f"{insight.figures}{metric.figure}" for metric in insight.metrics.values() if metric.figure is not None]
+def page(insight: Insight) -> list[str]:
+    """The parts of the page in Markdown; no text of a model or a file comes into it."""
+    made, texts, name = insight.provenance, _TEXTS[insight.name], insight.name
     parts = [
         f"# {texts['title']}",
-        where,
-        f"n = {insight.effects['n'].max()} images, K = {settings.ranked} candidates each, seed {settings.seed}, "
-        f"profile `{settings.profile}`, {settings.steps} steps of {settings.scheduler}. Brackets are 95 % intervals by "
-        f"a paired bootstrap over images ({settings.resamples:,} resamples; corpus metrics computed anew on each).",
+        measured_on(made.dataset, BESIDE_THE_PAPER),
+        f"n = {insight.effects['n'].max()} images, K = {made.ranked} candidates each, seed {made.seed}, "
+        f"profile `{made.profile}`, {made.steps} steps of {made.scheduler}. Brackets are 95 % intervals by "
+        f"a paired bootstrap over images ({made.resamples:,} resamples; corpus metrics computed anew on each).",
         "\n".join(map(verdict_line, insight.claims)),
-        "The rule was declared before the run: a claim holds where the interval of its effect lies beyond 0 on the "
-        "paper's side, does not hold where it lies beyond 0 on the other, and is undecided else. The paper does not "
-        "say which similarity ranks in its tables, so each has a row.",
+        f"{RULE} The paper does not say which similarity ranks in its tables, so each has a row.",
         f"## {texts['table']}",
     ]
-    for name, metric in insight.metrics.items():
-        parts += [f"### {metric.label}{' (lower is better)' if name in LOWER else ''}", _against_random(insight, name)]
-    parts += [f"![The score at each rank](../figures/rank_curve{end}.png)" for end in drawn]
-    parts += [f"![The gain over random, overall and by domain](../figures/gains{end}.png)" for end in drawn]
+    for metric in insight.metrics:
+        lower = " (lower is better)" if METRICS[metric].lower_is_better else ""
+        parts += [f"### {METRICS[metric].label}{lower}", _against_random(insight, metric)]
+    parts += [f"![The score at each rank](../figures/rank_curve{end}.png)" for end in insight.figures.values()]
     parts += [
-        *_apart(insight),
-        "## What the gain is to be held against",
-        "Overall. "
-        + (f"*Oracle*: {texts['oracle']}, the most that any ranking could reach there. " if "oracle" in ways else "")
-        + ("*Beam search*: the captioner's own best guess. " if "beam" in ways else "")
-        + ("The last four rank without drawing a picture. " if "length 1" in ways else "")
-        + _SHUFFLED,
+        f"![The gain over random, overall and by domain](../figures/gains{end}.png)" for end in insight.figures.values()
+    ]
+    secondary = secondary_table(insight.claims, _differences_in_the_paper(insight))
+    return [
+        *parts,
+        "### Secondary effects" if secondary else "",
+        secondary,
+        "## Bounds and controls",
+        _controls(insight),
         _references(insight),
         f"## {texts['rho']}",
-        f"Spearman's ρ between similarity and score over the {settings.ranked} candidates of an image, mean over "
-        "images; above 0 is the paper's side, for scores that are better when lower too. An image whose candidates all "
-        f"score alike has none and is counted apart. {texts['pairs']}",
+        f"Spearman's ρ between similarity and score over the {made.ranked} candidates of an image, mean over images; "
+        "positive ρ supports the paper, for scores that are better when lower too. An image whose candidates all "
+        f"score the same has none and is counted apart. {texts['pairs']}",
         _correlations(insight.correlations),
         "## How it was made",
-        _how(insight),
-        f"Every number above with its interval: [{insight.name}-intervals.csv]({insight.name}-intervals.csv). Every "
-        f"candidate: [{insight.name}.parquet]({insight.name}.parquet).",
+        _how(made),
+        f"Every number above with its interval: [{name}-intervals.csv]({name}-intervals.csv). Every candidate: "
+        f"[{name}.parquet]({name}.parquet).",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _in_the_paper(insight: Insight, metric: str) -> dict[str, tuple[float, float]]:
+    """Domain -> the paper's values on NoCaps, random and ranked first (Tables 1 and 2)."""
+    if METRICS[metric].of == "caption":
+        return paper.TABLE_1["nocaps"].get(metric, {})
+    return {ALL: paper.TABLE_2["nocaps"][metric]} if metric in paper.TABLE_2["nocaps"] else {}
 
 
 def _against_random(insight: Insight, metric: str) -> str:
     effects, digits = insight.effects, METRICS[metric].digits
-    random, paper = scores(effects, metric, "random"), PAPER[insight.name].get(metric, {})
+    published = _in_the_paper(insight, metric)
     header = ["", "n", "random"]
     for by in similarities(effects):
-        header += [f"{show.LABELS[by]} first", "minus random"]
+        header += [f"{ranking_label(by)} first", "minus random"]
     rows = []
-    for domain, base in random.items():
-        row = [show.LABELS[domain], str(base.n), cell(base, digits)]
+    for domain, base in scores(effects, metric, "random").items():
+        row = [show.label(domain), str(base.n), cell(base, digits)]
         for by in similarities(effects):
-            first, gain = scores(effects, metric, f"{by} 1")[domain], gains(effects, metric, by)[domain]
+            first, gain = scores(effects, metric, by)[domain], gains(effects, metric, by)[domain]
             row += [cell(first, digits), cell(gain, digits, signed=True)]
-        if paper:
-            low, high = paper.get(domain, (None, None))
+        if published:
+            low, high = published.get(domain, (None, None))
             row.append("" if low is None else f"{low} → {high} ({high - low:+.1f})")
         rows.append(row)
-    return table(header + ["the paper, NoCaps"] * bool(paper), rows)
+    return table(header + ["the paper, NoCaps"] * bool(published), rows)
 
 
-def _apart(insight: Insight) -> list[str]:
-    """What is reported beside the claims' own effects, where there is any."""
-    rows = []
-    for claim in insight.claims:
-        by = "" if claim.ranked_by == ALL else f"ranked by {show.LABELS[claim.ranked_by]}"
-        rows += [[by, what, cell(found, claim.digits, signed=True)] for what, found in claim.apart.items()]
-    if not rows:
+def _differences_in_the_paper(insight: Insight) -> list[list[str]]:
+    """Claim 2's secondary effects in the paper: the gain out of domain minus that in the other domains."""
+    if insight.name != "insight-1":
         return []
-    paper = PAPER[insight.name].get("cider")
-    for domain in ("in-domain", "near-domain") if paper else ():
-        out, other = (paper[name][1] - paper[name][0] for name in ("out-domain", domain))
-        rows.append(["the paper, NoCaps", f"CIDEr × 100, out of domain − {show.LABELS[domain]}", f"{out - other:+.1f}"])
-    said = "Differences; above 0 is the paper's side."
-    return ["### Reported beside the claims", said, table(["", "difference of gains", ""], rows)]
+    gained = {domain: ranked - random for domain, (random, ranked) in paper.TABLE_1["nocaps"]["cider"].items()}
+    return [
+        [
+            "the paper, NoCaps",
+            f"CIDEr × 100, out of domain − {show.label(domain)}",
+            f"{gained['out-domain'] - gained[domain]:+.1f}",
+        ]
+        for domain in ("in-domain", "near-domain")
+    ]
+
+
+def _controls(insight: Insight) -> str:
+    """What the rows of `_references` are."""
+    ways = set(insight.effects["ranked_by"])
+    sentences = ["Overall."]
+    if "oracle" in ways:
+        sentences.append(f"*Oracle*: {_TEXTS[insight.name]['oracle']}, the most that any ranking could reach there.")
+    if "beam" in ways:
+        sentences.append("*Beam search* writes one caption and needs no candidates.")
+    if ways.intersection(BASELINES):
+        others = ", ".join(label for by, label in _BASELINES.items() if by in ways)
+        sentences.append(f"Some rankings need no generated image: {others}.")
+    return " ".join([*sentences, _SHUFFLED])
 
 
 def _references(insight: Insight) -> str:
-    effects = insight.effects
-    named = {"random": "random", "beam": "beam search", "oracle": "oracle"}
-    for by in similarities(effects):
-        named |= {f"{by} 1": f"ranked first by {show.LABELS[by]}", f"{by} shuffled": f"{show.LABELS[by]}, shuffled"}
-    named |= {
-        "length 1": "longest caption",
-        "likelihood 1": "likeliest to the captioner",
-        "consensus 1": "most like the other candidates (CIDEr)",
-        "clip_score 1": "CLIPScore of caption and image",
-    }
-    there = set(effects["pick"])
-    header = ["", *(title for metric in insight.metrics.values() for title in (metric.label, "minus random"))]
-    rows = []
-    for pick in (pick for pick in named if pick in there):
-        row = [named[pick]]
+    effects, rows = insight.effects, []
+    for label, way in _ways(effects):
+        row = [label]
         for name, metric in insight.metrics.items():
-            gain = cell(gains(effects, name, pick)[ALL], metric.digits, signed=True)
-            row += [cell(scores(effects, name, pick)[ALL], metric.digits), "" if pick == "random" else gain]
+            gain = cell(gains(effects, name, **way)[ALL], metric.digits, signed=True)
+            score = cell(scores(effects, name, **way)[ALL], metric.digits)
+            row += [score, "" if way["ranked_by"] == "random" else gain]
         rows.append(row)
     for by, gained in insight.chance.items():
         cells = [("", cell(gained[name], metric.digits, signed=True)) for name, metric in insight.metrics.items()]
-        rows.append([f"{show.LABELS[by]}, shuffled 500 times", *(cell for pair in cells for cell in pair)])
-    return table(header, rows)
+        rows.append([f"{ranking_label(by)}, shuffled {SHUFFLES} times", *(cell for pair in cells for cell in pair)])
+    return table(["", *(title for one in insight.metrics.values() for title in (one.label, "minus random"))], rows)
+
+
+def _ways(effects: pd.DataFrame) -> list[tuple[str, dict]]:
+    """Label and arguments of `scores` for the selections of a table of effects, without ranks behind the first."""
+    ways = [
+        ("random", {"ranked_by": "random"}),
+        ("beam search", {"ranked_by": "beam"}),
+        ("oracle", {"ranked_by": "oracle"}),
+    ]
+    for by in similarities(effects):
+        ways.append((f"ranked first by {ranking_label(by)}", {"ranked_by": by}))
+        ways.append((f"{ranking_label(by)}, shuffled", {"ranked_by": by, "shuffled": True}))
+    ways += [(label, {"ranked_by": by}) for by, label in _BASELINES.items()]
+    there = set(effects["ranked_by"])
+    return [(label, way) for label, way in ways if way["ranked_by"] in there]
 
 
 def _correlations(correlations: pd.DataFrame) -> str:
@@ -296,12 +266,13 @@ def _correlations(correlations: pd.DataFrame) -> str:
     for row in correlations.to_dict("records"):
         pair = "mean over these pairs"
         if row["metric"] != ALL:
-            pair = f"{show.LABELS[row['ranked_by']]}, {METRICS[row['metric']].label.removesuffix(' × 100')}"
-        rho = f"{row['rho']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            pair = f"{ranking_label(row['ranked_by'])}, {METRICS[row['metric']].label.removesuffix(' × 100')}"
+        rho = cell(Interval(row["rho"], row["low"], row["high"], row["n"], None), 3, signed=True)
         rows.append([pair, rho, str(row["n"]), str(row["undefined"])])
     return table(["pair", "ρ", "n", "images without ρ"], rows)
 
 
-def _how(insight: Insight) -> str:
-    rows = [[key.replace("_", " "), f"`{value}`"] for key, value in asdict(insight.settings).items() if value != ""]
-    return table(["", ""], [*rows, ["commit", f"`{insight.commit}`"]])
+def _how(made: Provenance) -> str:
+    return table(
+        ["", ""], [[key.replace("_", " "), f"`{value}`"] for key, value in asdict(made).items() if value != ""]
+    )

@@ -1,15 +1,13 @@
-"""What becomes of the insights when sampling changes: nucleus p (Table 6) and the number of candidates (Fig. 9).
+"""Sampling and vocabularies: nucleus p (Table 6), number of candidates (Fig. 9), captions tokenized alike (App. G).
 
     python -m dalleflamingo research studies      after `make reproduce` has measured both insights
 
-And how many captions two vocabularies cut alike (App. G), of the miniature and, where a folder that DALLEFLAMINGO_COCO
-names holds coco_karpathy_test_gt.json, of COCO with BLIP's and CLIP's own vocabularies.
+The vocabularies are the miniature's and, where a folder that DALLEFLAMINGO_COCO names holds
+coco_karpathy_test_gt.json, BLIP's and CLIP's own on COCO.
 """
 
-import argparse
-import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -21,298 +19,367 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dalleflamingo import profiles, registry
-from dalleflamingo.captioner import Captioner, Nucleus
+from dalleflamingo.captioner import Captioner
 from dalleflamingo.course import show
 from dalleflamingo.datasets import Dataset, read_coco, read_results, write_results
-from dalleflamingo.evaluation.caption_metrics import Cider
+from dalleflamingo.decoding import Nucleus
+from dalleflamingo.evaluation.ngrams import Cider
+from dalleflamingo.evaluation.vocabulary_report import caption_tokens, same_tokens
 from dalleflamingo.intervals import Interval, derive_seed, paired_bootstraps
-from dalleflamingo.reconstruct import load_captioner
-from dalleflamingo.research import pages, report
-from dalleflamingo.research.claims import Claim, scoreboard, verdict_line
+from dalleflamingo.reconstruct import JourneySettings, text_image_text
+from dalleflamingo.research import pages, paper, report
+from dalleflamingo.research.caption_ranking import evaluate_captions
+from dalleflamingo.research.claims import Claim, print_claims, scoreboard, secondary_table, verdict_line
+from dalleflamingo.research.growth import first_of_any, growth
 from dalleflamingo.research.image_ranking import evaluate_images
-from dalleflamingo.research.insights import RANKED, text_trips
+from dalleflamingo.research.insights import RANKED, TextJourneyModels, negated
+from dalleflamingo.research.metrics import METRICS, OF_CAPTIONS, OF_IMAGES, check_similarities, ranking_label
+from dalleflamingo.research.options import parse, study_parser
+from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import (
     ALL,
-    LOWER,
-    OF_CAPTIONS,
-    OF_PICTURES,
     RESAMPLES,
     EvaluatedCandidates,
     contrast,
-    evaluate_captions,
-    first_of_any,
     gains,
-    growth,
     of_columns,
     similarities,
 )
-from dalleflamingo.tokens import clip_tokenizer, pieces, same_tokens, wordpiece_tokenizer
+from dalleflamingo.runs import write_whole
+from dalleflamingo.tokens import clip_tokenizer, wordpiece_tokenizer
 
-NUCLEUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # Table 6
-PAPER_TABLE_6 = (111.8, 111.2, 110.0, 107.2, 103.4, 96.2, 89.7, 83.1, 78.7, 69.2)  # NoCaps CIDEr × 100
+NUCLEUS = tuple(paper.TABLE_6)  # values of p
 NUMBERS = (1, 2, 3, 5, 7, 10, 15, 20, 25)  # of candidates, Fig. 9
+MORE = {"images": 200, "candidates": 25}  # more images of fewer captions
+
+
+@dataclass(frozen=True)
+class Studies:
+    """What the studies measured.
+
+    Attributes:
+        by_p: of `cider_by_p`.
+        captions: of `growth`, captions of each image.
+        images: of `growth`, images of each caption.
+        more_images: the same with more images of fewer captions.
+        pairs: of `compare_similarities`.
+        claims: that they decide.
+        insight_1: how the captions were made.
+    """
+
+    by_p: pd.DataFrame
+    captions: pd.DataFrame
+    images: pd.DataFrame
+    more_images: pd.DataFrame
+    pairs: pd.DataFrame
+    claims: Sequence[Claim]
+    insight_1: Provenance
 
 
 def nucleus_sweep(dataset: Dataset, captioner: Captioner, folder: Path, ps: Sequence[float] = NUCLEUS) -> np.ndarray:
     """(len(ps), n) captions: one for each image and p, sampled with the same seed at every p.
 
     Kept as COCO results in `folder`, a file for each p; what is there is not sampled again.
+
+    Args:
+        dataset: n images.
+        captioner: that samples.
+        folder: of the results.
+        ps: values of p.
     """
     swept = []
     for p in tqdm(ps, desc="nucleus p", unit="p"):
         path = folder / f"nucleus-{p}.json"
         if not path.exists():
             write_results(path, _sampled(dataset, captioner, p))
-        there = read_results(path)
-        swept.append([there[example.image_id] for example in dataset])
+        kept = read_results(path)
+        swept.append([kept[example.image_id] for example in dataset])
     return np.array(swept, dtype=object)
 
 
 def _sampled(dataset: Dataset, captioner: Captioner, p: float) -> dict[int, str]:
-    said = {}
+    sampled = {}
     for start in range(0, len(dataset), 32):
         part = dataset[start : start + 32]
         seeds = [[derive_seed(0, example.image_id, 0)] for example in part]
         captions = captioner.sample([dataset.open(example) for example in part], seeds, Nucleus(p))
-        said |= {example.image_id: caption for example, [caption] in zip(part, captions, strict=True)}
-    return said
+        sampled |= {example.image_id: caption for example, [caption] in zip(part, captions, strict=True)}
+    return sampled
 
 
 def cider_by_p(captions: np.ndarray, dataset: Dataset, ps: Sequence[float], resamples: int = RESAMPLES) -> pd.DataFrame:
-    """Table 6: columns p, value, low, high (CIDEr × 100 with its 95 % interval), n; and in `.attrs` "rho".
+    """Table 6: CIDEr × 100 at each p.
 
     Args:
         captions: (P, n) of `nucleus_sweep`.
+        dataset: n images with references.
+        ps: the P values of p.
+        resamples: of the bootstrap.
+    Returns:
+        columns p, and those of `Interval.as_row`; in `.attrs` "rho", Spearman's correlation of p and CIDEr.
     """
     ids = [example.image_id for example in dataset]
     table = Cider({e.image_id: list(e.references) for e in dataset}).table(ids * len(ps), list(captions.ravel()))
-    picks = np.arange(captions.size).reshape(captions.shape)
+    selections = np.arange(captions.size).reshape(captions.shape)
 
     def statistics(indices: np.ndarray) -> np.ndarray:
-        scores = 100 * table.corpus(picks[:, indices])
+        scores = 100 * table.corpus(selections[:, indices])
         return np.append(scores, spearmanr(ps, scores).statistic)
 
     *found, rho = paired_bootstraps(statistics, len(ids), resamples)
-    columns = {name: [getattr(one, name) for one in found] for name in ("value", "low", "high", "n")}
-    frame = pd.DataFrame({"p": ps} | columns)
+    frame = pd.DataFrame([{"p": p} | one.as_row() for p, one in zip(ps, found, strict=True)])
     frame.attrs["rho"] = rho
     return frame
 
 
 def claim_5(by_p: pd.DataFrame) -> list[Claim]:
-    """CIDEr of sampled captions falls as p grows: Spearman's ρ over p, with its sign turned over."""
-    rho: Interval = by_p.attrs["rho"]
-    effect = Interval(-rho.value, -rho.high, -rho.low, rho.n, rho.seed)
-    return [Claim(5, "CIDEr falls as p grows: −Spearman's ρ over ten values of p", ALL, effect, 3)]
+    """CIDEr of sampled captions falls as p grows: Spearman's ρ over p, negated."""
+    text = "CIDEr falls as p grows: −Spearman's ρ over ten values of p"
+    return [Claim(5, text, ALL, negated(by_p.attrs["rho"]), 3)]
 
 
-def claim_7(judged: EvaluatedCandidates, grown: pd.DataFrame, resamples: int = RESAMPLES) -> list[Claim]:
-    """The gain grows with the number of candidates: that of all K, and beside it how it goes on from 2 to 10 to K.
+def claim_7(evaluated: EvaluatedCandidates, grown: pd.DataFrame, resamples: int = RESAMPLES) -> list[Claim]:
+    """The gain grows with the number of candidates: that of all K; secondary, its growth from 2 to 10 and to K.
 
     Args:
-        grown: of `picks.growth`, the largest of its numbers being K.
+        evaluated: Insight I's candidates.
+        grown: of `growth`, the largest of its numbers being K.
+        resamples: of the bootstrap.
     """
-    ranked_by, k = similarities(judged.table), judged.rows.shape[1]
-    first = first_of_any(judged, "cider", (2, RANKED, k))
-    steps = paired_bootstraps(lambda images: np.diff(first(images)).ravel(), len(judged.rows), resamples)
+    ranked_by, k = similarities(evaluated.table), evaluated.k
+    first = first_of_any(evaluated, "cider", (2, RANKED, k))
+    steps = paired_bootstraps(lambda images: np.diff(first(images)).ravel(), len(evaluated.rows), resamples)
     text = f"the caption ranked first of {k} beats a random one: CIDEr × 100, overall"
     names = f"gain of any {RANKED} candidates − gain of any 2", f"gain of all {k} − gain of any {RANKED}"
     return [
-        Claim(7, text, by, gains(grown, "cider", f"{by} of {k}")[ALL], 1, dict(zip(names, grows, strict=True)))
+        Claim(7, text, by, gains(grown, "cider", by, k=k)[ALL], 1, dict(zip(names, grows, strict=True)))
         for by, *grows in zip(ranked_by, steps[::2], steps[1::2], strict=True)
     ]
 
 
-def compared(
-    judged: EvaluatedCandidates, metrics: Sequence[str] = ("cider", "f1"), resamples: int = RESAMPLES
+def compare_similarities(
+    evaluated: EvaluatedCandidates, metrics: Sequence[str] = ("cider", "f1"), resamples: int = RESAMPLES
 ) -> pd.DataFrame:
     """Which similarity ranks best: for each pair, the score of what one ranks first minus that of the other.
 
+    Args:
+        evaluated: the candidates.
+        metrics: those that it has are compared.
+        resamples: of the bootstrap.
     Returns:
-        columns metric, first, second, value, low, high, n; paired over images.
+        columns metric, first, second, and those of `Interval.as_row`; paired over images.
     """
-    picks, rows = judged.picks(), []
-    for metric in (name for name in metrics if name in judged.metrics):
-        for first, second in combinations(similarities(judged.table), 2):
-            better = contrast(judged, metric, [picks[f"{first} 1"]], [picks[f"{second} 1"]], resamples)
-            interval = {name: getattr(better, name) for name in ("value", "low", "high", "n")}
-            rows.append({"metric": metric, "first": first, "second": second} | interval)
+    rows = []
+    for metric in (name for name in metrics if name in evaluated.metrics):
+        for first, second in combinations(similarities(evaluated.table), 2):
+            plus, minus = evaluated.ranked_at(first), evaluated.ranked_at(second)
+            better = contrast(evaluated, metric, [plus], [minus], resamples)
+            rows.append({"metric": metric, "first": first, "second": second} | better.as_row())
     return pd.DataFrame(rows)
 
 
 def claim_13(
     captions: Sequence[str], source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, dataset: str
 ) -> Claim:
-    """More than 60 % of captions fall into the same pieces (App. G): the share minus 0.6."""
-    share = same_tokens(pieces(source, captions), pieces(target, captions))
-    effect = Interval(share.value - 0.6, share.low - 0.6, share.high - 0.6, share.n, share.seed)
-    return Claim(13, f"captions of {dataset} that both cut into the same pieces: the share − 0.6", ALL, effect, 3,
-                 dataset=dataset)  # fmt: skip
+    """More than 60 % of captions tokenize alike (App. G): the share minus 0.6.
+
+    Args:
+        captions: that both tokenize.
+        source: the captioner's tokenizer.
+        target: the generator's.
+        dataset: whose captions they are.
+    """
+    share = same_tokens(caption_tokens(source, captions), caption_tokens(target, captions))
+    value, low, high = (bound - paper.SHARE_TOKENIZED_ALIKE for bound in (share.value, share.low, share.high))
+    text = f"captions of {dataset} that both tokenize alike: the share − {paper.SHARE_TOKENIZED_ALIKE}"
+    return Claim(13, text, ALL, Interval(value, low, high, share.n, share.seed), 3, dataset=dataset)
 
 
-def _cut_alike() -> list[Claim]:
-    """Claim 13 of the miniature's vocabularies, and of the real ones where COCO's captions are at hand."""
-    test = registry.dataset("miniature/coco", "test")
-    tokenizers = (
-        AutoTokenizer.from_pretrained(registry.locate("miniature/blip")),
-        AutoTokenizer.from_pretrained(Path(registry.locate("miniature/sd"), "tokenizer")),
-    )
-    found = [claim_13(_captions(test), *tokenizers, dataset=test.name)]
-    file = Path(os.environ.get("DALLEFLAMINGO_COCO", ""), "coco_karpathy_test_gt.json")
+def _tokenized_alike(profile: profiles.Profile) -> list[Claim]:
+    """Claim 13 of the profile's vocabularies, and of the paper's where COCO's captions are at hand."""
+    test = registry.load_dataset(profile.coco, "test")
+    source = AutoTokenizer.from_pretrained(registry.locate(profile.captioner))
+    target = AutoTokenizer.from_pretrained(registry.locate(profile.generator), subfolder="tokenizer")
+    found = [claim_13(_captions(test), source, target, dataset=test.name)]
+    try:
+        file = registry.user_folder("coco") / "coco_karpathy_test_gt.json"
+    except registry.RegistryError:  # the real vocabularies are compared only where the captions are
+        return found
     if file.is_file():
         real = read_coco(file, file.parent)
         found.append(claim_13(_captions(real), wordpiece_tokenizer(), clip_tokenizer(), dataset="coco/test"))
     return found
 
 
-def _grown(judged: EvaluatedCandidates, metrics: Sequence[str]) -> pd.DataFrame:
-    """`picks.growth` by the metrics that are means over images; BLEU is of a whole corpus."""
-    numbers = [k for k in NUMBERS if k <= judged.rows.shape[1]]
-    return growth(judged, numbers, [metric for metric in metrics if metric in judged.metrics and metric != "bleu4"])
+def _grown(evaluated: EvaluatedCandidates, metrics: Sequence[str]) -> pd.DataFrame:
+    """`growth` by the metrics that are means over images; BLEU is of a whole corpus."""
+    numbers = [k for k in NUMBERS if k <= evaluated.k]
+    return growth(evaluated, numbers, [name for name in metrics if name in evaluated.metrics and name != "bleu4"])
 
 
-def many_pictures(run_folder: Path, images: int = 200, pictures: int = 25) -> pd.DataFrame:
-    """Insight II with more pictures of fewer captions, as `picks.growth`; a run that was interrupted goes on."""
-    table, dataset, _, judges = text_trips(images, pictures, run_folder)
-    return _grown(evaluate_images(table, dataset, run_folder, judges), OF_PICTURES)
+def more_images(
+    dataset: Dataset, models: TextJourneyModels, settings: JourneySettings, run_folder: Path
+) -> pd.DataFrame:
+    """Insight II with more images of fewer captions, as `growth`; a run that was interrupted goes on.
+
+    Args:
+        dataset: the captions.
+        models: of the journey and its evaluation.
+        settings: of the journey.
+        run_folder: of the journey.
+    Raises:
+        ValueError: `metrics.SIMILARITIES` lacks one of the similarities.
+    """
+    *journey, evaluators = models
+    check_similarities(models.similarities, "text")
+    table = text_image_text(dataset, *journey, run_folder, settings)
+    return _grown(evaluate_images(table, dataset, run_folder, evaluators), OF_IMAGES)
 
 
 def _captions(dataset: Dataset) -> list[str]:
     return [caption for example in dataset for caption in example.references]
 
 
-def write(
-    docs: Path,
-    by_p: pd.DataFrame,
-    grown: pd.DataFrame,
-    pictures: pd.DataFrame,
-    many: pd.DataFrame,
-    pairs: pd.DataFrame,
-    claims: Sequence[Claim],
-    table: pd.DataFrame,
-) -> None:
-    """results/nucleus.csv, growth.csv, growth-many.csv, similarities.csv, studies.md, their claims; four figures.
-
-    Args:
-        by_p, pairs: of `cider_by_p` and `compared`. grown, pictures: of `picks.growth`, for Insight I and Insight II.
-        many: of `many_pictures`.
-        table: Insight I's, as `report.load` returns it.
-    """
-    folder, figures = docs / "results", docs / "figures"
-    by_p.round(5).to_csv(folder / "nucleus.csv", index=False)
-    pd.concat([grown, pictures]).round(5).to_csv(folder / "growth.csv", index=False)
-    many.round(5).to_csv(folder / "growth-many.csv", index=False)
-    pairs.round(5).to_csv(folder / "similarities.csv", index=False)
-    show.write_png(nucleus_figure(by_p), figures / "nucleus.png")
-    show.write_png(growth_figure(grown, "cider"), figures / "growth_cider.png")
-    show.write_png(growth_figure(pictures, "clip_distance"), figures / "growth_clip_distance.png")
-    show.write_png(growth_figure(many, "clip_distance"), figures / "growth_many.png")
-    scoreboard(folder / "claims.json", claims, report.Settings.of(table))
-    text = page(by_p, grown, pictures, many, pairs, claims, table.attrs)
-    (folder / "studies.md").write_text(text, encoding="utf-8")
+def write(docs: Path, studies: Studies) -> None:
+    """results/nucleus.csv, growth.csv, growth-many.csv, similarities.csv, studies.md, their claims; four figures."""
+    folder, figures, made = docs / "results", docs / "figures", studies.insight_1
+    tables = {
+        "nucleus": studies.by_p,
+        "growth": pd.concat([studies.captions, studies.images]),
+        "growth-many": studies.more_images,
+        "similarities": studies.pairs,
+    }
+    for name, frame in tables.items():
+        write_whole(folder / f"{name}.csv", lambda path, frame=frame: frame.round(5).to_csv(path, index=False))
+    show.write_png(nucleus_figure(studies.by_p), figures / "nucleus.png")
+    show.write_png(growth_figure(studies.captions, "cider"), figures / "growth_cider.png")
+    show.write_png(growth_figure(studies.images, "clip_distance"), figures / "growth_clip_distance.png")
+    show.write_png(growth_figure(studies.more_images, "clip_distance"), figures / "growth_many.png")
+    scoreboard(folder / "claims.json", studies.claims, profile=made.profile, dataset=made.dataset, seed=made.seed)
+    pages.write_page(folder / "studies.md", page(studies))
 
 
 def nucleus_figure(by_p: pd.DataFrame) -> Figure:
     """Table 6 as a curve."""
     note = "The larger the nucleus, the more is left to chance: if claim 5 holds, the line falls. Bars: 95 % intervals."
-    intervals = [Interval(row.value, row.low, row.high, row.n, 0) for row in by_p.itertuples()]
-    return show.lines({"sampled": dict(zip(by_p["p"], intervals, strict=True))}, "CIDEr × 100", "nucleus p", note)
+    points = {row["p"]: Interval.from_row(row) for row in by_p.to_dict("records")}
+    return show.lines({"sampled": points}, "CIDEr × 100", "nucleus p", note)
 
 
 def growth_figure(grown: pd.DataFrame, metric: str) -> Figure:
-    """Fig. 9: ranked first among any k, and at random."""
-    rows = grown[grown["metric"] == metric]
+    """Fig. 9: ranked first among any k, and at random.
+
+    Args:
+        grown: of `growth`.
+        metric: one of its metrics.
+    """
+    of = "images k of each caption" if METRICS[metric].of == "image" else "captions k of each image"
+    n = grown.loc[grown["metric"] == metric, "n"].max()
+    note = f"If the gain grows with k, a ranked line rises away from the random one. Bars: 95 %, n = {n}."
+    curves = {by: {int(k): point for k, point in points.items()} for by, points in _curves(grown, metric).items()}
+    return show.lines(curves, METRICS[metric].label, of, note, lower=METRICS[metric].lower_is_better)
+
+
+def _curves(grown: pd.DataFrame, metric: str) -> dict[str, dict[int, Interval]]:
+    """ "random" or similarity -> k -> score, of a table of `growth`."""
     curves: dict[str, dict[int, Interval]] = {}
-    for row in rows.itertuples():
-        by, _, k = row.pick.split()
-        curves.setdefault(by, {})[int(k)] = Interval(row.value, row.low, row.high, row.n, row.seed)
-    of = "pictures k of each caption" if metric in OF_PICTURES else "captions k of each picture"
-    note = f"If the gain grows with k, a ranked line rises away from the random one. Bars: 95 %, n = {rows.n.max()}."
-    return show.lines(curves, report.METRICS[metric].label, of, note, lower=metric in LOWER)
+    for row in grown[grown["metric"] == metric].to_dict("records"):
+        curves.setdefault(row["ranked_by"], {})[int(row["k"])] = Interval.from_row(row)
+    return curves
 
 
-def page(
-    by_p: pd.DataFrame,
-    grown: pd.DataFrame,
-    pictures: pd.DataFrame,
-    many: pd.DataFrame,
-    pairs: pd.DataFrame,
-    claims: Sequence[Claim],
-    settings: dict,
-) -> str:
-    """The page in Markdown; arguments as of `write`."""
+def page(studies: Studies) -> list[str]:
+    """The parts of the page in Markdown."""
+    made, claims, distance = studies.insight_1, studies.claims, METRICS["clip_distance"].label
     sampled = [
-        [f"{row.p}", f"{row.value:.1f} [{row.low:.1f}, {row.high:.1f}]", str(paper)]
-        for row, paper in zip(by_p.itertuples(), PAPER_TABLE_6, strict=True)
-    ]
-    beside = [
-        f"* {what}, ranked by {show.LABELS[claim.ranked_by]}: {found}"
-        for claim in claims
-        for what, found in claim.apart.items()
+        [str(row["p"]), pages.cell(Interval.from_row(row), 1), str(paper.TABLE_6[row["p"]])]
+        for row in studies.by_p.to_dict("records")
     ]
     differences = []
-    for row in pairs.itertuples():
-        metric, found = report.METRICS[row.metric], Interval(row.value, row.low, row.high, row.n, 0)
-        who = f"{show.LABELS[row.first]} − {show.LABELS[row.second]}"
-        differences.append([metric.label, who, pages.cell(found, metric.digits, signed=True)])
-    parts = [
+    for row in studies.pairs.to_dict("records"):
+        metric = METRICS[row["metric"]]
+        pair = f"{ranking_label(row['first'])} − {ranking_label(row['second'])}"
+        differences.append([metric.label, pair, pages.cell(Interval.from_row(row), metric.digits, signed=True)])
+    return [
         "# Sampling and vocabularies",
-        f"{pages.measured_on(settings['dataset'])}; the paper's figures are of NoCaps and stand beside ours for "
-        "their direction.",
-        f"n = {by_p['n'].max()} images of {settings['dataset']}. Made by `python -m dalleflamingo research studies` at "
-        f"commit `{pages.current_commit()}`, from the candidates of `{settings['command']}`.",
+        pages.measured_on(made.dataset, pages.BESIDE_THE_PAPER),
+        f"n = {studies.by_p['n'].max()} images of {made.dataset}, from the candidates of `{made.command}`. "
+        + pages.made_by("python -m dalleflamingo research studies", pages.current_commit()),
         "\n".join(map(verdict_line, claims)),
-        "\n".join(beside),
+        secondary_table(claims),
         "## Nucleus p (Table 6)",
         "One caption an image, from the same seed at every p. CIDEr × 100, higher is better.",
-        pages.table(["p", "CIDEr × 100", "the paper"], sampled),
+        pages.table(["p", "CIDEr × 100", "the paper, NoCaps"], sampled),
         "![CIDEr at each p](../figures/nucleus.png)",
         "## Number of candidates (Fig. 9)",
-        "The score of the candidate ranked first among any k, mean over all choices of k from those that were drawn; a "
+        "The score of the candidate ranked first among any k, mean over all choices of k from those that were made; a "
         "random one's is the same whatever k. Captions, CIDEr × 100:",
-        _growth_table(grown, "cider"),
+        _growth_table(studies.captions, "cider"),
         "![CIDEr against the number of candidates](../figures/growth_cider.png)",
-        f"Pictures, {report.METRICS['clip_distance'].label}, lower is better, n = {pictures['n'].max()}:",
-        _growth_table(pictures, "clip_distance"),
-        "![CLIP distance against the number of pictures](../figures/growth_clip_distance.png)",
-        f"More pictures of fewer captions, n = {many['n'].max()}:",
-        _growth_table(many, "clip_distance"),
-        "![CLIP distance against the number of pictures, up to 25](../figures/growth_many.png)",
+        f"Images, {distance}, lower is better, n = {studies.images['n'].max()}:",
+        _growth_table(studies.images, "clip_distance"),
+        "![CLIP distance against the number of images](../figures/growth_clip_distance.png)",
+        f"More images of fewer captions, n = {studies.more_images['n'].max()}:",
+        _growth_table(studies.more_images, "clip_distance"),
+        "![CLIP distance against the number of images, up to 25](../figures/growth_many.png)",
         "## Which similarity ranks best",
         f"The score of the caption that one ranks first of {RANKED}, minus that of the caption that the other does.",
         pages.table(["", "", "difference"], differences),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _growth_table(grown: pd.DataFrame, metric: str) -> str:
-    rows = grown[grown["metric"] == metric]
-    cell = {row.pick: f"{row.value:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in rows.itertuples()}
-    names, ks = (list(dict.fromkeys(part)) for part in zip(*(pick.split(" of ") for pick in cell), strict=True))
-    body = [[k, *(cell[f"{name} of {k}"] for name in names)] for k in ks]
-    return pages.table(["k", *(show.LABELS.get(name, name) for name in names)], body)
+    curves = _curves(grown, metric)
+    body = [[str(k), *(pages.cell(points[k], 1) for points in curves.values())] for k in curves["random"]]
+    return pages.table(["k", *(ranking_label(name) for name in curves)], body)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure both studies on Insight I's run, and write tables, figures, a page and their claims into the docs."""
-    parser = argparse.ArgumentParser(prog="python -m dalleflamingo research studies", description=main.__doc__)
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="default: docs")
-    parser.add_argument("--folder", type=Path, default=Path("build/runs/studies"), help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    profile = profiles.current()
-    table, _ = report.load("insight-1", options.docs / "results")
-    dataset = registry.dataset(profile.dataset)
-    judged = evaluate_captions(table, dataset)
-    dataset = dataset.only(set(table["image_id"]))
-    swept = nucleus_sweep(dataset, load_captioner(profile, profile.captioner), options.folder)
-    by_p = cider_by_p(swept, dataset, NUCLEUS)
-    kept = of_columns(judged.table, ["wmd"]).metrics  # of the insight; word vectors are not loaded again
-    grown = _grown(replace(judged, metrics=judged.metrics | kept), OF_CAPTIONS)
-    drawn, _ = report.load("insight-2", options.docs / "results")
-    pictures = _grown(of_columns(drawn, OF_PICTURES), OF_PICTURES)
-    many = many_pictures(options.folder.parent / "insight-2-many")
-    claims = claim_5(by_p) + claim_7(judged, grown) + _cut_alike()
-    write(options.docs, by_p, grown, pictures, many, compared(judged.first(RANKED)), claims, table)
-    for claim in claims:
-        print(f"Claim {claim.number}, {claim.ranked_by}: {claim.verdict}; {claim.text}: {claim.effect}")
+def main(arguments: list[str]) -> int:
+    """Nucleus p, number of candidates, vocabularies (claims 5, 7 and 13).
+
+    Sample captions at ten values of p, rank any k of Insight I's and Insight II's candidates, generate more images of
+    fewer captions, and count the captions that two tokenizers split alike. Both insights must be measured before.
+    """
+    options = parse(study_parser("studies", main.__doc__), arguments)
+    studies = measure_studies(options.docs, options.runs)
+    write(options.docs, studies)
+    print_claims(studies.claims)
     return 0
+
+
+def measure_studies(docs: Path, runs: Path) -> Studies:
+    """All studies with the current profile's models, resumed.
+
+    Args:
+        docs: with the measured insights.
+        runs: the folder of run folders.
+    Raises:
+        FileNotFoundError: an insight is not measured there.
+        ValueError: `metrics.SIMILARITIES` lacks one of the similarities.
+    """
+    profile = profiles.current()
+    table, _ = report.load("insight-1", docs / "results")
+    of_images, _ = report.load("insight-2", docs / "results")
+    everything = registry.load_dataset(profile.dataset)
+    models = TextJourneyModels.load(profile, everything)
+    check_similarities(models.similarities, "text")
+    evaluated = evaluate_captions(table, everything)
+    dataset = everything.filter(set(table["image_id"]))
+    swept = nucleus_sweep(dataset, models.captioner, runs / "studies")
+    by_p = cider_by_p(swept, dataset, NUCLEUS)
+    kept = of_columns(evaluated.table, ["wmd"]).metrics  # of the insight; word vectors are not loaded again
+    captions = _grown(replace(evaluated, metrics=evaluated.metrics | kept), OF_CAPTIONS)
+    return Studies(
+        by_p=by_p,
+        captions=captions,
+        images=_grown(of_columns(of_images, OF_IMAGES), OF_IMAGES),
+        more_images=more_images(
+            everything.subset(MORE["images"]),
+            models,
+            JourneySettings.of(profile, candidates=MORE["candidates"]),
+            runs / "insight-2-many",
+        ),
+        pairs=compare_similarities(evaluated.limit(RANKED)),
+        claims=claim_5(by_p) + claim_7(evaluated, captions) + _tokenized_alike(profile),
+        insight_1=Provenance.from_attrs(table.attrs),
+    )

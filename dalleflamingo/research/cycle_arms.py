@@ -1,0 +1,182 @@
+"""The training runs of the cycle study: arms that differ in their losses, captioners, training seeds (Tables 3 to 9).
+
+The models, the data and the settings that all arms share are the profile's. The paper compares a finetuned captioner
+with the published one; "labels" and "labels-longer" are ours: the same finetuning without the cycle, and that with
+about as much computing as the cycle takes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from dalleflamingo import registry
+from dalleflamingo.cycle import CycleConfig
+from dalleflamingo.profiles import Profile
+from dalleflamingo.research import paper
+from dalleflamingo.research.released import DEVIATIONS
+
+STEPS = 450  # at least so many; a notebook trains live for fewer
+AS_LONG = 980 / 450  # times the steps, from labels only, that take about as much computing as the cycle
+START = "start"  # the two models as they are
+SEEDS_OF_FIRST, SEEDS = 5, 3  # training seeds, of the profile's first captioner and of the others
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What differs from the settings of the profile.
+
+    Attributes:
+        label: what tables call it.
+        losses: fields of `Losses`. schedule: of `CycleConfig`.
+        steps: times the profile's.
+        deviations: of the authors' released code, names of `released.DEVIATIONS`.
+        generates: the generator is evaluated too.
+    """
+
+    label: str
+    losses: Mapping[str, object] = field(default_factory=dict)
+    schedule: str = "alternating"
+    steps: float = 1.0
+    deviations: frozenset[str] = frozenset()
+    generates: bool = False
+
+    def config(self, profile: Profile, captioner: str, seed: int) -> CycleConfig:
+        """The configuration of a run.
+
+        Args:
+            profile: names the other models and the data.
+            captioner: name in the registry.
+            seed: of training.
+        """
+        config = CycleConfig.of(
+            profile, captioner=captioner, seed=seed, schedule=self.schedule, losses=dict(self.losses)
+        )
+        return replace(config, steps=round(self.steps * max(STEPS, config.steps)))
+
+
+_LABELS = {"image_reconstruction": 0.0, "caption_reconstruction": 0.0}
+ARMS = {
+    "labels": Arm("labels only: (1), (3)", _LABELS, generates=True),
+    "labels-longer": Arm("labels only, 2.2 × as many steps", _LABELS, steps=AS_LONG, generates=True),
+    "cycle": Arm("cycle: (1) to (4)", generates=True),
+    "reconstruction": Arm("reconstruction only: (2), (4)", {"caption": 0.0, "generation": 0.0}, generates=True),
+    "image": Arm("labels and image reconstruction: (1) to (3)", {"caption_reconstruction": 0.0}),
+    "text": Arm("labels and caption reconstruction: (1), (3), (4)", {"image_reconstruction": 0.0}),
+    # One seed each, exploratory. The first six are as the authors' released code has it.
+    "joint": Arm("all four losses at every step, half as many steps", schedule="joint", steps=0.5),
+    "released-map": Arm("the released kind of map", deviations=frozenset({"released-map"})),
+    "ends-kept": Arm(
+        "the released kind of map, [SEP] kept, no padding", deviations=frozenset({"released-map", "ends-kept"})
+    ),
+    "previous-sample": Arm("x̂ from the scheduler's step on clean latents", deviations=frozenset({"previous-sample"})),
+    "unnormalised": Arm("x̂ without the captioner's normalisation", deviations=frozenset({"unnormalised"})),
+    "released": Arm("all of these, and no bound on timesteps", {"max_timestep": 1.0}, deviations=frozenset(DEVIATIONS)),
+    "all-timesteps": Arm("no bound on timesteps", {"max_timestep": 1.0}),
+    "soft": Arm("soft bridge", {"mode": "soft"}),
+    "gumbel": Arm("bridge that samples (Gumbel)", {"mode": "gumbel"}),
+}
+TABLE_3 = ("labels", "labels-longer", "cycle")
+TABLE_9 = ("cycle", "image", "text", "labels", "reconstruction")  # in the order of `paper.TABLE_9`
+RELEASED_CODE = ("joint", "released-map", "ends-kept", "previous-sample", "unnormalised", "released")
+OTHER_SETTINGS = ("all-timesteps", "soft", "gumbel")
+
+
+def label_of(arm: str) -> str:
+    """What tables call an arm, or the models before training."""
+    return START if arm == START else ARMS[arm].label
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation.
+
+    Attributes:
+        arm: a key of `ARMS`, `START`, or another name that comes with a configuration.
+        captioner: name in the registry. seed: of training.
+        generated: "nocaps", "coco" or both, where the generator is evaluated too.
+    """
+
+    arm: str
+    captioner: str
+    seed: int = 0
+    generated: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        return f"{self.captioner.rpartition('/')[2]}-{self.arm}" + f"-{self.seed}" * (self.arm != START)
+
+    @property
+    def deviations(self) -> frozenset[str]:
+        """Of the released code, that the run has."""
+        return ARMS[self.arm].deviations if self.arm in ARMS else frozenset()
+
+    def config(self, profile: Profile) -> CycleConfig:
+        """The settings of an arm of `ARMS`, or of the models before training."""
+        return (Arm(START) if self.arm == START else ARMS[self.arm]).config(profile, self.captioner, self.seed)
+
+
+def run_of(profile: Profile, arm: str, captioner: str, seed: int = 0) -> Run:
+    """A run that evaluates the generator where the paper's Table 4 does.
+
+    With the first captioner every arm that is compared; with another one only the cycle, because what labels alone
+    teach the generator no captioner changes.
+
+    Args:
+        profile: says which captioner is the first.
+        arm: a key of `ARMS` or `START`.
+        captioner: name in the registry.
+        seed: of training.
+    """
+    if captioner == profile.captioners[0]:
+        generates = arm == START or ARMS[arm].generates
+    else:
+        generates = arm == "cycle" and f"cycle, {registry.entry_of(captioner).counterpart}" in paper.TABLE_4
+    return Run(arm, captioner, seed, ("nocaps", "coco") if generates else ())
+
+
+def queue(profile: Profile) -> dict[Run, CycleConfig]:
+    """Every run with its settings; two seeds of all that is compared, then what is explored, then the other seeds.
+
+    Args:
+        profile: names the captioners; all arms are trained with the first, those of Table 3 with all.
+    """
+    first = profile.captioners[0]
+    runs = [run_of(profile, START, captioner) for captioner in profile.captioners]
+    for seed in range(SEEDS_OF_FIRST):
+        for captioner in profile.captioners:
+            if captioner == first:
+                runs += [run_of(profile, arm, captioner, seed) for arm in dict.fromkeys(TABLE_3 + TABLE_9)]
+            elif seed < SEEDS:
+                runs += [run_of(profile, arm, captioner, seed) for arm in TABLE_3]
+        if seed == 1:
+            runs += [run_of(profile, arm, first) for arm in RELEASED_CODE + OTHER_SETTINGS]
+    return {run: run.config(profile) for run in runs}
+
+
+def trials(profile: Profile) -> dict[Run, CycleConfig]:
+    """The runs by which the miniature's settings were chosen, on development images, from one seed.
+
+    Args:
+        profile: names the models.
+    """
+    first = profile.captioners[0]
+    start = Run(START, first, generated=("nocaps",))
+    found = {start: start.config(profile)}
+
+    def add(arm: str, images: int, rate: float, losses: Mapping[str, object]) -> None:
+        config = ARMS[arm].config(profile, first, 0)
+        config = replace(config, images=images, learning_rate=rate, steps=600, losses=replace(config.losses, **losses))
+        settings = [arm, f"{images} images", f"{rate:g}", *(f"{name} {value}" for name, value in losses.items())]
+        found[Run(", ".join(settings), first, generated=("nocaps",))] = config
+
+    for images, rate in ((100, 3e-4), (2000, 3e-4), (2000, 1e-3)):
+        for arm in ("labels", "cycle"):
+            add(arm, images, rate, {})
+    for losses in (
+        {"caption_reconstruction": 0.1},
+        {"image_reconstruction": 5.0},
+        {"mode": "soft"},
+        {"max_timestep": 1.0},
+    ):
+        add("cycle", 2000, 1e-3, losses)
+    return found

@@ -1,0 +1,138 @@
+"""Claims 9 to 12, from the runs of the cycle study, and claim 14, from what a step costs."""
+
+import json
+from collections.abc import Callable
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from dalleflamingo.datasets import DOMAINS
+from dalleflamingo.intervals import Interval
+from dalleflamingo.profiles import Profile
+from dalleflamingo.registry import ENTRIES
+from dalleflamingo.research import paper
+from dalleflamingo.research.claims import Claim, weakest_of
+from dalleflamingo.research.cycle_arms import ARMS, START, TABLE_3, TABLE_9
+from dalleflamingo.research.cycle_comparison import EvaluatedRuns, StudyResults
+from dalleflamingo.research.ranking import ALL
+
+
+def claim_9(found: StudyResults) -> list[Claim]:
+    """The cycle beats the captioner that it starts from, for three captioners; secondary: labels, and COCO."""
+    claims = []
+    for captioner, runs in found.captions["nocaps"].items():
+        if not runs.seeds("cycle"):
+            continue
+        text = f"{ENTRIES[captioner].label}: the cycle's captions beat those of the start, CIDEr × 100, overall"
+        secondary = {
+            f"minus {ARMS[arm].label}": runs.value("cider", "cycle", arm) for arm in TABLE_3[:2] if runs.seeds(arm)
+        }
+        secondary["on coco"] = found.captions["coco"][captioner].value("cider", "cycle", START)
+        effect = runs.value("cider", "cycle", START)
+        claims.append(Claim(9, text, ALL, effect, 1, secondary, seeds=runs.seeds("cycle")))
+    return claims
+
+
+def claim_10(found: StudyResults) -> list[Claim]:
+    """Out of domain the cycle's images are nearer than those of the start and of labels: the weaker of the two."""
+    claims = []
+    for captioner, runs in found.images["nocaps"].items():
+        if not (runs.seeds("cycle") and runs.seeds("labels")):
+            continue
+        in_domain, _, out = DOMAINS
+        nearer = {
+            "than the start": runs.value("clip_distance", START, "cycle", out),
+            "than labels only": runs.value("clip_distance", "labels", "cycle", out),
+        }
+        weaker = weakest_of(nearer)
+        secondary = {name: effect for name, effect in nearer.items() if name != weaker}
+        if runs.seeds(TABLE_3[1]):
+            secondary[f"than {ARMS[TABLE_3[1]].label}"] = runs.value("clip_distance", TABLE_3[1], "cycle", out)
+        secondary["labels only, than the start, out of domain"] = runs.value("clip_distance", START, "labels", out)
+        secondary["labels only, than the start, in domain"] = runs.value("clip_distance", START, "labels", in_domain)
+        secondary["labels only, than the start, on coco"] = found.images["coco"][captioner].value(
+            "clip_distance", START, "labels"
+        )
+        text = (
+            f"trained with {ENTRIES[captioner].label}: SD's images are nearer to the real image out of domain "
+            f"{weaker}, CLIP distance × 100"
+        )
+        seeds = runs.shared_seeds(["labels", "cycle"])
+        claims.append(Claim(10, text, ALL, nearer[weaker], 2, secondary, seeds=seeds))
+    return claims
+
+
+def claim_11(runs: EvaluatedRuns) -> list[Claim]:
+    """Without either half the captions are worse: the weaker of the two differences (Table 5).
+
+    Args:
+        runs: the captions of the first captioner on NoCaps.
+    """
+    without = {"the reconstruction losses": "labels", "the labels": "reconstruction"}
+    if not all(runs.seeds(arm) for arm in (*without.values(), "cycle")):
+        return []
+    effects = {what: runs.value("cider", "cycle", arm) for what, arm in without.items()}
+    weaker = weakest_of(effects)
+    text = f"the cycle's captions beat those without {weaker}, CIDEr × 100, overall"
+    secondary = {f"without {what}": effect for what, effect in effects.items() if what != weaker}
+    seeds = runs.shared_seeds(["cycle", *without.values()])
+    return [Claim(11, text, ALL, effects[weaker], 1, secondary, seeds=seeds)]
+
+
+def claim_12(runs: EvaluatedRuns) -> list[Claim]:
+    """The order of Table 9: Kendall's τ of the five arms, in the paper's order; secondary: each two neighbours.
+
+    Args:
+        runs: the captions of the first captioner on NoCaps.
+    """
+    if not all(runs.seeds(arm) for arm in TABLE_9):
+        return []
+
+    def agreement(mean: Callable[[str], float]) -> float:
+        return float(np.mean([np.sign(mean(better) - mean(worse)) for better, worse in combinations(TABLE_9, 2)]))
+
+    secondary = {
+        f"{ARMS[better].label} − {ARMS[worse].label}": runs.value("cider", better, worse)
+        for better, worse in pairwise(TABLE_9)
+    }
+    text = "the order of what trains BLIP is the paper's: Kendall's τ of CIDEr × 100"
+    effect = runs.combine("cider", agreement, TABLE_9)
+    return [Claim(12, text, ALL, effect, 1, secondary, seeds=runs.shared_seeds(TABLE_9))]
+
+
+def claim_14(folder: Path, captioner: str) -> list[Claim]:
+    """The cycle costs at most 1.4 × plain finetuning, at full size: 1.4 minus the ratio, counted, without an interval.
+
+    Args:
+        folder: of the results that `benchmarks/full_size.py` and `benchmarks/cycle.py` wrote.
+        captioner: whose timed steps are reported beside it.
+    """
+    limit = paper.COST_OF_CYCLE
+    steps = json.loads((folder / "cycle-arithmetic.json").read_text(encoding="utf-8"))["steps"]
+    spared = {name: limit - (image + text) / 2 / (caption + generate) for name, caption, generate, image, text in steps}
+    first, *others = spared
+    secondary = {name: Interval(spared[name], spared[name], spared[name], 1, None) for name in others}
+    cost = json.loads((folder / "cycle-cost.json").read_text(encoding="utf-8"))
+    for entry in (entry for entry in cost["found"] if entry["captioner"] == captioner):
+        labels_1, labels_3, image, text, _ = (np.array(seconds) for seconds in entry["seconds"].values())
+        saved = limit - (image + text) / 2 / (labels_1 + labels_3)
+        bounds = (float(value) for value in np.quantile(saved, (0.5, 0.05, 0.95)))
+        what = f"the miniature, timed (5th to 95th percentile), {entry['setting']}"
+        secondary[what] = Interval(*bounds, len(saved), None)
+    text = f"a step of the cycle costs at most {limit} × one from labels: {limit} − the ratio, counted at full size"
+    effect = Interval(spared[first], spared[first], spared[first], 1, None)
+    return [Claim(14, f"{text}, {first}", ALL, effect, 2, secondary)]
+
+
+def all_claims(found: StudyResults, profile: Profile, folder: Path) -> list[Claim]:
+    """Every claim whose runs are done.
+
+    Args:
+        found: the runs.
+        profile: names the first captioner.
+        folder: of the results, for claim 14.
+    """
+    first = profile.captioners[0]
+    runs = found.captions["nocaps"][first]
+    return [*claim_9(found), *claim_10(found), *claim_11(runs), *claim_12(runs), *claim_14(folder, first)]

@@ -1,0 +1,66 @@
+"""The options that the studies of the command line share."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dalleflamingo import profiles
+
+RUNS = Path("build/runs")
+
+
+def study_parser(name: str, about: str, docs: bool = True) -> argparse.ArgumentParser:
+    """A parser with --runs, --docs, --threads and --profile.
+
+    Args:
+        name: of the study, as the command line has it.
+        about: the study, in words.
+        docs: it reads or writes the docs; else it has no --docs.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m dalleflamingo research {name}",
+        description=about,
+        epilog="An interrupted study goes on when the same command is given again.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=RUNS, help="folder of the run folders of all studies; default: %(default)s"
+    )
+    if docs:
+        parser.add_argument("--docs", type=Path, default=Path("docs"), help="has results/ and figures/; default: docs")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads; default: PyTorch's own choice")
+    parser.add_argument(
+        "--profile", metavar="NAME", help=f"models and size; default: ${profiles.VARIABLE}, or mini where it is unset"
+    )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, once the threads and the profile that they name are set for this process.
+
+    Args:
+        parser: of `study_parser`, with what a study adds to it.
+        arguments: the words behind the study's name.
+    """
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.profile:  # `dalleflamingo.__main__` takes the option away; a study that is called directly finds it
+        os.environ[profiles.VARIABLE] = options.profile
+    return options
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts something.
+
+    Args:
+        text: what the user wrote.
+    Raises:
+        argparse.ArgumentTypeError: it is no whole number, or less than 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
+    return int(text)

@@ -1,0 +1,143 @@
+"""What the code that the authors released does differently from their paper (App. G and H): map, bridge and x̂.
+
+Each difference is a switch of the ablations. Their map is a gather index: every target token reads off one source
+token. Their bridge does not stop at [SEP]: what the captioner predicts there and behind it becomes a part of the
+prompt, which is not padded to the length that the text encoder was trained with. Their x̂ is decoded from what the
+scheduler's `step` makes of the clean latents, z for z_t, and it reaches the captioner without its normalisation.
+"""
+
+from collections.abc import Collection, Sequence
+from functools import partial
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
+
+from dalleflamingo.bridge import Bridge
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.cycle import CaptionedBatches, CycleConfig, TrainableParameters, build_cycle
+from dalleflamingo.cycle_losses import Cycle, resized_pixels
+from dalleflamingo.datasets import Dataset
+from dalleflamingo.generator import Generator, NoisyLatents
+from dalleflamingo.tokens import END_OF_WORD, Alignment, tokenizer_style
+from dalleflamingo.vocabulary import VocabularyMap
+
+
+def released_map(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> VocabularyMap:
+    """The authors' map as described: it needs no captions, and its rows do not sum to 1.
+
+    A target token reads off the source token of the same text; a target token inside a word that has none, off the
+    equal token with ##; every other target token off [UNK]. So one source token may become many target tokens, each
+    with its whole probability.
+
+    A reconstruction: of the authors' 49,408 pairs 13,038 are equal and word-final, 829 equal inside a word, 1,469 equal
+    to a ## token, 5,189 unequal by no rule that we know, 28,883 [UNK]. Ours has 18,034, 5,064, 1,051, none, and 25,259.
+
+    Args:
+        source: the captioner's tokenizer, WordPiece.
+        target: the text encoder's tokenizer, byte pairs with `</w>`.
+    Raises:
+        ValueError: the tokenizers are of other kinds.
+    """
+    prefix = tokenizer_style(source).continuation_prefix
+    if not prefix or not tokenizer_style(target).end_of_word:
+        raise ValueError("the released rule leads from WordPiece to byte pairs with </w>: learn another kind of map")
+    ids, unknown = source.get_vocab(), source.unk_token_id
+    rows = [unknown] * len(target)
+    for token, column in target.get_vocab().items():
+        text = token.removesuffix(END_OF_WORD)
+        inside = unknown if token.endswith(END_OF_WORD) else ids.get(prefix + text, unknown)
+        rows[column] = ids.get(text, inside)
+    indices = torch.stack([torch.tensor(rows), torch.arange(len(target))])
+    size = len(source), len(target)
+    matrix = torch.sparse_coo_tensor(indices, torch.ones(len(target)), size, check_invariants=True).coalesce()
+    return VocabularyMap("released", matrix, source, target, captions=0)
+
+
+class ReleasedBridge(Bridge):
+    """The bridge as the authors released it: [SEP] and the padding behind it cross too, and the prompt ends with them.
+
+    Args:
+        vocabulary_map: as for `Bridge`; one that maps token by token.
+        text_encoder: as for `Bridge`.
+    Raises:
+        ValueError: as `Bridge`; or the map is word-aligned.
+    """
+
+    def __init__(self, vocabulary_map: VocabularyMap, text_encoder: CLIPTextModel):
+        if vocabulary_map.kind == "word-aligned":
+            raise ValueError("[SEP] is in no word, which is all that the word-aligned map carries: take another map")
+        super().__init__(vocabulary_map, text_encoder)
+
+    def __call__(self, distributions: Tensor, ids: Tensor, texts: Sequence[str] | None = None) -> Tensor:
+        """As `Bridge`, but every token of `ids` becomes a part of the prompt, whatever the texts are.
+
+        Returns:
+            (B, T + 2, D) encoder hidden states, at most (B, 77, D).
+        """
+        alignments = [Alignment(tuple(row), (), (-1,) * len(row)) for row in ids.tolist()]
+        prompt = self.soft_prompt(distributions, alignments)
+        return self.encode(prompt[:, : ids.shape[1] + 2])  # without the padding behind [EOS]
+
+
+class ReleasedCycle(Cycle):
+    """The losses as the authors released them.
+
+    Args:
+        arguments: as for `Cycle`.
+        previous_sample: x̂ is decoded from what the scheduler's `step` makes of the clean latents.
+        unnormalised: x̂ reaches the captioner in [0, 1], without its normalisation.
+    """
+
+    def __init__(self, *arguments, previous_sample: bool = True, unnormalised: bool = True):
+        super().__init__(*arguments)
+        self.previous_sample, self.unnormalised = previous_sample, unnormalised
+
+    def one_step_latents(self, noisy: NoisyLatents, model_output: Tensor) -> Tensor:
+        """z_(t−1) of DDPM, with z in the place of z_t, and its noise at t > 0; as `Cycle` without `previous_sample`."""
+        if not self.previous_sample:
+            return super().one_step_latents(noisy, model_output)
+        # a new scheduler goes from t to t − 1, whatever the pipeline's own was set to; and not every scheduler can
+        scheduler = DDPMScheduler.from_config(self.generator.pipeline.scheduler.config)
+        rows = zip(model_output, noisy.timesteps, noisy.clean, strict=True)  # `step` takes one timestep at a time
+        return torch.stack([scheduler.step(output, int(t), clean).prev_sample for output, t, clean in rows])
+
+    def captioner_pixels(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] where `unnormalised`, else as `Cycle`."""
+        if not self.unnormalised:
+            return super().captioner_pixels(images)
+        return resized_pixels(self.captioner, images).to(self.captioner.model.dtype)
+
+
+DEVIATIONS = ("released-map", "ends-kept", "previous-sample", "unnormalised")
+
+
+def build_released_cycle(
+    config: CycleConfig, captioner: Captioner, generator: Generator, dataset: Dataset, deviations: Collection[str]
+) -> tuple[Cycle, CaptionedBatches, TrainableParameters]:
+    """As `cycle.build_cycle`, with some of the released code's deviations.
+
+    Args:
+        config: settings of the run.
+        captioner: p_θ.
+        generator: ε_φ, τ and the VAE.
+        dataset: labelled images.
+        deviations: of `DEVIATIONS`; "ends-kept" is of the released map only.
+    Raises:
+        ValueError: an unknown deviation, or ends kept by another map.
+    """
+    if unknown := sorted(set(deviations) - set(DEVIATIONS)):
+        raise ValueError(f"no deviation is called {', '.join(unknown)}: choose among {', '.join(DEVIATIONS)}")
+    if "ends-kept" in deviations and "released-map" not in deviations:
+        raise ValueError("[SEP] is in no word, which is all that the word-aligned map carries: add released-map")
+    bridge = None
+    if "released-map" in deviations:
+        pipeline = generator.pipeline
+        learned = released_map(captioner.processor.tokenizer, pipeline.tokenizer)
+        learned = learned.resize(captioner.model.config.text_config.vocab_size)
+        bridge = (ReleasedBridge if "ends-kept" in deviations else Bridge)(learned, pipeline.text_encoder)
+    cycle_class = partial(
+        ReleasedCycle, previous_sample="previous-sample" in deviations, unnormalised="unnormalised" in deviations
+    )
+    return build_cycle(config, captioner, generator, dataset, bridge, cycle_class)
