@@ -45,14 +45,16 @@ def course_run(tmp_path_factory):
     save = 'open(os.environ["DALLEFLAMINGO_OUTPUT"] + "/figures/one.png", "w").close()'
     (folder / "pictures").mkdir()
     (folder / "pictures/one.png").write_bytes(b"no more than bytes")
-    text = "\n\n".join([
-        "# A <i>title</i>", "![one](pictures/one.png) ![none](pictures/missing.png)",
-        "<details><summary>Solution</summary>", "```python\nreturn answer\n```\n</details>",
-    ])  # fmt: skip
+    paragraphs = [
+        "# A <i>title</i>",
+        "![one](pictures/one.png) ![none](pictures/missing.png)",
+        "<details><summary>Solution</summary>",
+        "```python\nreturn answer\n```\n</details>",
+    ]
     notebooks = [
         write_notebook(
             folder / "0_good.ipynb",
-            text,
+            "\n\n".join(paragraphs),
             f"import os, subprocess, sys; {child}",
             save,
             f"[os.environ[name] for name in {names}]",
@@ -60,7 +62,7 @@ def course_run(tmp_path_factory):
         write_notebook(folder / "1_fails.ipynb", "# Fails", "x = 1", "print('before')", "y = x / 0", "z = 1"),
         write_notebook(folder / "2_dies.ipynb", "# Dies", "import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"),
     ]
-    arguments = command("--profile", "smoke", "--out", folder / "build", *notebooks)
+    arguments = command("--profile", "smoke", "--workers", 2, "--out", folder / "build", *notebooks)
     return subprocess.run(**arguments, capture_output=True), folder / "build"
 
 
@@ -70,14 +72,14 @@ def test_every_notebook_leaves_a_page_and_its_executed_self(course_run):
         assert f"{name}.html" in (out / "index.html").read_text()
         assert (out / f"{name}.html").stat().st_size > 10_000
     executed = nbformat.read(out / "0_good.ipynb", as_version=4)
-    assert executed.cells[-1].outputs[0]["data"]["text/plain"] == "['smoke', '1', '2']"
+    assert executed.cells[-1].outputs[0]["data"]["text/plain"] == "['smoke', '1', '1']"
     assert (out / "figures" / "one.png").exists()
     assert not list(out.rglob("*.part"))
 
 
 def test_a_failing_notebook_names_its_cell_and_the_others_still_run(course_run):
     run, out = course_run
-    _, good, fails, dies = run.stdout.splitlines()[:4]
+    good, fails, dies = sorted(run.stdout.splitlines()[1:4])  # they are reported as they end
     assert "FAILED" not in good
     assert "code cell 3 (y = x / 0): ZeroDivisionError: division by zero" in fails
     assert "code cell 2 (os.kill" in dies and "the kernel died" in dies
@@ -105,20 +107,64 @@ def test_what_a_notebook_says_is_escaped_on_the_index_page(course_run):
     assert "A &lt;i&gt;title&lt;/i&gt;" in (out / "index.html").read_text()
 
 
-def test_a_killed_run_ends_its_kernel_keeps_whole_files_and_can_be_run_again(tmp_path):
-    first = write_notebook(tmp_path / "0.ipynb", "# First", "1 + 1")
-    again = f"import pathlib, time; time.sleep(0 if pathlib.Path({str(tmp_path / 'go')!r}).exists() else 600)"
-    second = write_notebook(tmp_path / "1.ipynb", "# Second", again)
-    arguments = command("--profile", "smoke", "--out", tmp_path / "build", first, second)
+def test_the_index_keeps_the_order_of_the_course(course_run):
+    _, out = course_run
+    record = json.loads((out / "course.json").read_text())
+    assert [entry["notebook"] for entry in record["notebooks"]] == ["0_good", "1_fails", "2_dies"]
+    page = (out / "index.html").read_text()
+    assert page.index("0_good.html") < page.index("1_fails.html") < page.index("2_dies.html")
 
-    with subprocess.Popen(**arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
-        run.stdout.readline()
-        assert run.stdout.readline().startswith("0 ")  # the first notebook is done
-        while not (children := psutil.Process(run.pid).children()):
+
+def test_two_workers_run_two_notebooks_at_a_time(tmp_path):
+    cells = (
+        "import pathlib, time",
+        "pathlib.Path({own!r}).touch()",
+        "while not pathlib.Path({other!r}).exists(): time.sleep(0.1)",
+    )
+    paths = []
+    for own, other in (("a", "b"), ("b", "a")):  # each waits for the other, so that one after another they never end
+        code = [cell.format(own=str(tmp_path / own), other=str(tmp_path / other)) for cell in cells]
+        paths.append(write_notebook(tmp_path / f"{own}.ipynb", "# Waits", *code))
+    outcomes = run.run_course(paths, tmp_path / "build", "smoke", workers=2)
+    assert [(outcome.notebook, outcome.failure) for outcome in outcomes] == [("a", None), ("b", None)]
+
+
+def test_the_notebook_that_took_longest_last_time_starts_first(tmp_path, capsys):
+    paths = [write_notebook(tmp_path / f"{name}.ipynb", "# Short", "1 + 1") for name in "abc"]
+    (tmp_path / "build").mkdir()
+    record = {"profile": "smoke", "notebooks": [{"notebook": "a", "seconds": 1}, {"notebook": "b", "seconds": 2}]}
+    (tmp_path / "build/course.json").write_text(json.dumps(record))
+    outcomes = run.run_course(paths, tmp_path / "build", "smoke", workers=1)
+    assert [line[0] for line in capsys.readouterr().out.splitlines()] == ["c", "b", "a"]  # c was never timed
+    assert [outcome.notebook for outcome in outcomes] == ["a", "b", "c"]
+
+
+def quick_and_endless(folder: Path) -> list[Path]:
+    """A notebook that is done at once, and one that waits 10 minutes unless there is a file `go` in its folder."""
+    wait = f"import pathlib, time; time.sleep(0 if pathlib.Path({str(folder / 'go')!r}).exists() else 600)"
+    return [
+        write_notebook(folder / "0.ipynb", "# First", "1 + 1"),
+        write_notebook(folder / "1.ipynb", "# Second", wait),
+    ]
+
+
+def stop_in_second_notebook(arguments: dict, number: signal.Signals) -> tuple[int, str]:
+    """Send a signal once the first notebook is done; the exit status and what the course wrote from then on."""
+    with subprocess.Popen(**arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as course:
+        course.stdout.readline()
+        assert course.stdout.readline().startswith("0 ")  # the first notebook is done
+        while not (children := psutil.Process(course.pid).children(recursive=True)):
             time.sleep(0.1)
-        run.send_signal(signal.SIGKILL)
+        course.send_signal(number)
+        rest = course.stdout.read()
     gone, alive = psutil.wait_procs(children, timeout=60)
     assert gone and not alive
+    return course.returncode, rest
+
+
+def test_a_killed_run_ends_its_kernel_keeps_whole_files_and_can_be_run_again(tmp_path):
+    arguments = command("--profile", "smoke", "--out", tmp_path / "build", *quick_and_endless(tmp_path))
+    stop_in_second_notebook(arguments, signal.SIGKILL)
     nbformat.read(tmp_path / "build" / "0.ipynb", as_version=4)
 
     (tmp_path / "go").touch()
@@ -126,15 +172,26 @@ def test_a_killed_run_ends_its_kernel_keeps_whole_files_and_can_be_run_again(tmp
     assert rerun.returncode == 0 and "2 of 2 notebooks ran to their end" in rerun.stdout
 
 
-def test_real_models_may_reach_their_hub_and_miniature_ones_may_not(tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_its_kernels_and_says_what_is_kept(tmp_path):
+    arguments = command("--profile", "smoke", "--out", tmp_path / "build", *quick_and_endless(tmp_path))
+    status, rest = stop_in_second_notebook(arguments, signal.SIGINT)
+    assert status == 130
+    assert f"1 of 2 notebooks ran to their end and are kept in {tmp_path / 'build'}" in rest
+    assert "stopped: 1 in" in rest
+    assert (tmp_path / "build" / "0.html").exists() and not (tmp_path / "build" / "1.html").exists()
+
+
+def test_downloaded_models_may_reach_their_hub_and_run_one_notebook_at_a_time(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert "HF_HUB_OFFLINE" not in run.environment("colab", tmp_path)
     assert run.environment("mini", tmp_path)["HF_HUB_OFFLINE"] == "1"
+    assert run.default_workers("colab") == 1 <= run.default_workers("mini") <= 4
 
 
 WRONG = [
     (["--profile", "huge", __file__], "smoke, mini, colab, paper"),
     (["nowhere.ipynb"], "those of the course are in"),
+    (["--workers", "0"], "at least one notebook"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Figures show the right picture with the right caption in the right place, and draw any caption as it is written."""
+"""Figures show the right image with the right caption in the right place, and draw any caption as it is written."""
 
 import math
 
@@ -37,30 +37,30 @@ def intervals(*values: float) -> list[Interval]:
     return [Interval(value, value - 0.1, value + 0.1, 24, 0) for value in values]
 
 
-# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_pixel_of_a_small_picture_becomes_a_square_of_the_same_size():
+def test_every_pixel_of_a_small_image_becomes_a_square_of_the_same_size():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     drawn = pixels(show.row([Image.fromarray(noise)] * 2, ["one", "two"], note="a sentence"))
     enlarged = noise.repeat(4, axis=0).repeat(4, axis=1)
-    for left in (layout.MARGIN, layout.MARGIN + layout.SIDE + layout.GAP):
-        np.testing.assert_array_equal(drawn[layout.MARGIN :, left:][: layout.SIDE, : layout.SIDE], enlarged)
+    for left in (layout.MARGIN, layout.MARGIN + layout.IMAGE_SIZE + layout.GAP):
+        np.testing.assert_array_equal(drawn[layout.MARGIN :, left:][: layout.IMAGE_SIZE, : layout.IMAGE_SIZE], enlarged)
 
 
 SIZES = [((64, 64), (256, 256)), ((100, 50), (200, 100)), ((1024, 512), (256, 128))]
 
 
 @pytest.mark.parametrize(("size", "fitted"), SIZES)
-def test_a_picture_of_any_size_keeps_its_shape(size, fitted):
-    assert layout.fit(Image.new("L", size)).size == fitted
+def test_an_image_of_any_size_keeps_its_shape(size, fitted):
+    assert layout.resize_to_fit(Image.new("L", size)).size == fitted
 
 
 def test_a_sheet_is_read_row_by_row():
     drawn = pixels(show.sheet([plain(i) for i in range(4)], columns=3))
-    step, middle = layout.SIDE + layout.GAP, layout.MARGIN + layout.SIDE // 2
+    step, middle = layout.IMAGE_SIZE + layout.GAP, layout.MARGIN + layout.IMAGE_SIZE // 2
     assert [tuple(drawn[middle, middle + i * step]) for i in range(3)] == COLOURS[:3]
-    below = drawn[middle + layout.SIDE + 6 + layout.GAP]
+    below = drawn[middle + layout.IMAGE_SIZE + 6 + layout.GAP]
     assert tuple(below[middle]) == COLOURS[3] and tuple(below[middle + step]) == (255, 255, 255)
 
 
@@ -82,21 +82,21 @@ def test_a_long_caption_is_wrapped_and_lies_inside_the_figure():
     assert " ".join(texts(figure)[0].split()) == words.strip()
 
 
-@pytest.mark.parametrize(("pictures", "captions"), [(0, 0), (2, 1), (1, 2)])
-def test_a_caption_missing_or_too_many_is_refused(pictures, captions):
-    with pytest.raises(ValueError, match=f"{pictures} pictures and {captions} captions"):
-        show.sheet([plain(0)] * pictures, ["a"] * captions)
+@pytest.mark.parametrize(("images", "captions"), [(0, 0), (2, 1), (1, 2)])
+def test_a_caption_missing_or_too_many_is_refused(images, captions):
+    with pytest.raises(ValueError, match=f"{images} images and {captions} captions"):
+        show.sheet([plain(0)] * images, ["a"] * captions)
 
 
-def test_headings_stand_above_the_pictures_that_they_belong_to():
+def test_headings_stand_above_the_images_that_they_belong_to():
     figure = show.row([plain(0), plain(1)], ["below", "beside"], headings=["first", "second"])
     drawn = pixels(figure)
     place = {text.get_text(): text.get_window_extent() for text in figure.texts}
-    assert place["first"].x0 < place["second"].x0 and place["first"].y0 > place["below"].y1 + layout.SIDE
-    right = layout.MARGIN + layout.SIDE - 1  # the last column of the first picture, where no heading reaches
-    under = layout.MARGIN + layout.LINE + 2
+    assert place["first"].x0 < place["second"].x0 and place["first"].y0 > place["below"].y1 + layout.IMAGE_SIZE
+    right = layout.MARGIN + layout.IMAGE_SIZE - 1  # the last column of the first image, where no heading reaches
+    under = layout.MARGIN + layout.LINE_HEIGHT + 2
     assert [tuple(drawn[under + i, right]) for i in (-1, 0)] == [(255, 255, 255), COLOURS[0]]
-    with pytest.raises(ValueError, match="2 pictures and 1 headings"):
+    with pytest.raises(ValueError, match="2 images and 1 headings"):
         show.row([plain(0), plain(1)], headings=["first"])
 
 
@@ -115,15 +115,15 @@ def candidates(tmp_path):
     for image_id, k, dino in [(8, 0, 0.99), (7, 0, 0.5), (7, 1, -0.25), (7, 2, 0.875)]:
         name = f"{image_id}-{k}.png"
         plain(k).save(tmp_path / name)
-        rows.append(dict(image_id=image_id, candidate=k, caption=f"caption {k}", picture=name, dino=dino))
+        rows.append(dict(image_id=image_id, candidate=k, caption=f"caption {k}", image=name, dino=dino))
     plain(3).save(tmp_path / "source.png")
     return Example(7, tmp_path / "source.png", ("what a person said",)), pd.DataFrame(rows), tmp_path
 
 
 def test_a_ranking_shows_the_source_and_then_its_own_candidates_from_best_to_worst(candidates):
-    figure = show.ranking(*candidates, by="dino")
+    figure = show.ranked_captions(*candidates, by="dino")
     drawn = pixels(figure)
-    step, middle = layout.SIDE + layout.GAP, layout.MARGIN + layout.SIDE // 2
+    step, middle = layout.IMAGE_SIZE + layout.GAP, layout.MARGIN + layout.IMAGE_SIZE // 2
     assert [tuple(drawn[middle, middle + i * step]) for i in range(4)] == [COLOURS[i] for i in (3, 2, 0, 1)]
     shown = texts(figure)
     assert [text for text in shown if "caption " in text and len(text) < 20] == [f"“caption {k}”" for k in (2, 0, 1)]
@@ -132,9 +132,9 @@ def test_a_ranking_shows_the_source_and_then_its_own_candidates_from_best_to_wor
 
 
 def test_a_ranking_of_many_goes_on_in_a_second_row_beside_the_source(candidates):
-    drawn = pixels(show.ranking(*candidates, by="dino", columns=2))
-    first = layout.MARGIN + layout.SIDE // 2
-    step = layout.SIDE + layout.GAP
+    drawn = pixels(show.ranked_captions(*candidates, by="dino", columns=2))
+    first = layout.MARGIN + layout.IMAGE_SIZE // 2
+    step = layout.IMAGE_SIZE + layout.GAP
     column = drawn[:, first + step]
     assert tuple(COLOURS[1]) in {tuple(pixel) for pixel in column}
     assert tuple(COLOURS[1]) not in {tuple(pixel) for pixel in drawn[:, first]}
@@ -142,22 +142,22 @@ def test_a_ranking_of_many_goes_on_in_a_second_row_beside_the_source(candidates)
 
 def test_scores_are_shown_where_the_table_has_them(candidates):
     example, table, folder = candidates
-    figure = show.ranking(example, table.assign(f1=0.75, cider=1.5), folder, by="dino")
+    figure = show.ranked_captions(example, table.assign(f1=0.75, cider=1.5), folder, by="dino")
     assert texts(figure).count("DINO 0.88\nscene-graph F1 0.75\nCIDEr 1.50") == 1
 
 
-def test_a_table_without_the_picture_is_refused(candidates):
+def test_a_table_without_the_image_is_refused(candidates):
     _, table, folder = candidates
     with pytest.raises(ValueError, match="no row of image 9"):
-        show.ranking(Example(9, folder / "source.png"), table, folder, by="dino")
+        show.ranked_captions(Example(9, folder / "source.png"), table, folder, by="dino")
     with pytest.raises(KeyError, match="no column 'clip'"):
-        show.ranking(candidates[0], table, folder, by="clip")
+        show.ranked_captions(candidates[0], table, folder, by="clip")
 
 
 # ── the world ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_numbers_of_a_scene_stand_on_its_things():
+def test_the_numbers_of_a_scene_are_written_on_its_things():
     things = (Thing("cat", "red", "small", 10, 20), Thing("key", "blue", "large", 50, 40))
     figure = show.scene_graph(Image.new("RGB", (64, 64)), Scene("sand", things))
     pixels(figure)
@@ -184,7 +184,6 @@ def test_a_rank_curve_draws_each_similarity_in_its_own_colour_with_its_intervals
     assert set(lines[layout.PALETTE["random"]]) == {0.6}
     bars = [[tuple(path.vertices[:, 1]) for path in bar.get_paths()] for bar in axes.collections]
     assert bars[0] == [(i.low, i.high) for i in curves["clip"]] and bars[1] == [(i.low, i.high) for i in curves["dino"]]
-    assert "scene-graph F1" in axes.get_ylabel() and "better ↑" in axes.get_ylabel() and "rank" in axes.get_xlabel()
     assert "n = 24" in texts(figure)[-1]
 
 
@@ -195,10 +194,18 @@ def test_gain_bars_show_every_domain_with_its_n():
     }
     [axes] = show.gain_bars(gains, "CIDEr").axes
     labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels == ["overall\nn = 24 pictures", "out of domain\nn = 8 pictures"]
+    assert labels == ["overall\nn = 24 images", "out of domain\nn = 8 images"]
     assert [bar.get_height() for bar in axes.patches] == [0.1, 0.2, -0.1, 0.1]
     centres = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
     assert centres == pytest.approx([-0.2, 0.8, 0.2, 1.2])
+
+
+def test_lines_of_no_similarity_differ_in_colour_from_each_other_and_from_the_similarity():
+    points = dict(zip((1, 2), intervals(0.5, 0.6), strict=True))
+    [axes] = show.lines(dict.fromkeys(["clip", "blur", "noise"], points), "F1", "damage", "a note").axes
+    colours = {line.get_label(): to_hex(line.get_color()) for line in axes.lines if line.get_marker() != "None"}
+    assert len(set(colours.values())) == len(colours) == 3
+    assert colours["ranked by CLIP"] == layout.PALETTE["clip"].lower()
 
 
 def test_an_interval_beside_its_value_or_without_bounds_is_drawn():
@@ -237,7 +244,7 @@ def test_words_and_values_must_be_as_many():
         show.words(["a", "b"], [1.0])
 
 
-def test_words_cut_differently_are_as_long_as_frequent_and_coloured_by_the_finer_side():
+def test_words_tokenized_differently_are_as_long_as_frequent_and_coloured_by_the_finer_side():
     rows = [
         ["giraffe", ("gi", "raf", "fe</w>"), ("giraffe</w>",), 7, 5],
         ["$x$'s", ("'</w>", "s</w>"), ("'s</w>",), 5, 5],
@@ -245,17 +252,13 @@ def test_words_cut_differently_are_as_long_as_frequent_and_coloured_by_the_finer
         ["zebras", ("zebra", "s</w>"), ("ze", "bras</w>"), 2, 2],
     ]
     table = pd.DataFrame(rows, columns=["word", "source", "target", "count", "captions"])
-    [axes] = show.words_cut_differently(table, ("WordPiece", "CLIP"), "note").axes
+    [axes] = show.words_tokenized_differently(table, ("WordPiece", "CLIP"), "note").axes
     bars = {bar.get_y() + bar.get_height() / 2: bar for bar in axes.patches}
     assert [bars[i].get_width() for i in range(4)] == [7, 5, 3, 2]
     colours = [layout.PALETTE[name] for name in ("wordpiece", "wordpiece", "clip", "quiet")]
     assert [to_hex(bars[i].get_facecolor()) for i in range(4)] == [colour.lower() for colour in colours]
-    assert [text.get_text().strip() for text in axes.texts] == [
-        "gi·raf·fe | giraffe", "' s | 's", "computer | compu·ter", "zebra·s | ze·bras",
-    ]  # fmt: skip
-    assert [label.get_text() for label in axes.get_legend().get_texts()] == [
-        "WordPiece cuts it finer", "CLIP cuts it finer", "as fine, elsewhere",
-    ]  # fmt: skip
+    splits = ["gi·raf·fe | giraffe", "' s | 's", "computer | compu·ter", "zebra·s | ze·bras"]
+    assert [text.get_text().strip() for text in axes.texts] == splits
 
 
 def test_legends_of_many_lines_lie_inside_their_figure():

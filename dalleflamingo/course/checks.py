@@ -1,10 +1,12 @@
-"""Checks of the exercises: not done yet, one calm line; wrong, in which way; right, what that proves.
+"""Checks of the exercises: not done yet, one calm line; wrong, in which way; right, what has just been shown.
 
-A check prints and never raises, so that a notebook runs to its end whatever state its exercises are in.
+A check prints and never raises, so that a notebook runs to its end whatever state its exercises are in. Each exercise
+is a few cases with known answers; wrong answers that are common have a hint of their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from math import isclose
 
 import numpy as np
@@ -15,382 +17,441 @@ from dalleflamingo.intervals import mean_interval
 Claims = set[tuple[str, ...]]
 
 FACTS: Claims = {
-    ("cat",), ("cat", "red"), ("cat", "small"),
-    ("boat",), ("boat", "blue"), ("boat", "large"),
-    ("cat", "left", "boat"), ("grass",),
-}  # fmt: skip
-_MIXED: Claims = {("cat",), ("cat", "white"), ("boat",), ("cat", "right", "boat")}  # 2 of 4 claims hit, 2 of 8 facts
+    ("cat",),
+    ("cat", "red"),
+    ("cat", "small"),
+    ("boat",),
+    ("boat", "blue"),
+    ("boat", "large"),
+    ("cat", "left", "boat"),
+    ("grass",),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of an exercise with the right answer.
+
+    Attributes:
+        arguments: of the learner's function, which gets a copy.
+        expected: the right answer: a number, tokens, or lists, arrays and tensors of them.
+        reason: why it is right, in words.
+        mistakes: wrong answers, or tests that recognise them, each with a hint; the first that fits is shown.
+        tolerance: by which each number may differ, beside 1e-5 of its size.
+    """
+
+    arguments: tuple
+    expected: object
+    reason: str
+    mistakes: Sequence[tuple[object, str]] = ()
+    tolerance: float = 1e-9
 
 
 def f1(attempt: Callable[[Claims, Claims], float]) -> None:
-    """Exercise of notebook 00: F1 of a caption's claims against a picture's facts."""
-    _report(
-        lambda: _f1_fault(attempt),
-        "F1 is the harmonic mean of precision and recall: 1 for the whole truth and nothing else, 0 without a hit, and "
-        "closer to the lower of the two, so that neither silence nor chatter pays.",
+    """Notebook 00, exercise 1: F1 of a caption's claims against the facts of an image.
+
+    Args:
+        attempt: (claims, facts) -> F1 in [0, 1].
+    """
+    two_of_four = {("cat",), ("cat", "white"), ("boat",), ("cat", "right", "boat")}  # of 4 claims 2 are true
+    mistakes = [
+        (1 / 2, "that is precision, which ignores the facts that the caption leaves out"),
+        (1 / 4, "that is recall, which ignores wrong claims"),
+        (3 / 8, "that is the arithmetic mean, in which one high value makes up for a low one"),
+        (1 / 5, "that is the share of the union"),
+        (1 / 6, "the harmonic mean of two numbers is 2PR / (P + R): is the 2 missing?"),
+    ]
+    cases = [
+        Case((FACTS, FACTS), 1.0, "a caption that claims all 8 facts and nothing else is perfect"),
+        Case(
+            (two_of_four, FACTS), 1 / 3, "2 of the 4 claims are among the 8 facts: precision 1/2, recall 1/4", mistakes
+        ),
+        Case(({("dog",)}, FACTS), 0.0, "there is one claim, and it is wrong"),
+        Case((set(), FACTS), 0.0, "a caption that claims nothing gets nothing right"),
+    ]
+    _check(
+        attempt,
+        cases,
+        "F1 is the harmonic mean of precision and recall: 1 for all facts and nothing else, 0 without a hit, and close "
+        "to the lower of the two. A caption gains neither by saying little nor by guessing much.",
     )
 
 
-def _f1_fault(attempt: Callable[[Claims, Claims], float]) -> str | None:
-    """What is wrong with an F1, or None."""
-    cases = [
-        (FACTS, 1, "a caption that claims all 8 facts and nothing else is perfect"),
-        (_MIXED, 1 / 3, "of 4 claims 2 are among the 8 facts: precision 1/2, recall 1/4"),
-        ({("dog",)}, 0, "one claim, and it is wrong"),
-        (set(), 0, "a caption that claims nothing gets nothing right"),
-    ]
-    mistaken = {
-        1 / 2: "that is precision, which forgets what was left unsaid",
-        1 / 4: "that is recall, which forgives wrong claims",
-        3 / 8: "that is the arithmetic mean, which one high side can rescue",
-        1 / 5: "that is the share of the union",
-        1 / 6: "the harmonic mean of two numbers is 2PR / (P + R): is the 2 missing?",
-    }
-    for claims, expected, reason in cases:
-        try:
-            value = attempt(set(claims), set(FACTS))
-        except NotImplementedError:
-            raise
-        except Exception as error:
-            return f"{reason}, so {expected:.3f}; yours raises {type(error).__name__}: {error}"
-        if not isinstance(value, (int, float)):
-            return f"it gives {value!r}, not a number: does it end in `return …`?"
-        if not isclose(value, expected, abs_tol=1e-9):
-            hints = [hint for wrong, hint in mistaken.items() if claims is _MIXED and isclose(value, wrong)]
-            return "; ".join([f"{reason}, so {expected:.3f}; yours gives {value:.3f}", *hints])
-    return None
-
-
-def _report(find_fault: Callable[[], str | None], proved: str) -> None:
-    try:
-        fault = find_fault()
-    except NotImplementedError:
-        print("Not done yet, and nothing below waits for it.")
-    else:
-        print(f"Right. {proved}" if fault is None else f"Not yet: {fault}.")
-
-
 def with_word_ends(attempt: Callable[[list[str]], list[str]]) -> None:
-    """Exercise 1 of notebook 02: WordPiece's pieces in CLIP's notation."""
-    _report(
-        lambda: _first_fault(attempt, _WORD_ENDS),
-        "Both notations say the same: where a word ends is where no ## follows.",
+    """Notebook 02, exercise 1: WordPiece's tokens in CLIP's notation.
+
+    Args:
+        attempt: tokens with ## -> the same tokens with </w>.
+    """
+    mistakes = [
+        (["gi</w>", "raf</w>", "fe</w>"], "only a token that no ## follows ends a word"),
+        (["gi", "##raf", "##fe</w>"], "the ## has to go, CLIP does not write it"),
+        (["gi", "raf", "fe"], "nothing follows the last token, so a word ends there too"),
+    ]
+    cases = [
+        Case((["gi", "##raf", "##fe"],), ["gi", "raf", "fe</w>"], "one word of three tokens", mistakes),
+        Case((["a", "dog"],), ["a</w>", "dog</w>"], "two words of one token each"),
+        Case((["a", "fr", "##is", "##bee", "!"],), ["a</w>", "fr", "is", "bee</w>", "!</w>"], "short and long words"),
+        Case(([],), [], "a caption without tokens"),
+    ]
+    _check(
+        attempt,
+        cases,
+        "Both notations carry the same information: a word ends where no ## follows.",
+        show_arguments=True,
     )
 
 
 def differing_words(attempt: Callable[[list[str], list[str]], list[tuple[list[str], list[str]]]]) -> None:
-    """Exercise 2 of notebook 02: what stands between two places where both tokenizers end a word, if it differs."""
-    _report(
-        lambda: _first_fault(attempt, _DIFFERING),
-        "Where both sides have spelled as many letters and both end a word, a caption can be taken apart, and what "
-        "differs has a name.",
+    """Notebook 02, exercise 2: what lies between two positions where both tokenizers end a word, if it differs.
+
+    Args:
+        attempt: (source tokens, target tokens), both in CLIP's notation -> pairs of token lists that differ.
+    """
+    by_position = [(["gi"], ["giraffe</w>"]), (["raf"], ["eats</w>"])]
+    cases = [
+        Case((["a</w>", "dog</w>"], ["a</w>", "dog</w>"]), [], "nothing differs"),
+        Case(
+            (["a</w>", "gi", "raf", "fe</w>", "eats</w>"], ["a</w>", "giraffe</w>", "eats</w>"]),
+            [(["gi", "raf", "fe</w>"], ["giraffe</w>"])],
+            "only the giraffe differs",
+            [
+                (
+                    by_position,
+                    "compared by position, tokens lose their partners after a difference; count letters instead",
+                )
+            ],
+        ),
+        Case(
+            (["dog</w>", "'</w>", "s</w>", "toy</w>"], ["dog</w>", "'s</w>", "toy</w>"]),
+            [(["'</w>", "s</w>"], ["'s</w>"])],
+            "'s is two words on the left and one on the right",
+            [([], "have both sides spelled the same number of letters where you stop?")],
+        ),
+        Case(
+            (["computer</w>", "skate", "board</w>"], ["compu", "ter</w>", "skateboard</w>"]),
+            [(["computer</w>"], ["compu", "ter</w>"]), (["skate", "board</w>"], ["skateboard</w>"])],
+            "two words in a row differ, in opposite directions, and the second ends the caption",
+        ),
+    ]
+    _check(
+        attempt,
+        cases,
+        "Where both sides have spelled the same number of letters and both end a word, a caption can be divided, and "
+        "every difference belongs to a word.",
+        show_arguments=True,
     )
 
 
-# (arguments, expected, why; further answers that are wrong in a known way, each with what to say to it)
-_WORD_ENDS = [
-    (
-        (["gi", "##raf", "##fe"],),
-        ["gi", "raf", "fe</w>"],
-        "three pieces of one word, which ends with the last",
-        {
-            ("gi</w>", "raf</w>", "fe</w>"): "only a piece that no ## follows ends a word",
-            ("gi", "##raf", "##fe</w>"): "the ## has to go, CLIP writes none",
-            ("gi", "raf", "fe"): "nothing follows the last piece, so a word ends there too",
-        },
-    ),
-    ((["a", "dog"],), ["a</w>", "dog</w>"], "two words of one piece each", {}),
-    ((["a", "fr", "##is", "##bee", "!"],), ["a</w>", "fr", "is", "bee</w>", "!</w>"], "long and short words mixed", {}),
-    (([],), [], "a caption without pieces", {}),
-]
-_DIFFERING = [
-    ((["a</w>", "dog</w>"], ["a</w>", "dog</w>"]), [], "nothing differs", {}),
-    (
-        (["a</w>", "gi", "raf", "fe</w>", "eats</w>"], ["a</w>", "giraffe</w>", "eats</w>"]),
-        [(["gi", "raf", "fe</w>"], ["giraffe</w>"])],
-        "only the giraffe differs",
-        {
-            ((("gi",), ("giraffe</w>",)), (("raf",), ("eats</w>",))): "place by place, pieces lose their partners "
-            "after the first difference; count letters instead",
-        },
-    ),
-    (
-        (["dog</w>", "'</w>", "s</w>", "toy</w>"], ["dog</w>", "'s</w>", "toy</w>"]),
-        [(["'</w>", "s</w>"], ["'s</w>"])],
-        "'s is two words on the left and one on the right",
-        {(): "have both sides spelled as many letters where you stop?"},
-    ),
-    (
-        (["computer</w>", "skate", "board</w>"], ["compu", "ter</w>", "skateboard</w>"]),
-        [(["computer</w>"], ["compu", "ter</w>"]), (["skate", "board</w>"], ["skateboard</w>"])],
-        "two words in a row differ, in opposite directions, and the second ends the caption",
-        {},
-    ),
-]
+def soft_embedding(attempt: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """Notebook 03, exercise 1: expected embeddings.
 
-
-def _first_fault(attempt: Callable, cases: list[tuple]) -> str | None:
-    """The first case that `attempt` gets wrong, in words, or None; lists and tuples count as the same."""
-    for arguments, expected, reason, mistaken in cases:
-        shown = ", ".join(map(repr, arguments))
-        try:
-            value = attempt(*deepcopy(arguments))
-        except NotImplementedError:
-            raise
-        except Exception as error:
-            return f"{shown}: {reason}; yours raises {type(error).__name__}: {error}"
-        if _tuples(value) != _tuples(expected):
-            hint = next((hint for wrong, hint in mistaken.items() if wrong == _tuples(value)), None)
-            hint = "does it end in `return …`?" if value is None else hint
-            said = f"{shown}: {reason}, so {expected}; yours gives {value!r}"
-            return f"{said}; {hint}" if hint else said
-    return None
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-def gain(attempt: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
-    """Exercise 1 of notebook 04: what the candidate ranked first scores above a random one, for each picture."""
-    _report(
-        lambda: _gain_fault(attempt),
-        "For a mean over pictures the random pick needs no dice: its expectation is the mean over the candidates, so "
-        "the gain of each picture is one number, and pictures pair up.",
+    Args:
+        attempt: ((T, V) distributions, (V, D) embedding table) -> (T, D).
+    """
+    table = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    uniform = torch.full((2, 5), 0.2)
+    cases = [
+        Case((torch.eye(5)[[4, 1]], table), table[[4, 1]], "one-hot rows give back rows of the table", tolerance=1e-5),
+        Case((uniform, table), table.mean(0).expand(2, -1), "equal shares give the mean of all rows", tolerance=1e-5),
+    ]
+    _check(
+        attempt,
+        cases,
+        "A text encoder that looks tokens up can also read averages of tokens; looking up is the special case of "
+        "certainty.",
     )
 
 
-def _gain_fault(attempt: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> str | None:
+def departures(attempt: Callable[[list[float]], tuple[list[float], float]]) -> None:
+    """Notebook 03, exercise 2: where a path along the caption's tokens is left, for one target token.
+
+    Args:
+        attempt: p_t at each source position -> (probability to leave at each, probability to stay to the end).
+    """
+    cases = [
+        Case(([0.75, 1.0, 1.0],), ([0.25, 0.0, 0.0], 0.75), "only the first position is uncertain"),
+        Case(
+            ([0.5, 0.5],),
+            ([0.5, 0.25], 0.25),
+            "to leave at the second position, one must have stayed at the first",
+            [
+                (([0.5, 0.5], 0.25), "together 1.25: the second position counts what had left before"),
+                (([0.5, 0.5], 0.5), "together 1.5: each position counts as if it were the only one"),
+                (([0.5, 0.25], 0.5), "together 1.25: to stay to the end is to stay at both positions"),
+            ],
+        ),
+        Case(
+            ([0.75, 0.5, 0.75],),
+            ([0.25, 0.375, 0.09375], 0.28125),
+            "to leave at the third position, one must have stayed at both before it",
+            [(([0.25, 0.375, 0.125], 0.28125), "0.125 forgets what had left at the first position")],
+        ),
+        Case(([],), ([], 1.0), "there is no position to leave at, so all of it stays"),
+    ]
+    _check(
+        attempt,
+        cases,
+        "What leaves and what stays add up to 1, whatever the probabilities: the map neither loses nor adds mass.",
+        show_arguments=True,
+    )
+
+
+def gain_over_random(attempt: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+    """Notebook 04, exercise 1: score of the candidate ranked first minus that of a random one, for each image.
+
+    Args:
+        attempt: ((n, K) similarities, (n, K) scores) -> (n,) gains.
+    """
     similarity = np.array([[0.1, 0.9, 0.2], [0.8, 0.3, 0.8], [-0.5, -0.1, -0.9]])
     score = np.array([[1.0, 4.0, 10.0], [6.0, 0.0, 3.0], [2.0, 2.0, 2.0]])
     first, random = np.array([4.0, 6.0, 2.0]), score.mean(axis=1)
-    mistaken = [
-        (first, "that is the score of the first, from which random has yet to be taken away"),
-        (score.max(axis=1) - random, "that ranks by the score itself, which a ranking by pictures does not know"),
-        (np.array([1.0, 0.0, 2.0]) - random, "that takes the drawing least like the picture"),
-        (first - score.mean(), "each picture has a random candidate of its own: mean over its row"),
-        (np.array([4.0, 3.0, 2.0]) - random, "of equally similar drawings the first counts"),
+    mistakes = [
+        (first, "that is the score of the first candidate, without the random one subtracted"),
+        (score.max(axis=1) - random, "that ranks by the score itself, which a ranking by images does not know"),
+        (np.array([1.0, 0.0, 2.0]) - random, "that takes the generated image least like the input"),
+        (first - score.mean(), "each image has a random candidate of its own: the mean over its row"),
+        (np.array([4.0, 3.0, 2.0]) - random, "of equally similar images the first counts"),
         (random - first, "that is random minus ranked"),
     ]
-    try:
-        found = np.asarray(attempt(similarity.copy(), score.copy()), dtype=float)
-    except NotImplementedError:
-        raise
-    except Exception as error:
-        return f"for 3 pictures of 3 candidates it raises {type(error).__name__}: {error}"
-    if found.shape != (3,):
-        return f"3 pictures of 3 candidates have 3 gains; yours has the shape {found.shape}"
-    if np.allclose(found, first - random):
-        return None
-    hints = [hint for wrong, hint in mistaken if np.allclose(found, wrong)]
-    shown = f"the gains of three pictures should be {(first - random).round(2)}; yours are {found.round(2)}"
-    return "; ".join([shown, *hints[:1]])
-
-
-def bootstrap(attempt: Callable[[np.ndarray, np.random.Generator], tuple[float, float]]) -> None:
-    """Exercise 2 of notebook 04: the 95 % interval of a mean gain, pictures drawn again."""
-    _report(
-        lambda: _bootstrap_fault(attempt),
-        "Drawing the pictures again shows how much the mean would differ had we met other pictures; the spread of "
-        "single gains says something else.",
+    case = Case(
+        (similarity, score), first - random, "the first scores 4, 6 and 2, a random candidate 5, 3 and 2", mistakes
+    )
+    _check(
+        attempt,
+        [case],
+        "For a mean over images nothing has to be drawn at random: a random pick scores the mean over the "
+        "candidates on average. Each image has one gain, so ranked and random are compared image by image.",
     )
 
 
-def _bootstrap_fault(attempt: Callable[[np.ndarray, np.random.Generator], tuple[float, float]]) -> str | None:
+def bootstrap_interval(attempt: Callable[[np.ndarray, np.random.Generator], tuple[float, float]]) -> None:
+    """Notebook 04, exercise 2: the 95 % interval of a mean gain by resampling images.
+
+    Args:
+        attempt: ((n,) gains, random generator) -> (lower, upper) bound.
+    """
     gains = np.random.default_rng(3).exponential(size=200)
-    expected = mean_interval(gains)
-    try:
-        low, high = map(float, attempt(gains.copy(), np.random.default_rng(0)))
-    except NotImplementedError:
-        raise
-    except Exception as error:
-        return f"for 200 gains it raises {type(error).__name__}: {error}"
-    width = expected.high - expected.low
-    if max(abs(low - expected.low), abs(high - expected.high)) < 0.15 * width:
-        return None
-    shown = f"for 200 gains expected about ({expected.low:.2f}, {expected.high:.2f}); yours is ({low:.2f}, {high:.2f})"
-    if low > high:
-        return f"{shown}; the lower bound comes first"
-    if np.isclose(low, high):
-        return f"{shown}; drawn without replacement, every sample is the same"
-    if high - low > 3 * width:
-        return f"{shown}; so far can a single gain lie, but the question is about their mean"
-    return f"{shown}; are the bounds the quantiles 0.025 and 0.975 of at least 1000 means of 200 gains each?"
+    interval = mean_interval(gains)
+    width = interval.high - interval.low
+    mistakes = [
+        (lambda bounds: bounds[0] > bounds[1], "the lower bound comes first"),
+        (lambda bounds: np.isclose(*bounds), "drawn without replacement, every sample is the same"),
+        (
+            lambda bounds: bounds[1] - bounds[0] > 3 * width,
+            "a single gain can lie that far away, but the question is about their mean",
+        ),
+        (lambda _: True, "are the bounds the quantiles 0.025 and 0.975 of at least 1000 means of 200 gains each?"),
+    ]
+    expected = (interval.low, interval.high)
+    case = Case(
+        (gains, np.random.default_rng(0)),
+        expected,
+        "the means of resampled gains lie close together",
+        mistakes,
+        tolerance=0.15 * width,
+    )
+    _check(
+        attempt,
+        [case],
+        "Resampling the images shows how much the mean would vary with other images; the spread of single gains does "
+        "not.",
+    )
 
 
-def word_movers(attempt: Callable[[np.ndarray], float]) -> None:
-    """Exercise 1 of notebook 05: the cheapest way to move the words of one text to those of another."""
+def word_movers_distance(attempt: Callable[[np.ndarray], float]) -> None:
+    """Notebook 05, exercise 1: the cheapest way to move the words of one text to those of another.
+
+    Args:
+        attempt: (n, n) costs of moving word i of one text to word j of the other -> distance.
+    """
     costs = np.array([[0.0, 0.9, 0.8], [0.2, 1.0, 1.1], [0.7, 0.6, 1.0]])
-    mistaken = [
+    mistakes = [
         ((0.0 + 0.2 + 0.6) / 3, "every word goes to its nearest, but then two words go to one and one is left over"),
         (0.2 + 0.6 + 0.8, "that is the sum over the words; each carries one nth of the text"),
-        (np.trace(costs) / 3, "that keeps the order of the words, which says nothing to this distance"),
-        (costs.mean(), "that is the mean over all pairs, as if each word were torn into equal parts"),
+        (np.trace(costs) / 3, "that keeps the order of the words, which this distance ignores"),
+        (costs.mean(), "that is the mean over all pairs, as if each word were divided into equal parts"),
         ((0.0 + 1.1 + 0.6) / 3, "that takes the cheapest pair first; a dearer first pair may make the others cheaper"),
     ]
-    _report(
-        lambda: _number_fault(lambda: attempt(costs.copy()), (0.2 + 0.6 + 0.8) / 3, mistaken, "3 words of each text"),
-        "The distance is the cost of the best plan for the whole text, which no word can choose by itself.",
+    _check(
+        attempt,
+        [
+            Case(
+                (costs,),
+                (0.2 + 0.6 + 0.8) / 3,
+                "the best plan costs 0.2 + 0.6 + 0.8, each for a third of the text",
+                mistakes,
+            )
+        ],
+        "The distance is the cost of the best plan for the whole text; no word can find it on its own.",
     )
 
 
-def frechet(attempt: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]) -> None:
-    """Exercise 2 of notebook 05: the Fréchet distance of two Gaussians."""
+def frechet_distance(attempt: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]) -> None:
+    """Notebook 05, exercise 2: the Fréchet distance of two Gaussians.
+
+    Args:
+        attempt: (mean (D,), covariance (D, D), mean, covariance) -> distance.
+    """
     turn = np.array([[0.8, -0.6], [0.6, 0.8]])
     first, second = np.diag([4.0, 1.0]), turn @ np.diag([9.0, 1.0]) @ turn.T
-    means = np.array([1.0, 2.0]), np.array([1.0, -1.0])
+    arguments = np.array([1.0, 2.0]), first, np.array([1.0, -1.0]), second
     spread = np.trace(first + second)
     shared = np.sqrt(np.linalg.eigvals(first @ second)).real.sum()
-    mistaken = [
+    mistakes = [
         (9 + spread - 2 * np.sqrt(first @ second).trace(), "the root of a matrix is not the root of its numbers"),
         (9 + spread - 2 * np.trace(first @ second), "the root of the product is missing"),
         (3 + spread - 2 * shared, "the distance of the means is squared"),
         (spread - 2 * shared, "the means count, too"),
         (9 + spread - shared, "the root is taken twice"),
     ]
-    _report(
-        lambda: _number_fault(
-            lambda: attempt(means[0], first, means[1], second), 9 + spread - 2 * shared, mistaken, "two Gaussians"
-        ),
-        "FID is this, with Inception's features: of a set of pictures it sees the mean and the spread, nothing else.",
+    _check(
+        attempt,
+        [Case(arguments, 9 + spread - 2 * shared, "the means count 9, the rest are the covariances", mistakes)],
+        "FID is this distance between Inception features: of a set of images it sees mean and covariance only.",
     )
 
 
-def _number_fault(
-    attempt: Callable[[], float], expected: float, mistaken: list[tuple[float, str]], what: str
-) -> str | None:
-    try:
-        found = float(np.asarray(attempt()).real)
-    except NotImplementedError:
-        raise
-    except Exception as error:
-        return f"for {what} it raises {type(error).__name__}: {error}"
-    if isclose(found, expected, rel_tol=1e-5):
-        return None
-    hints = [hint for wrong, hint in mistaken if isclose(found, wrong, rel_tol=1e-5)]
-    return "; ".join([f"for {what} expected {expected:.3f}; yours is {found:.3f}", *hints[:1]])
+def caption_loss(attempt: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """Notebook 06, exercise 1: loss (1), the mean over the tokens of padded captions.
 
-
-def soft_embedding(attempt: Callable) -> None:
-    """Exercise 1 of notebook 03: expected embeddings, (T, V) and (V, d) -> (T, d)."""
-    table = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    cases = [
-        (torch.eye(5)[[4, 1]], table[[4, 1]], "one-hot rows give back rows of the table"),
-        (torch.full((2, 5), 0.2), table.mean(0).expand(2, -1), "equal shares give the mean of all rows"),
-    ]
-    _report(
-        lambda: _embedding_fault(attempt, table, cases),
-        "A text encoder that looks words up can read averages of words, and looking up is the case of certainty.",
-    )
-
-
-def _embedding_fault(attempt: Callable, table: torch.Tensor, cases: list[tuple]) -> str | None:
-    for distributions, expected, reason in cases:
-        try:
-            found = attempt(distributions.clone(), table.clone())
-        except NotImplementedError:
-            raise
-        except Exception as error:
-            return f"{reason}; yours raises {type(error).__name__}: {error}"
-        if not isinstance(found, torch.Tensor):
-            return f"it gives {found!r}, not a tensor: does it end in `return …`?"
-        if found.shape != expected.shape:
-            return f"two places and a table of 3 columns make {tuple(expected.shape)}; yours has {tuple(found.shape)}"
-        if not torch.allclose(found, expected, atol=1e-5):
-            return f"{reason}, so {expected.tolist()}; yours gives {found.tolist()}"
-    return None
-
-
-# (p_t of the source places, expected: departures and who stays, why; answers wrong in a known way)
-_DEPARTURES = [
-    (([0.75, 1.0, 1.0],), ([0.25, 0.0, 0.0], 0.75), "only the first place hesitates", {}),
-    (
-        ([0.5, 0.5],),
-        ([0.5, 0.25], 0.25),
-        "who departs at the second place has passed the first",
-        {
-            ((0.5, 0.5), 0.25): "together 1.25: the second place counts those who had left before",
-            ((0.5, 0.5), 0.5): "together 1.5: each place counts as if it were the only one",
-            ((0.5, 0.25), 0.5): "together 1.25: to stay is to keep the path at both places",
-        },
-    ),
-    (
-        ([0.75, 0.5, 0.75],),
-        ([0.25, 0.375, 0.09375], 0.28125),
-        "who departs at the third place has passed both before it",
-        {((0.25, 0.375, 0.125), 0.28125): "0.125 forgets those who had left at the first place"},
-    ),
-    (([],), ([], 1.0), "there is no place to depart at, and the path is kept", {}),
-]
-
-
-def departures(attempt: Callable[[list[float]], tuple[list[float], float]]) -> None:
-    """Exercise 2 of notebook 03: the weights of one target place."""
-    _report(
-        lambda: _first_fault(lambda kept: _plain_numbers(attempt(kept)), _DEPARTURES),
-        "What departs and what stays make 1 together, whatever the probabilities: the map loses and makes nothing.",
-    )
-
-
-def _plain_numbers(value):
-    """Tensors, arrays and tuples as lists and floats, which compare and print as one reads them."""
-    value = value.tolist() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
-    if isinstance(value, (list, tuple)):
-        return list(map(_plain_numbers, value))
-    return round(value, 9) if isinstance(value, float) else value
-
-
-def clean_picture(attempt: Callable[[float, float, float], float]) -> None:
-    """Exercise 2 of notebook 06: z_t, the noise that was predicted, ᾱ_t -> ẑ_0."""
-    clean, noise, kept = 2.0, -1.5, 0.36
-    noised = kept**0.5 * clean + (1 - kept) ** 0.5 * noise
-    mistaken = [
-        (noised - (1 - kept) ** 0.5 * noise, "what is left of z is √ᾱ_t as large: divide"),
-        ((noised - (1 - kept) ** 0.5 * noise) / kept, "z_t holds √ᾱ_t of z: divide by the root"),
-        ((noised - (1 - kept) * noise) / kept**0.5, "z_t holds √(1−ᾱ_t) of the noise: the root is missing"),
-        ((noised + (1 - kept) ** 0.5 * noise) / kept**0.5, "the noise was added: take it away"),
-        (noised - noise, "both parts are weighted by the schedule"),
-    ]
-    _report(
-        lambda: _number_fault(lambda: attempt(noised, noise, kept), clean, mistaken, "a z of 2, noised with −1.5"),
-        "Whoever knows the noise knows the picture, in one step; how well, depends on how much of it was left.",
-    )
-
-
-def caption_loss(attempt: Callable) -> None:
-    """Exercise 1 of notebook 06: (B, T) log-probabilities of captions' pieces, padded, and which of them count."""
-    spent = torch.tensor([[-1.0, -2.0, -4.0, -3.0], [-0.5, -1.5, -9.0, -7.0]])
+    Args:
+        attempt: ((B, T) log-probabilities, (B, T) which of them count) -> loss.
+    """
+    log_p = torch.tensor([[-1.0, -2.0, -4.0, -3.0], [-0.5, -1.5, -9.0, -7.0]])
     counts = torch.tensor([[True, True, True, True], [True, True, False, False]])
-    mistaken = [
+    mistakes = [
         (28 / 8, "padding is no part of a caption"),
         (12 / 8, "padding is left out of the sum, but counted in the mean"),
-        (12, "the stock models give the mean over pieces, not their sum"),
+        (12.0, "the stock models give the mean over tokens, not their sum"),
         ((10 / 4 + 1) / 2, "that is the mean of each caption's mean, where a short one weighs as much as a long one"),
-        (-2, "a likely caption should have a small loss: the sign"),
+        (-2.0, "a likely caption should have a small loss: check the sign"),
     ]
-    _report(
-        lambda: _number_fault(lambda: attempt(spent.clone(), counts.clone()), 2.0, mistaken, "two captions"),
-        "Every piece counts once, the end too, padding never; so parts of a batch can be summed to the whole.",
+    _check(
+        attempt,
+        [Case((log_p, counts), 2.0, "the 6 tokens that count sum to a loss of 12", mistakes)],
+        "Every token counts once, the end of the caption too, padding never. So the parts of a batch can be summed to "
+        "the whole.",
     )
 
 
-# (paper's scores, ours, expected, why; answers wrong in a known way)
-_ORDERS = [
-    (([3.0, 2.0, 1.0], [30.0, 20.0, 10.0]), 1.0, "the same order agrees on all pairs", {}),
-    (([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]), -1.0, "the order turned over agrees on none", {0.0: "disagreement counts −1"}),
-    (
-        ([5.0, 4.0, 3.0, 2.0, 1.0], [5.0, 3.0, 4.0, 2.0, 1.0]),
-        0.8,
-        "one of ten pairs is the other way round: (9 − 1) / 10",
-        {0.9: "that is the share that agrees: take off those that do not", 8.0: "divide by the number of pairs"},
-    ),
-    (([2.0, 1.0], [5.0, 5.0]), 0.0, "a tie agrees with nothing and disagrees with nothing", {}),
-]
+def clean_latents(attempt: Callable[[float, float, float], float]) -> None:
+    """Notebook 06, exercise 2: the one-step clean latents ẑ_0.
+
+    Args:
+        attempt: (z_t, predicted noise, ᾱ_t) -> ẑ_0.
+    """
+    clean, noise, alpha = 2.0, -1.5, 0.36
+    noised = alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
+    mistakes = [
+        (noised - (1 - alpha) ** 0.5 * noise, "z_t holds √ᾱ_t times z_0: divide"),
+        ((noised - (1 - alpha) ** 0.5 * noise) / alpha, "z_t holds √ᾱ_t times z_0: divide by the root"),
+        ((noised - (1 - alpha) * noise) / alpha**0.5, "z_t holds √(1−ᾱ_t) times the noise: the root is missing"),
+        ((noised + (1 - alpha) ** 0.5 * noise) / alpha**0.5, "the noise was added: take it away"),
+        (noised - noise, "both terms are weighted by the schedule"),
+    ]
+    _check(
+        attempt,
+        [Case((noised, noise, alpha), clean, "z_0 = 2 got the noise −1.5 at ᾱ_t = 0.36", mistakes)],
+        "Whoever knows the noise knows the clean latents, in one step. How well depends on how much of them is left.",
+    )
 
 
 def kendall_tau(attempt: Callable[[list[float], list[float]], float]) -> None:
-    """Exercise 1 of notebook 07: agreement of two orders."""
-    _report(
-        lambda: _first_fault(lambda *scores: _plain_numbers(attempt(*scores)), _ORDERS),
-        "τ looks at orders alone: how far apart two scores lie, it cannot tell.",
-    )
+    """Notebook 07, exercise 1: agreement of two orders.
+
+    Args:
+        attempt: two lists of scores of the same things -> τ in [-1, 1].
+    """
+    cases = [
+        Case(([3.0, 2.0, 1.0], [30.0, 20.0, 10.0]), 1.0, "the same order agrees on all pairs"),
+        Case(
+            ([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]),
+            -1.0,
+            "the reversed order agrees on none",
+            [(0.0, "disagreement counts −1")],
+        ),
+        Case(
+            ([5.0, 4.0, 3.0, 2.0, 1.0], [5.0, 3.0, 4.0, 2.0, 1.0]),
+            0.8,
+            "one of ten pairs is the other way round: (9 − 1) / 10",
+            [
+                (0.9, "that is the share that agrees: subtract the share that does not"),
+                (8.0, "divide by the number of pairs"),
+            ],
+        ),
+        Case(([2.0, 1.0], [5.0, 5.0]), 0.0, "a tie neither agrees nor disagrees"),
+    ]
+    _check(attempt, cases, "τ depends on the orders alone, not on how far apart two scores are.", show_arguments=True)
+
+
+def _check(attempt: Callable, cases: Sequence[Case], shown: str, show_arguments: bool = False) -> None:
+    """Print one line: not done, the first case that is wrong, or `shown`, what a right answer has shown."""
+    try:
+        faults = (fault for case in cases if (fault := _fault(attempt, case, show_arguments)))
+        fault = next(faults, None)
+    except NotImplementedError:
+        print("Not done yet, and nothing below waits for it.")
+    else:
+        print(f"Not yet: {fault}" if fault else f"Right. {shown}")
+
+
+def _fault(attempt: Callable, case: Case, show_arguments: bool) -> str | None:
+    """What is wrong with the answer to one case, or None."""
+    expected = _plain(case.expected)
+    shown = ", ".join(_short(_plain(argument)) for argument in case.arguments) + ": " if show_arguments else ""
+    wanted = f"{shown}{case.reason}, so {_short(expected)}"
+    try:
+        found = _plain(attempt(*deepcopy(case.arguments)))
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        return f"{wanted}; yours raises {type(error).__name__}: {error}".splitlines()[0]
+    if _equal(found, expected, case.tolerance):
+        return None
+    if found is None:
+        return f"{wanted}; yours gives None: does it end in `return …`?"
+    shapes = _shape(expected), _shape(found)
+    if None not in shapes and shapes[0] != shapes[1]:
+        return f"{wanted}, of the shape {shapes[0]}; yours has the shape {shapes[1]}"
+    hints = [
+        hint for wrong, hint in case.mistakes if (wrong(found) if callable(wrong) else _equal(found, _plain(wrong)))
+    ]
+    return "; ".join([f"{wanted}; yours gives {_short(found)}", *hints[:1]])
+
+
+def _plain(value):
+    """Tensors, arrays and tuples as lists, numbers as floats, which compare and print as one reads them."""
+    value = value.tolist() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, complex):
+        return value.real
+    return float(value) if isinstance(value, (int, float)) else value
+
+
+def _equal(found, expected, tolerance: float = 1e-9) -> bool:
+    if isinstance(expected, list):
+        same_length = isinstance(found, list) and len(found) == len(expected)
+        return same_length and all(_equal(*pair, tolerance) for pair in zip(found, expected, strict=True))
+    if isinstance(expected, float):
+        return isinstance(found, float) and isclose(found, expected, rel_tol=1e-5, abs_tol=tolerance)
+    return found == expected
+
+
+def _shape(value) -> tuple[int, ...] | None:
+    """Of numbers in nested lists, as an array has it; None for anything else."""
+    if isinstance(value, float):
+        return ()
+    if not isinstance(value, list) or not value:
+        return None
+    shapes = {_shape(part) for part in value}
+    inner = shapes.pop()
+    return None if shapes or inner is None else (len(value), *inner)
+
+
+def _short(value) -> str:
+    """As Python writes it, numbers with three digits."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    return f"{value:.3g}" if isinstance(value, float) else repr(value)

@@ -1,4 +1,4 @@
-"""Figures of cycle finetuning: which loss moves which model, the losses step by step, captions before and after."""
+"""Figures of cycle finetuning: which loss updates which model, the losses step by step, captions before and after."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 
 from dalleflamingo.course import layout
-from dalleflamingo.course.layout import LETTERS, MARGIN, PALETTE, POINTS, Tile
-from dalleflamingo.cycle_losses import NAMES
+from dalleflamingo.course.layout import CHARACTERS, FONT_SIZE, PALETTE, Panel
+from dalleflamingo.cycle_losses import LOSS_NAMES
 from dalleflamingo.datasets import Dataset
 
 TITLES = {
@@ -20,41 +20,44 @@ TITLES = {
     "caption_reconstruction": "(4) text → image → text",
 }
 MODELS = ("captioner", "generator")
-COLOURS = dict(zip(NAMES, (PALETTE["clip"], PALETTE["more"], PALETTE["dino"], PALETTE["wordpiece"]), strict=True))
+COLOURS = dict(zip(LOSS_NAMES, (PALETTE["clip"], PALETTE["more"], PALETTE["dino"], PALETTE["wordpiece"]), strict=True))
 _SIZE, _WIDE = (860, 430), (1300, 430)
 
 
 def gradient_flow(norms: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Arrows from the losses to the models that they move.
+    """Arrows from the losses to the models that they update.
 
     Args:
-        norms: loss -> model -> length of the loss's gradient by what the model learns by, 0 where there is none.
+        norms: loss -> model -> norm of the loss's gradient with respect to the model's trained parameters, 0 where
+            there is none.
     """
-    figure = layout.blank(*_SIZE)
+    figure = layout.new_figure(*_SIZE)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.axis("off")
     heights = dict(zip(norms, np.linspace(0.9, 0.3, len(norms)), strict=True))
-    places = dict(zip(MODELS, (0.75, 0.45), strict=True))
+    positions = dict(zip(MODELS, (0.75, 0.45), strict=True))
     largest = max(norm for by_model in norms.values() for norm in by_model.values())
-    for model, height in places.items():
+    for model, height in positions.items():
         box = dict(boxstyle="round,pad=0.6", facecolor="none", edgecolor=PALETTE["text"])
-        axes.text(0.88, height, model, ha="center", va="center", fontsize=POINTS + 1, bbox=box, color=PALETTE["text"])
+        axes.text(
+            0.88, height, model, ha="center", va="center", fontsize=FONT_SIZE + 1, bbox=box, color=PALETTE["text"]
+        )
     for loss, by_model in norms.items():
         colour = COLOURS[loss]
-        axes.text(0.02, heights[loss], TITLES[loss], va="center", fontsize=POINTS + 1, color=colour)
+        axes.text(0.02, heights[loss], TITLES[loss], va="center", fontsize=FONT_SIZE + 1, color=colour)
         for model, norm in by_model.items():
             if not norm:
                 continue
-            start, end = (0.36, heights[loss]), (0.78, places[model])
+            start, end = (0.36, heights[loss]), (0.78, positions[model])
             width = 0.8 + 3 * np.sqrt(norm / largest)
             arrow = dict(arrowstyle="-|>", color=colour, linewidth=width, shrinkA=0, shrinkB=0)
             axes.annotate("", end, start, arrowprops=arrow)
             where = 0.25 + 0.3 * (model == MODELS[0])  # so that two arrows' numbers do not meet
             at = tuple(np.array(start) + where * (np.array(end) - start))
             ground = dict(facecolor="white", edgecolor="none", pad=1)
-            axes.text(*at, f"{norm:.2g}", fontsize=POINTS, color=colour, ha="center", va="center", bbox=ground)
-    note = "The length of each loss's gradient, by what the model learns by; no arrow where there is none."
+            axes.text(*at, f"{norm:.2g}", fontsize=FONT_SIZE, color=colour, ha="center", va="center", bbox=ground)
+    note = "The norm of each loss's gradient with respect to the trained parameters; no arrow where there is none."
     return _noted(figure, note)
 
 
@@ -62,22 +65,22 @@ def curves(log: Sequence[Mapping[str, float]], smooth: int = 1) -> Figure:
     """The four losses against the step, each in a panel of its own.
 
     Args:
-        log: rows as from `cycle.read_log`. smooth: rows of a loss that a running mean is over; the rows themselves are
-            drawn faintly.
+        log: rows from `cycle.read_log`.
+        smooth: rows of a loss that a running mean is over; the rows themselves are drawn faintly.
     """
-    figure = layout.blank(*_WIDE)
-    present = [name for name in NAMES if any(name in row for row in log)]
-    for place, name in enumerate(present):
+    figure = layout.new_figure(*_WIDE)
+    present = [name for name in LOSS_NAMES if any(name in row for row in log)]
+    for column, name in enumerate(present):
         width = 0.93 / len(present)
-        axes = figure.add_axes((0.065 + place * width, 0.32, width - 0.05, 0.56))
+        axes = figure.add_axes((0.065 + column * width, 0.32, width - 0.05, 0.56))
         steps, values = zip(*((row["step"], row[name]) for row in log if name in row), strict=True)
         mean = pd.Series(values).rolling(smooth, min_periods=1).mean()
         axes.plot(steps, values, color=COLOURS[name], alpha=0.3, linewidth=0.8)
         axes.plot(steps, mean, color=COLOURS[name], linewidth=1.6)
-        axes.set_title(TITLES[name], fontsize=POINTS, color=COLOURS[name], loc="left")
-        axes.set_xlabel("step", fontsize=POINTS)
-        axes.set_ylabel("loss  (better ↓)" if place == 0 else "", fontsize=POINTS)
-        axes.tick_params(labelsize=POINTS - 1)
+        axes.set_title(TITLES[name], fontsize=FONT_SIZE, color=COLOURS[name], loc="left")
+        axes.set_xlabel("step", fontsize=FONT_SIZE)
+        axes.set_ylabel("loss  (better ↓)" if column == 0 else "", fontsize=FONT_SIZE)
+        axes.tick_params(labelsize=FONT_SIZE - 1)
         axes.spines[["top", "right"]].set_visible(False)
     mean = f"Faint: each loss at the steps that have it; thick: the mean of the last {smooth}. "
     return _noted(figure, (mean if smooth > 1 else "") + "A batch is small and its noise large.")
@@ -86,38 +89,39 @@ def curves(log: Sequence[Mapping[str, float]], smooth: int = 1) -> Figure:
 def before_and_after(
     table: pd.DataFrame, dataset: Dataset, image_ids: Sequence[int], names: Mapping[str, str]
 ) -> Figure:
-    """Pictures with what is said of them by one run after another.
+    """Images with their captions by one run after another.
 
     Args:
-        table: columns arm, image_id, caption, a row for each of both. names: arm -> the word for it, in order.
+        table: columns arm, image_id, caption; a row for each arm and image.
+        dataset: the images.
+        image_ids: of those that are shown.
+        names: arm -> the word for it, in order.
     """
     examples = {example.image_id: example for example in dataset}
-    said = table.set_index(["arm", "image_id"])["caption"]
-    drawn = []
+    captions = table.set_index(["arm", "image_id"])["caption"]
+    panels = []
     for image_id in image_ids:
-        first, *others = (f"{name}: {said[arm, image_id]}" for arm, name in names.items())
-        remarks = tuple(line for caption in others for line in textwrap.wrap(caption, LETTERS))
-        drawn.append(Tile(dataset.open(examples[image_id]), first, remarks))
-    note = "What is said of pictures that no model has seen in training; people's words are in the data set."
-    return layout.lay_out([drawn[start : start + 4] for start in range(0, len(drawn), 4)], note)
+        first, *others = (f"{name}: {captions[arm, image_id]}" for arm, name in names.items())
+        remarks = tuple(line for caption in others for line in textwrap.wrap(caption, CHARACTERS))
+        panels.append(Panel(dataset.open(examples[image_id]), first, remarks))
+    note = "Captions of images that no model has seen in training."
+    return layout.arrange([panels[start : start + 4] for start in range(0, len(panels), 4)], note)
 
 
-def drawn_by(pictures: Mapping[str, Sequence[Image]], prompts: Sequence[str]) -> Figure:
-    """What several generators draw of the same captions, a row each.
+def rendered_by(images: Mapping[str, Sequence[Image]], prompts: Sequence[str]) -> Figure:
+    """The same captions rendered by several generators, a row each.
 
     Args:
-        pictures: name -> a picture for each of the prompts, which stand below the last row.
+        images: name -> an image for each of the prompts.
+        prompts: the captions, which are written below the last row.
     """
-    rows, names = [], list(pictures)
+    rows, names = [], list(images)
     for name in names:
         texts = prompts if name == names[-1] else [""] * len(prompts)
-        rows.append([Tile(one, text, heading=name) for one, text in zip(pictures[name], texts, strict=True)])
-    return layout.lay_out(rows, "The same captions, drawn from the same noise: before, and after finetuning (seed 0).")
+        rows.append([Panel(one, text, heading=name) for one, text in zip(images[name], texts, strict=True)])
+    return layout.arrange(rows, "The same captions, rendered from the same noise before and after finetuning (seed 0).")
 
 
 def _noted(figure: Figure, note: str) -> Figure:
-    width, height = figure.get_size_inches() * figure.dpi
-    sentence = layout.wrap(note, round(width) - 2 * MARGIN)
-    below = height - layout.text_height(sentence)
-    layout.write(figure, MARGIN, below, sentence, color=PALETTE["quiet"], style="italic")
+    layout.add_note(figure, note)
     return figure

@@ -1,6 +1,6 @@
-"""Pictures on a sheet, at whole pixels: every pixel of a 64 × 64 picture becomes a square, and all squares are alike.
+"""Images on a sheet, at whole pixels: every pixel of a 64 × 64 image becomes a square, and all squares have one size.
 
-Lengths are in pixels of the figure, from its upper left corner. Text is drawn as it is, never taken for a formula.
+Lengths are in pixels of the figure, from its upper left corner. Text is shown as it is, never taken for a formula.
 """
 
 import textwrap
@@ -17,7 +17,6 @@ PALETTE = {  # told apart by colour-blind eyes (Okabe and Ito; Tol)
     "clip": "#0072B2",
     "dino": "#D55E00",
     "fidelity": "#009E73",
-    "pixels": "#661100",
     "text_clip": "#0072B2",
     "text_sbert": "#882255",
     "text_cider": "#999933",
@@ -26,29 +25,33 @@ PALETTE = {  # told apart by colour-blind eyes (Okabe and Ito; Tol)
     "wordpiece": "#E69F00",
     "more": "#56B4E9",
     "less": "#CC79A7",
-    "noise": "#0072B2",
-    "blur": "#D55E00",
-    "the picture": "#0072B2",
-    "x̂": "#D55E00",
     "text": "#1a1a1a",
     "quiet": "#5c5c5c",
     "rule": "#d0d0d0",
     "ground": "#ffffff",
 }
 DPI = 144
-SIDE = 256  # a picture: 64 × 64 four times
-GAP = 26  # between two pictures
-LINE = 18  # of text
+IMAGE_SIZE = 256  # side of an image on the sheet: 64 pixels, four times enlarged
+GAP = 26  # between two images
 MARGIN = 14
-POINTS = 8.0
-LETTERS = 29  # of that size, fit beside each other under a picture
+FONT_SIZE = 8.0  # in points
+LINE_HEIGHT = 18  # of text in that size
+CHARACTERS = 29  # that fit on a line below an image
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A picture with a heading in `colour` above it, a caption below, and under that a quieter remark, line by line."""
+class Panel:
+    """An image with its texts.
 
-    picture: Image.Image
+    Attributes:
+        image: of any size and shape.
+        caption: below the image, wrapped.
+        remarks: lines below the caption, in a quieter colour.
+        heading: above the image, in `colour`.
+        colour: a matplotlib colour.
+    """
+
+    image: Image.Image
     caption: str = ""
     remarks: tuple[str, ...] = ()
     heading: str = ""
@@ -56,80 +59,149 @@ class Tile:
 
     @property
     def lines(self) -> list[str]:
-        return textwrap.wrap(self.caption, LETTERS)
+        """The caption in lines of at most `CHARACTERS`."""
+        return textwrap.wrap(self.caption, CHARACTERS)
 
 
-def lay_out(rows: Sequence[Sequence[Tile | None]], note: str) -> Figure:
-    """Tiles in rows, None for an empty place, and under them a sentence that says what to see."""
-    width = 2 * MARGIN + max(map(len, rows)) * (SIDE + GAP) - GAP
-    heights = [_height([tile for tile in line if tile]) for line in rows]
-    sentence = wrap(note, width - 2 * MARGIN)
-    figure = blank(width, 2 * MARGIN + sum(heights) + GAP * (len(rows) - 1) + text_height(sentence))
+def arrange(rows: Sequence[Sequence[Panel | None]], note: str) -> Figure:
+    """Panels in rows, with a note below.
+
+    Args:
+        rows: None leaves its position empty.
+        note: a sentence that says what to see.
+    """
+    width = 2 * MARGIN + max(map(len, rows)) * (IMAGE_SIZE + GAP) - GAP
+    heights = [_row_height([panel for panel in row if panel]) for row in rows]
+    below = note_height(wrap(note, width - 2 * MARGIN))
+    figure = new_figure(width, 2 * MARGIN + sum(heights) + GAP * (len(rows) - 1) + below)
     top = MARGIN
-    for line, height in zip(rows, heights, strict=True):
-        headed = any(tile and tile.heading for tile in line)
-        for column, tile in enumerate(line):
-            if tile:
-                _draw(figure, tile, MARGIN + column * (SIDE + GAP), top, LINE + 2 if headed else 0)
+    for row, height in zip(rows, heights, strict=True):
+        above = LINE_HEIGHT + 2 if any(panel and panel.heading for panel in row) else 0
+        for column, panel in enumerate(row):
+            if panel:
+                _add_panel(figure, panel, MARGIN + column * (IMAGE_SIZE + GAP), top, above)
         top += height + GAP
-    write(figure, MARGIN, top - GAP + LINE, sentence, color=PALETTE["quiet"], style="italic")
+    add_note(figure, note, top - GAP + LINE_HEIGHT)
     return figure
 
 
-def _height(tiles: Sequence[Tile]) -> int:
-    above = LINE + 2 if any(tile.heading for tile in tiles) else 0
-    return above + SIDE + 6 + LINE * max(len(tile.lines) + len(tile.remarks) for tile in tiles)
+def in_rows(panels: Sequence[Panel], count: int) -> list[Sequence[Panel]]:
+    """The panels in rows of `count`; the last may be shorter.
+
+    Args:
+        panels: in reading order.
+        count: panels in a row.
+    """
+    return [panels[start : start + count] for start in range(0, len(panels), count)]
 
 
-def _draw(figure: Figure, tile: Tile, left: int, top: int, above: int) -> None:
-    write(figure, left, top, tile.heading, color=tile.colour, weight="bold")
-    place(figure, tile.picture, left, top + above)
-    below = top + above + SIDE + 6
-    write(figure, left, below, "\n".join(tile.lines))
-    write(figure, left, below + LINE * len(tile.lines), "\n".join(tile.remarks), color=PALETTE["quiet"])
+def _row_height(panels: Sequence[Panel]) -> int:
+    above = LINE_HEIGHT + 2 if any(panel.heading for panel in panels) else 0
+    lines = max(len(panel.lines) + len(panel.remarks) for panel in panels)
+    return above + IMAGE_SIZE + 6 + LINE_HEIGHT * lines
 
 
-def blank(width: int, height: int) -> Figure:
-    """A white figure of that many pixels."""
+def _add_panel(figure: Figure, panel: Panel, left: int, top: int, above: int) -> None:
+    """Add a panel whose image begins `above` pixels below `top`."""
+    add_text(figure, left, top, panel.heading, color=panel.colour, weight="bold")
+    add_image(figure, panel.image, left, top + above)
+    below = top + above + IMAGE_SIZE + 6
+    add_text(figure, left, below, "\n".join(panel.lines))
+    remarks = below + LINE_HEIGHT * len(panel.lines)
+    add_text(figure, left, remarks, "\n".join(panel.remarks), color=PALETTE["quiet"])
+
+
+def new_figure(width: int, height: int) -> Figure:
+    """An empty white figure.
+
+    Args:
+        width: in pixels.
+        height: in pixels.
+    """
     figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=PALETTE["ground"])
     plt.close(figure)  # a cell shows the figure that it returns; pyplot would show it a second time
     return figure
 
 
-def place(figure: Figure, picture: Image.Image, left: int, top: int) -> Axes:
-    """A picture in the middle of a square; the axes returned count the square's pixels."""
+def add_image(figure: Figure, image: Image.Image, left: int, top: int) -> Axes:
+    """Add an image in the middle of a square of `IMAGE_SIZE`.
+
+    Args:
+        figure: that it is added to.
+        image: of any size and shape.
+        left: of the square, in pixels.
+        top: of the square, in pixels.
+    Returns:
+        axes that count the pixels of the square.
+    """
     width, height = (figure.get_size_inches() * DPI).round()
-    axes = figure.add_axes((left / width, 1 - (top + SIDE) / height, SIDE / width, SIDE / height))
-    fitted = fit(picture)
-    x, y = (SIDE - fitted.width) // 2, (SIDE - fitted.height) // 2
+    bounds = left / width, 1 - (top + IMAGE_SIZE) / height, IMAGE_SIZE / width, IMAGE_SIZE / height
+    axes = figure.add_axes(bounds)
+    fitted = resize_to_fit(image)
+    x, y = (IMAGE_SIZE - fitted.width) // 2, (IMAGE_SIZE - fitted.height) // 2
     axes.imshow(np.asarray(fitted), interpolation="none", extent=(x, x + fitted.width, y + fitted.height, y))
-    axes.set(xlim=(0, SIDE), ylim=(SIDE, 0))
+    axes.set(xlim=(0, IMAGE_SIZE), ylim=(IMAGE_SIZE, 0))
     axes.axis("off")
     return axes
 
 
-def fit(picture: Image.Image) -> Image.Image:
-    """RGB, within SIDE × SIDE: a small picture enlarged by a whole factor, a large one made smaller."""
-    picture = picture.convert("RGB")
-    factor = SIDE // max(picture.size)
+def resize_to_fit(image: Image.Image) -> Image.Image:
+    """The image in RGB within `IMAGE_SIZE`: a small one enlarged by a whole factor, a large one made smaller.
+
+    Args:
+        image: of any mode, size and shape; its shape is kept.
+    """
+    image = image.convert("RGB")
+    factor = IMAGE_SIZE // max(image.size)
     if factor > 0:
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return picture
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    return image
 
 
-def write(figure: Figure, left: float, top: float, text: str, **style) -> None:
-    """Lines of text whose first begins at (left, top)."""
+def add_text(figure: Figure, left: float, top: float, text: str, **style) -> None:
+    """Add lines of text.
+
+    Args:
+        figure: that they are added to.
+        left: of the text, in pixels.
+        top: of the first line, in pixels.
+        text: lines, with line breaks between them.
+        **style: as matplotlib's `Figure.text` takes it.
+    """
     width, height = figure.get_size_inches() * DPI
-    style = {"fontsize": POINTS, "color": PALETTE["text"], "linespacing": 1.1, **style}
+    style = {"fontsize": FONT_SIZE, "color": PALETTE["text"], "linespacing": 1.1, **style}
     figure.text(left / width, 1 - top / height, text, va="top", parse_math=False, **style)
 
 
+def add_note(figure: Figure, note: str, top: float | None = None) -> None:
+    """Add the sentence that says what to see, wrapped to the figure's width.
+
+    Args:
+        figure: that it is added to.
+        note: may be empty.
+        top: of the note, in pixels; None for the bottom of the figure.
+    """
+    width, height = figure.get_size_inches() * DPI
+    text = wrap(note, round(width) - 2 * MARGIN)
+    top = height - note_height(text) if top is None else top
+    add_text(figure, MARGIN, top, text, color=PALETTE["quiet"], style="italic")
+
+
 def wrap(sentence: str, width: int) -> str:
-    """The sentence in lines that fit into `width` pixels."""
-    return "\n".join(textwrap.wrap(sentence, width * LETTERS // SIDE))
+    """The sentence in lines.
+
+    Args:
+        sentence: without line breaks.
+        width: that each line fits into, in pixels.
+    """
+    return "\n".join(textwrap.wrap(sentence, width * CHARACTERS // IMAGE_SIZE))
 
 
-def text_height(text: str) -> int:
-    """Pixels that a note takes, with the space above it."""
-    return LINE * (text.count("\n") + 2) if text else 0
+def note_height(text: str) -> int:
+    """Pixels that a note takes with the space above it.
+
+    Args:
+        text: wrapped.
+    """
+    return LINE_HEIGHT * (text.count("\n") + 2) if text else 0

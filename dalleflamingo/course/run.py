@@ -1,18 +1,19 @@
 """Execute the notebooks of the course: `python -m dalleflamingo course [--profile mini] [--out build] [notebooks…]`.
 
-Each notebook runs top to bottom in a fresh kernel with two CPU threads; the miniature profiles run with the model hubs
-switched off. What lies in `build/` afterwards opens without Python:
+Each notebook runs from top to bottom in a kernel of its own. A small model gains nothing from a second thread and loses
+much where other programs compute too, because each of its many tiny operations waits for the slowest thread. So a
+kernel with the shipped models has one thread, and as many notebooks run at a time as there are cores. Downloaded models
+share one GPU: their notebooks run one after another. Afterwards `build/` opens without Python:
 
     index.html                the pages, with the time and the peak memory of each
-    00_the_question.html      one page a notebook, pictures inside
+    00_the_question.html      one page a notebook, images inside
     00_the_question.ipynb     the executed notebook
     course.json               the same figures for programs
     figures/                  what the notebooks saved
 
 A notebook finds that folder in the environment variable `DALLEFLAMINGO_OUTPUT` and saves its figures to
 `$DALLEFLAMINGO_OUTPUT/figures`. A notebook that fails keeps its page up to the error, and the others still run. Every
-file is written beside its place and then moved there, so a killed run leaves whole files only; another run replaces
-them.
+file is written whole or not at all, so a killed run leaves no broken files; another run replaces them.
 """
 
 import argparse
@@ -24,13 +25,15 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 from tqdm import tqdm
 
-from dalleflamingo import profiles
+from dalleflamingo import profiles, registry
+from dalleflamingo.runs import write_whole
 
 try:
     import nbformat
@@ -45,7 +48,9 @@ except ImportError as error:
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 OUTPUT = "DALLEFLAMINGO_OUTPUT"
-THREADS = {name: "2" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+MAX_WORKERS = 4
+WORKER_BYTES = 1.5 * 2**30  # what a notebook with the shipped models needs at its peak
 
 
 @dataclass(frozen=True)
@@ -73,104 +78,140 @@ class Outcome:
         return figures if self.failure is None else f"{figures}   FAILED in {self.failure}"
 
 
-class _Run(threading.Thread):
-    """One notebook in one kernel; a thread, so that the caller can watch its memory and a Ctrl-C reaches the caller."""
+class NotebookRun(threading.Thread):
+    """One notebook in one kernel, with a progress bar on a terminal.
 
-    def __init__(self, notebook: nbformat.NotebookNode, folder: Path, environment: dict[str, str], name: str):
+    It is a thread, so that the main thread can watch the memory of all kernels and is the one that Ctrl-C interrupts.
+
+    Args:
+        path: the notebook; its kernel works in the folder of that file.
+        environment: variables of the kernel.
+    """
+
+    def __init__(self, path: Path, environment: dict[str, str]):
         super().__init__(daemon=True)
-        self.notebook, self.folder, self.environment = notebook, folder, environment
+        self.path, self.environment = path, environment
+        self.notebook = nbformat.read(path, as_version=4)
+        self.position = "the kernel's start"
+        self.seconds, self.peak_bytes = 0.0, 0
         self.failure: str | None = None
-        self._place = "the kernel's start"
-        code_cells = sum(cell.cell_type == "code" for cell in notebook.cells)
-        self._bar = tqdm(total=code_cells, desc=name, unit="cell", leave=False, disable=not sys.stderr.isatty())
-
-    def _enter(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
-        number = sum(other.cell_type == "code" for other in self.notebook.cells[: cell_index + 1])
-        first_line = cell.source.strip().splitlines()[0]
-        self._place = f"code cell {number} ({first_line[:60]})"
-
-    def _leave(self, **_: object) -> None:
-        self._bar.update()
+        self._client: NotebookClient | None = None
+        code_cells = sum(cell.cell_type == "code" for cell in self.notebook.cells)
+        self._bar = tqdm(total=code_cells, desc=path.stem, unit="cell", leave=False, disable=not sys.stderr.isatty())
 
     def run(self) -> None:
-        client = NotebookClient(
+        began = time.monotonic()
+        self._client = NotebookClient(
             self.notebook,
             timeout=None,
             startup_timeout=300,  # the default, 60 s, is short for a busy machine
             kernel_name="python3",
-            on_cell_execute=self._enter,
-            on_cell_executed=self._leave,
+            on_cell_execute=self._enter_cell,
+            on_cell_executed=self._leave_cell,
             # Another user of this machine could otherwise listen to a kernel's port, which it says for every notebook.
             config=Config(KernelManager={"transport_encryption": "auto"}),
         )
         try:
-            client.execute(cwd=str(self.folder), env=self.environment)
+            self._client.execute(cwd=str(self.path.resolve().parent), env=self.environment)
         except CellExecutionError as error:
-            self.failure = f"{self._place}: {error.ename}: {error.evalue}".splitlines()[0]
+            self.failure = f"{self.position}: {error.ename}: {error.evalue}".splitlines()[0]
         except DeadKernelError:
-            self.failure = f"{self._place}: the kernel died; a machine that is short of memory does that"
+            self.failure = f"{self.position}: the kernel died; a machine that is short of memory does that"
         except Exception as error:  # a kernel that does not start, say: the other notebooks are still worth running
-            self.failure = f"{self._place}: {type(error).__name__}: {error}"
+            self.failure = f"{self.position}: {type(error).__name__}: {error}"
         finally:
             self._bar.close()
+            self.seconds = time.monotonic() - began
+
+    def _enter_cell(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
+        number = sum(other.cell_type == "code" for other in self.notebook.cells[: cell_index + 1])
+        first_line = cell.source.strip().splitlines()[0]
+        self.position = f"code cell {number} ({first_line[:60]})"
+
+    def _leave_cell(self, **_: object) -> None:
+        self._bar.update()
+
+    def measure_memory(self) -> None:
+        """Take the memory of the kernel and of its children now into `peak_bytes`."""
+        manager = self._client and self._client.km
+        pid = getattr(getattr(manager, "provisioner", None), "pid", None)
+        if pid is None:  # not started yet, or ended
+            return
+        try:
+            kernel = psutil.Process(pid)
+            processes = [kernel, *kernel.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        self.peak_bytes = max(self.peak_bytes, sum(map(_resident_bytes, processes)))
+
+    def write_pages(self, out: Path) -> Outcome:
+        """Leave `NAME.ipynb` and `NAME.html` in the folder `out`; the notebook must have run."""
+        name = self.path.stem
+        page, _ = HTMLExporter().from_notebook_node(self.notebook, {"metadata": {"name": name}})
+        _write(out / f"{name}.ipynb", nbformat.writes(self.notebook))
+        _write(out / f"{name}.html", embed_images(page, self.path.parent))
+        return Outcome(name, _title(self.notebook) or name, self.seconds, self.peak_bytes, self.failure)
 
 
 def environment(profile: str, out: Path) -> dict[str, str]:
-    """The variables a kernel gets: this process's, the profile, the output folder, two threads, no hub if miniature.
+    """The variables of a kernel: this process's, the profile, the output folder; one thread and no hub if shipped.
 
+    Args:
+        profile: a name in `profiles.PROFILES`.
+        out: the folder that the notebooks save to.
     Raises:
         ValueError: no such profile; the message lists them.
     """
+    variables = os.environ | {profiles.VARIABLE: profile, OUTPUT: str(out), "TOKENIZERS_PARALLELISM": "false"}
+    return variables | ONE_THREAD | {"HF_HUB_OFFLINE": "1"} if _is_shipped(profile) else variables
+
+
+def default_workers(profile: str) -> int:
+    """How many notebooks to run at a time: one a core, at most `MAX_WORKERS` and what the free memory holds.
+
+    Args:
+        profile: a name in `profiles.PROFILES`. Downloaded models share one GPU, so that theirs run one by one.
+    Raises:
+        ValueError: no such profile.
+    """
+    if not _is_shipped(profile):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, MAX_WORKERS, int(psutil.virtual_memory().available / WORKER_BYTES)))
+
+
+def _is_shipped(profile: str) -> bool:
     if profile not in profiles.PROFILES:
         raise ValueError(f"{profile!r} is not a profile: choose one of {', '.join(profiles.PROFILES)}")
-    variables = os.environ | THREADS | {profiles.VARIABLE: profile, OUTPUT: str(out), "TOKENIZERS_PARALLELISM": "false"}
-    if profiles.PROFILES[profile].captioner.startswith("miniature/"):
-        variables |= {"HF_HUB_OFFLINE": "1"}
-    return variables
+    return registry.ENTRIES[profiles.PROFILES[profile].captioner].shipped
 
 
-def execute(path: Path, out: Path, variables: dict[str, str]) -> Outcome:
-    """Run one notebook in its own folder and leave `NAME.ipynb` and `NAME.html` in `out`.
-
-    Raises:
-        KeyboardInterrupt: after the kernel and its children are ended.
-    """
-    began, peak = time.monotonic(), 0
-    notebook = nbformat.read(path, as_version=4)
-    run = _Run(notebook, path.resolve().parent, variables, path.stem)
-    run.start()
-    try:
-        while run.is_alive():
-            peak = max(peak, _children_memory())
-            run.join(timeout=0.2)
-    except KeyboardInterrupt:
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-        raise
-    outcome = Outcome(path.stem, _title(notebook) or path.stem, time.monotonic() - began, peak, run.failure)
-    page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-    _write(out / f"{path.stem}.ipynb", nbformat.writes(notebook))
-    _write(out / f"{path.stem}.html", with_pictures(page, path.parent))
-    return outcome
-
-
-def with_pictures(page: str, folder: Path) -> str:
-    """The page with the PNG files inside that its text shows, named as seen from `folder`.
+def embed_images(page: str, folder: Path) -> str:
+    """The page with the PNG files inside that its text shows.
 
     nbconvert's own `embed_images` closes every <details> before its content, and so shows what it is to hide.
+
+    Args:
+        page: HTML.
+        folder: that the page's paths start from.
     """
 
-    def inside(image: re.Match) -> str:
-        picture = folder / image[2]
-        if not picture.is_file():
+    def embed(image: re.Match) -> str:
+        file = folder / image[2]
+        if not file.is_file():
             return image[0]
-        return f'{image[1]}data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"'
+        return f'{image[1]}data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"'
 
-    return re.sub(r'(<img[^>]*? src=")([^":]+\.png)"', inside, page)
+    return re.sub(r'(<img[^>]*? src=")([^":]+\.png)"', embed, page)
 
 
-def index(outcomes: list[Outcome], profile: str) -> str:
-    """The page that links all others; everything that came out of a notebook is escaped."""
+def index_page(outcomes: Sequence[Outcome], profile: str) -> str:
+    """The page that links all others; everything that came out of a notebook is escaped.
+
+    Args:
+        outcomes: a row for each.
+        profile: the name that the page states.
+    """
     rows = "\n".join(
         f'<tr><td><a href="{html.escape(o.notebook)}.html">{html.escape(o.title)}</a></td>'
         f"<td>{_minutes(o.seconds)}</td><td>{o.peak_bytes / 2**30:.1f} GiB</td>"
@@ -187,71 +228,120 @@ def index(outcomes: list[Outcome], profile: str) -> str:
     )
 
 
-def run_course(paths: list[Path], out: Path, profile: str) -> list[Outcome]:
-    """Execute the notebooks in order, print a line for each, write the index; see the module's text for the files.
+def run_course(paths: Sequence[Path], out: Path, profile: str, workers: int | None = None) -> list[Outcome]:
+    """Execute notebooks, print a line for each as it ends, and keep the index up to date.
 
+    Args:
+        paths: the notebooks, in the order of the index. They start in this order too, unless `out` holds a
+            `course.json` of the same profile: then those that took longest start first.
+        out: where pages, executed notebooks and figures go; see the module's text.
+        profile: a name in `profiles.PROFILES`.
+        workers: notebooks that run at a time; None for `default_workers`.
+    Returns:
+        an outcome for each notebook, in the order of `paths`.
     Raises:
         ValueError: no such profile.
         FileNotFoundError: a notebook is not there.
+        KeyboardInterrupt: after all kernels are ended and a line has said what is kept.
     """
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a notebook file; those of the course are in {NOTEBOOKS}")
     out = out.resolve()
     variables = environment(profile, out)
+    workers = workers or default_workers(profile)
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for path in paths:
-        outcomes.append(execute(path, out, variables))
-        print(outcomes[-1].line(), flush=True)
-        _write(out / "index.html", index(outcomes, profile))
-        record = {"profile": profile, "notebooks": [asdict(outcome) for outcome in outcomes]}
-        _write(out / "course.json", json.dumps(record, indent=2))
-    return outcomes
+    waiting, running, outcomes = _longest_first(paths, out, profile), [], {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(NotebookRun(waiting.pop(0), variables))
+                running[-1].start()
+            time.sleep(0.2)
+            for run in list(running):
+                run.measure_memory()
+                if not run.is_alive():
+                    running.remove(run)
+                    outcomes[run.path] = run.write_pages(out)
+                    _print(outcomes[run.path].line())
+                    _write_index(out, profile, [outcomes[path] for path in paths if path in outcomes])
+    except KeyboardInterrupt:
+        _end(running)
+        _print(f"\nInterrupted. {len(outcomes)} of {len(paths)} notebooks ran to their end and are kept in {out}.")
+        for run in running:
+            _print(f"stopped: {run.path.stem} in {run.position}")
+        raise
+    return [outcomes[path] for path in paths]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 1 if a notebook failed, 2 for a wrong argument, 130 if interrupted."""
+    """The command.
+
+    Args:
+        arguments: the command line behind `course`; None for that of this process.
+    Returns:
+        its exit status: 0, 1 if a notebook failed, 2 for a wrong argument, 130 if interrupted.
+    """
     parser = argparse.ArgumentParser(prog="python -m dalleflamingo course", description=__doc__.split(":")[0] + ".")
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: every notebook of the course")
     default = os.environ.get(profiles.VARIABLE) or "mini"
     parser.add_argument("--profile", default=default, help=f"{', '.join(profiles.PROFILES)}; default: {default}")
-    parser.add_argument("--out", type=Path, default=Path("build"), help="default: build")
+    parser.add_argument("--out", type=Path, default=Path("build"), help="folder of the pages; default: build")
+    parser.add_argument(
+        "--workers", type=int, help=f"notebooks at a time; default: one a core, at most {MAX_WORKERS}; one on a GPU"
+    )
     options = parser.parse_args(arguments)
     paths = options.notebooks or sorted(NOTEBOOKS.glob("*.ipynb"))
     if not paths:
         parser.error(f"no notebooks in {NOTEBOOKS}: the installed package has none, clone the repository and run there")
+    if options.workers is not None and options.workers < 1:
+        parser.error(f"--workers {options.workers}: at least one notebook must run at a time")
 
-    print(f"{len(paths)} notebooks, profile {options.profile}", flush=True)
+    began = time.monotonic()
     try:
-        outcomes = run_course(paths, options.out, options.profile)
+        workers = min(options.workers or default_workers(options.profile), len(paths))
+        print(f"{len(paths)} notebooks, {workers} at a time, profile {options.profile}", flush=True)
+        outcomes = run_course(paths, options.out, options.profile, workers)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print(f"\nInterrupted. The notebooks finished so far are in {options.out}/; the same command starts afresh.")
+        print("The same command starts afresh; with the name of a notebook it executes only that one.")
         return 130
 
     failed = sum(outcome.failure is not None for outcome in outcomes)
     figures = len([file for file in (options.out / "figures").rglob("*") if file.is_file()])
-    total = _minutes(sum(outcome.seconds for outcome in outcomes))
+    total = _minutes(time.monotonic() - began)
     print(f"{len(outcomes) - failed} of {len(outcomes)} notebooks ran to their end, in {total}.")
     print(f"Pages and executed notebooks: {options.out}/   figures ({figures}): {options.out}/figures/")
     print(f"Open {(options.out / 'index.html').resolve()} in a browser, or `make lab` to work on the notebooks.")
     return 1 if failed else 0
 
 
-def _children_memory() -> int:
-    """Resident bytes of all processes below this one; those that end while we look count 0.
+def _longest_first(paths: Sequence[Path], out: Path, profile: str) -> list[Path]:
+    """The notebooks by the time they took in the last run of this profile; those that nobody has timed come first."""
+    try:
+        record = json.loads((out / "course.json").read_text(encoding="utf-8"))
+        seconds = {entry["notebook"]: entry["seconds"] for entry in record["notebooks"]}
+    except (OSError, ValueError, KeyError):
+        return list(paths)
+    if record.get("profile") != profile:
+        return list(paths)
+    return sorted(paths, key=lambda path: -seconds.get(path.stem, float("inf")))
 
-    One that has only just forked still shows our own memory as its own, and our own command line; it is left out.
-    """
-    total, ours = 0, psutil.Process().cmdline()
-    for child in psutil.Process().children(recursive=True):
-        try:
-            total += child.memory_info().rss if child.cmdline() != ours else 0
-        except psutil.NoSuchProcess:
-            continue
-    return total
+
+def _end(running: Sequence[NotebookRun]) -> None:
+    """Kill the kernels with their children until no notebook runs any more; one may be starting just now."""
+    while any(run.is_alive() for run in running):
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        time.sleep(0.1)
+
+
+def _resident_bytes(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:  # it has ended since it was listed
+        return 0
 
 
 def _title(notebook: nbformat.NotebookNode) -> str | None:
@@ -268,7 +358,17 @@ def _minutes(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def _print(line: str) -> None:
+    """Print above the progress bars, at once."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def _write_index(out: Path, profile: str, outcomes: Sequence[Outcome]) -> None:
+    _write(out / "index.html", index_page(outcomes, profile))
+    record = {"profile": profile, "notebooks": [asdict(outcome) for outcome in outcomes]}
+    _write(out / "course.json", json.dumps(record, indent=2))
+
+
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
