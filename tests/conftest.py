@@ -1,4 +1,4 @@
-"""What all tests share: the folder of real data, and a loud count of the tests that went without it."""
+"""What all tests share: one thread a process, the folder of real data, and a count of the tests that lacked it."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,10 @@ import pytest
 VARIABLE = "DALLEFLAMINGO_REAL_DATA"
 ABSENT = "real data absent"
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any test imports transformers, which reads it once
+# Before any test imports torch or transformers, which read these once; processes that a test starts inherit them. With
+# one thread each, as many tests run at a time as there are cores, and sums have the same last digit on every machine.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # How fast a machine is says nothing about the code; in CI the same examples every time, so that red means a change.
 hypothesis.settings.register_profile("course", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("course")

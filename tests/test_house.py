@@ -1,4 +1,4 @@
-"""The house keeps its word: one list of pins, clean notebooks, small files, a README whose links lead somewhere."""
+"""The rules of the project: one list of pins, the order of imports, clean notebooks, small files, links that exist."""
 
 import ast
 import json
@@ -11,6 +11,7 @@ import sys
 import tomllib
 from graphlib import TopologicalSorter
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -113,9 +114,11 @@ def test_a_library_without_data_says_how_to_get_it(tmp_path):
 # ── the code ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_ruff_has_nothing_to_say():
-    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", "."]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("command", [["check", "--output-format=concise"], ["format", "--check"]], ids=" ".join)
+def test_ruff_finds_nothing(command):
+    run = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "--no-cache", "."], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout
 
 
@@ -146,11 +149,11 @@ LAYERS = ("core", "evaluation", "miniature", "course", "research")  # each impor
 CORE = (
     "intervals profiles runs datasets registry tokens generator similarity decoding vocabulary captioner bridge "
     "reconstruct cycle_losses cycle"
-).split()  # likewise, module by module
+).split()  # each imports those before it
 
 
 def layer_of(module: str) -> int:
-    """Where a module of the package stands in `LAYERS`; the command line and the front door stand above all."""
+    """The position of a module in `LAYERS`; the command line and the front door come after all of them."""
     parts = module.split(".")[1:]
     if parts in ([], ["__main__"]):
         return len(LAYERS)
@@ -158,21 +161,56 @@ def layer_of(module: str) -> int:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / "dalleflamingo")))
-def test_a_module_imports_only_what_stands_before_it(path):
+def test_a_module_imports_only_what_comes_before_it(path):
     own = name_of(path)
     for name in imports_of(path) - {own, "dalleflamingo"}:
-        assert layer_of(name) <= layer_of(own), f"{own} imports {name}, which stands above it"
+        assert layer_of(name) <= layer_of(own), f"{own} imports {name}, of a later layer"
         if layer_of(own) == layer_of(name) == 0:
             first, second = (module.removeprefix("dalleflamingo.") for module in (name, own))
-            assert CORE.index(first) < CORE.index(second), f"{own} imports {name}, which the reading order has later"
+            assert CORE.index(first) < CORE.index(second), (
+                f"{own} imports {name}, which comes later in the reading order"
+            )
         if ".training" in name:
-            assert ".training" in own, f"{own} imports {name}, which only the command line and the tests may use"
+            assert ".training" in own, f"{own} imports {name}, which is for the command line and tests only"
 
 
 def test_the_core_is_small():
     core = [path for path in MODULES if path.parent.name == "dalleflamingo" and not path.name.startswith("__")]
     assert sorted(path.stem for path in core) == sorted(CORE) and len(core) <= 16
     assert sum(len(path.read_text().splitlines()) for path in core) <= 4000
+
+
+def files_under_git() -> list[Path]:
+    """Tracked files, and new ones that git would take."""
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"not a git checkout ({error})")
+    return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def lines_with(pattern: str, files: list[Path]) -> list[str]:
+    """Every line that the pattern is found in, as FILE:NUMBER; this file is left out."""
+    found = []
+    for file in files:
+        if file.suffix in {".py", ".md", ".ipynb", ".yml", ".toml", ""} and file != Path(__file__).resolve():
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            numbers = (number for number, line in enumerate(lines, start=1) if re.search(pattern, line))
+            found += [f"{file.relative_to(ROOT)}:{number}" for number in numbers]
+    return found
+
+
+def test_there_is_one_command_line():
+    assert not lines_with(r"-m dalleflamingo\.", files_under_git())
+
+
+def test_only_the_registry_knows_the_miniature_by_its_name():
+    assert not lines_with(r"startswith\(.miniature/", [path for path in MODULES if path.name != "registry.py"])
+
+
+def test_almost_all_code_is_formatted_by_ruff():
+    assert len(lines_with(r"fmt: (skip|off)", files_under_git())) <= 10
 
 
 # ── the notebooks ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -186,7 +224,7 @@ def source(cell: dict) -> str:
     return "".join(cell["source"])
 
 
-def test_the_course_begins_with_the_question_and_holds_finding_one():
+def test_the_course_begins_with_the_question_and_holds_insight_one():
     assert {"00_the_question", "02_tokenizer_mapping", "04_image_text_image"} <= {path.stem for path in NOTEBOOKS}
 
 
@@ -195,8 +233,8 @@ def test_notebook_is_stripped(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert "widgets" not in notebook["metadata"]
     for number, cell in enumerate(code_cells(path), start=1):
-        assert cell["outputs"] == [] and cell["execution_count"] is None, f"code cell {number} keeps what a run left"
-        assert "execution" not in cell["metadata"], f"code cell {number} keeps the times of a run"
+        assert cell["outputs"] == [] and cell["execution_count"] is None, f"code cell {number} has outputs"
+        assert "execution" not in cell["metadata"], f"code cell {number} has the times of a run"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -214,17 +252,42 @@ def test_code_cells_fit_a_screen(path):
         assert max(map(len, lines), default=0) <= 88, f"code cell {number}: {max(lines, key=len)}"
 
 
+def headings(path: Path) -> list[str]:
+    """Of the markdown cells, code blocks left out."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join(source(cell) for cell in cells if cell["cell_type"] == "markdown")
+    return re.findall(r"(?m)^#+ .*$", re.sub(r"(?ms)^```.*?^```", "", text))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_imports_from_the_front_door(path):
+    code = "\n".join(map(source, code_cells(path)))
+    imports = re.findall(r"(?m)^\s*(?:from|import) dalleflamingo\b.*", code)
+    assert len(imports) <= 6, imports
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_headings_have_one_style(path):
+    title, *others = headings(path)
+    assert title.startswith(f"# {path.stem[:2]} · ")
+    sections = [heading for heading in others if heading.startswith("## ")]
+    assert sections[-1] == "## What you know now"
+    for number, section in enumerate(sections[:-1], start=1):
+        assert section.startswith(f"## {number} · ")
+    exercises = [heading for heading in others if "Exercise" in heading]
+    for number, exercise in enumerate(exercises, start=1):
+        assert exercise.startswith(f"### Exercise {number} · ")
+
+
+@pytest.mark.parametrize(("path", "following"), pairwise(NOTEBOOKS), ids=lambda path: path.stem)
+def test_notebook_ends_with_a_link_to_the_next(path, following):
+    last = json.loads(path.read_text(encoding="utf-8"))["cells"][-1]
+    title = headings(following)[0].removeprefix("# ").replace(" · ", " ", 1)
+    link = f"**Next:** [{title}]({following.name})"
+    assert any(line.startswith(link) for line in source(last).splitlines()), f"no line {link}"
+
+
 # ── the files ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def files_under_git() -> list[Path]:
-    """Tracked files, and new ones that git would take."""
-    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    try:
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"not a git checkout ({error})")
-    return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
 
 
 def test_no_file_is_above_16_mb_and_all_data_within_48_mb():
@@ -245,7 +308,7 @@ def test_links_of_the_pages_lead_somewhere():
 # ── the summary ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_skipped_real_data_is_counted_aloud(tmp_path):
+def test_skipped_real_data_is_counted(tmp_path):
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     tests = "def test_a(real_data): pass\n\ndef test_b(real_data): pass\n\ndef test_c(): pass\n"
     (tmp_path / "test_three.py").write_text(tests)
