@@ -138,9 +138,9 @@ def decoding_threads(model: nn.Module) -> Iterator[None]:
     """One thread while a small model decodes on a CPU; afterwards as many as before.
 
     A decoding step is hundreds of tiny operations, and after each the threads wait for each other: for about 8 ms where
-    another process has one of their cores. Sampling 160 captions with 1.7 million parameters on two cores took 0.5 s
-    with two threads and 0.7 s with one; beside two other busy processes 2 to 24 s with two and 1.1 s with one.
-    `benchmarks/threads.py` measures it anew. The number of threads may change the last digits of floats.
+    another process has one of their cores. Sampling 160 captions with 1.7 million parameters on two cores took 0.46 s
+    with two threads and 0.66 s with one; beside two busy processes 1.3 to 4.3 s and 1.0 s. Rendering keeps its threads:
+    64 images took 8.8 s with two and 15.3 s with one, busy 38 s and 25 s (`benchmarks/threads.py`).
 
     Args:
         model: large models, `SMALL_MODEL` parameters or more, and models on other devices keep all threads.
