@@ -25,13 +25,12 @@ from transformers import (
 
 from dalleflamingo.tokens import token_bytes, tokenizer_style
 
-WORD = re.compile(r"[^\W_]+")
 SMALL_MODEL = 20_000_000  # parameters; the miniature's captioners have 2 million, BLIP base 224 million
 
 
 def count_words(text: str) -> int:
     """Number of runs of letters and digits: "a bird." is two words, "black-and-white" three."""
-    return len(WORD.findall(text))
+    return len(re.findall(r"[^\W_]+", text))
 
 
 @dataclass(frozen=True)

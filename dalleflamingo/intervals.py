@@ -45,9 +45,8 @@ class Interval:
     @classmethod
     def from_row(cls, row: Mapping, prefix: str = "") -> "Interval":
         """The interval that `as_row` wrote, with the same `prefix`, into `row`; a missing seed is None."""
-        seed = row.get("seed")
         bounds = (float(row[f"{prefix}{name}"]) for name in ("value", "low", "high"))
-        return cls(*bounds, int(row["n"]), None if pd.isna(seed) else int(seed))
+        return cls(*bounds, int(row["n"]), None if pd.isna(row.get("seed")) else int(row["seed"]))
 
     def __str__(self) -> str:
         seed = "" if self.seed is None else f", seed {self.seed}"

@@ -298,8 +298,9 @@ def run_journey(journey: Journey, dataset: Dataset, run_folder: str | Path, chun
                         values = journey.compare(similarity, [sources[i] for i in ids], own, run)
                         run.add_scores(keys[similarity.name], list(chain.from_iterable(own)), values)
                 bar.update(len(sources))
-        except BaseException:
-            bar.write(f"Interrupted: {bar.n} of {len(dataset)} images are kept; the same call goes on in {run.folder}")
+        except BaseException as error:
+            how = "Interrupted" if isinstance(error, KeyboardInterrupt) else "Stopped"
+            bar.write(f"{how}: {bar.n} of {len(dataset)} images are kept; the same call goes on in {run.folder}")
             raise
     table = _collect(run, dataset, keys, skipped)
     path, seconds = run.finish(table, skipped), time.monotonic() - began
@@ -325,7 +326,8 @@ def _open_sources(journey: Journey, dataset: Dataset, examples: list[Example], s
 
 def _collect(run: RunFolder, dataset: Dataset, keys: Mapping[str, str], skipped: list[dict]) -> pd.DataFrame:
     """The candidate table, in the order of the data set, with a column for each similarity of `keys`."""
-    order = {example.image_id: i for i, example in enumerate(dataset)}
+    lost = [image["image_id"] for image in skipped]  # a kept candidate whose source is gone has no new scores
+    order = {example.image_id: i for i, example in enumerate(dataset) if example.image_id not in lost}
     rows = run.rows().sort_values("candidate").query("image_id in @order")
     table = rows.sort_values("image_id", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
     if table.empty:

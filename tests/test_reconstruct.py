@@ -255,6 +255,18 @@ def test_unreadable_images_are_named_skipped_and_listed_and_come_in_once_repaire
     assert repaired.attrs["skipped"] == json.loads((tmp_path / "run/skipped.json").read_text()) == []
 
 
+def test_an_image_lost_after_its_run_is_skipped_when_a_new_similarity_needs_it(tmp_path, capsys):
+    data, other = fakes.dataset(tmp_path / "pictures", 4), PairSimilarity("other", lambda source, candidate: 0.5)
+    models = fakes.Captioner(), fakes.Generator()
+    fakes.image_text_image(data, *models, [fakes.MeanColour()], tmp_path / "run")
+    data[2].path.unlink()
+    again = fakes.image_text_image(data, *models, [fakes.MeanColour(), other], tmp_path / "run")
+    assert [entry["image_id"] for entry in again.attrs["skipped"]] == [data[2].image_id]
+    assert list(again.image_id.unique()) == [data[i].image_id for i in (0, 1, 3)]
+    assert len(reconstruct.select(again, by="other")) == 3
+    capsys.readouterr()
+
+
 def test_not_one_readable_image_is_an_error(tmp_path):
     for example in fakes.dataset(tmp_path / "p", 2):
         example.path.write_text("no picture")

@@ -362,6 +362,17 @@ def test_a_similarity_that_no_table_knows_is_refused_before_anything_is_generate
     assert generator.calls == [] and not (tmp_path / "run").exists()
 
 
+def test_a_domain_of_one_image_is_refused_before_anything_is_generated(tmp_path, colours):
+    alone = [
+        dataclasses.replace(example, domain="near-domain" if i else "out-domain") for i, example in enumerate(colours)
+    ]
+    generator, texts = Generator(), [PairSimilarity("text_clip", lambda source, text: 0.0)]
+    models = insights.TextJourneyModels(Captioner(), generator, texts, ImageEvaluators(Clip(), Clip(), ThreeColours()))
+    with pytest.raises(ValueError, match="a single one of out-domain.*--images"):
+        insights.insight_2(Dataset(NAME, alone), models, SETTINGS, tmp_path / "run", "make it")
+    assert generator.calls == [] and not (tmp_path / "run").exists()
+
+
 def test_encoders_are_found_by_their_names_whatever_others_there_are(monkeypatch, colours):
     smoke, dino, clip = PROFILES["smoke"], fakes.Corner(), Clip()
     dino.name = "dino"

@@ -249,8 +249,17 @@ def insight_2(
     command: str,
     resamples: int = RESAMPLES_OF_IMAGES,
 ) -> report.Insight:
-    """Text → image → text, measured; arguments and errors as `insight_1`."""
+    """Text → image → text, measured; arguments and errors as `insight_1`.
+
+    Raises:
+        ValueError: a domain has a single image, of which no FID can be computed; nothing was generated.
+    """
     check_similarities(models.similarities, "text")
+    if alone := [name for name, part in dataset.by_domain().items() if len(part) < 2]:
+        raise ValueError(
+            f"{len(dataset)} images hold a single one of {', '.join(alone)}, and FID is a distance of sets: "
+            "take more images (--images)"
+        )
     captioner, generator, texts, evaluators = models
     table = text_image_text(dataset, captioner, generator, texts, run_folder, settings)
     evaluated = evaluate_images(table, dataset, run_folder, evaluators)
