@@ -1,7 +1,7 @@
 """The miniature's corpora: web, coco and nocaps, in the file layout of the real ones.
 
 * **web**: all kinds, noisy alt-text, one caption an image; unlimited (`web_batch`), a sample of it is written.
-* **coco**: `COCO_KINDS` only, five clean captions an image; splits train, val, test.
+* **coco**: `COCO_KINDS` only, five annotators' captions an image; splits train, val, test.
 * **nocaps**: ten captions an image; in-domain (COCO's kinds), near-domain (both), out-domain (new kinds only).
 * **nocaps-dev**: other scenes from the same distribution, for choosing settings, which must not be chosen on nocaps.
 """
@@ -9,6 +9,7 @@
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,24 @@ from tqdm.auto import tqdm
 
 from dalleflamingo import registry
 from dalleflamingo.datasets import DOMAINS
-from dalleflamingo.miniature.annotators import alt_text, annotate, annotate_rotations, minimal_caption
-from dalleflamingo.miniature.scene_graph import COCO_KINDS, KINDS, NEW_KINDS, Scene
+from dalleflamingo.miniature.annotators import (
+    ANNOTATORS,
+    alt_text,
+    annotate,
+    exchange_colours,
+    minimal_caption,
+    plant_error,
+    precise,
+    write_caption,
+)
+from dalleflamingo.miniature.scene_graph import COCO_KINDS, COLOURS, KINDS, NEW_KINDS, Scene, Thing
 from dalleflamingo.miniature.world import draw, rotate_layout, sample_scene
 from dalleflamingo.runs import write_whole
 
-IMAGES = {"web": 500, "train": 2000, "val": 300, "test": 500, "nocaps": 600, "nocaps-dev": 300}  # of each split
-_SEEDS = {"web": 1, "train": 2, "val": 3, "test": 4, "nocaps": 5, "text": 6, "nocaps-dev": 7}
+IMAGES = {"web": 500, "train": 2000, "val": 500, "test": 1000, "nocaps": 1500, "nocaps-dev": 600}  # of each split
+COUNTS = {1: 0.25, 2: 0.45, 3: 0.3}  # number of things -> share of the images of coco and nocaps
+HARD_NEGATIVE_FORMS = ("plain", "is", "it")  # the other sentence forms are kept for asking what CLIP has understood
+_SEEDS = {"web": 11, "train": 12, "val": 13, "test": 14, "nocaps": 15, "text": 16, "nocaps-dev": 17}
 
 
 def web_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
@@ -38,22 +50,47 @@ def minimal_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[st
     return np.stack([draw(scene) for scene in scenes]), [minimal_caption(scene, rng) for scene in scenes]
 
 
-def rotation_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
-    """(n, 64, 64, 3) uint8 images and n captions: the first half of the web, the second half scenes in four rotations.
+def hard_negative_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
+    """(n, 64, 64, 3) uint8 images and n captions: the first half of the web, the second half groups of hard negatives.
 
-    The captions of a scene's other rotations are hard negatives, wrong only in the positions that they name
-    (Yuksekgonul et al. 2023).
+    A group is one scene and seven that differ from it in one fact: three rotations, a wrong kind, a wrong colour, two
+    colours exchanged, a wrong ground. Their captions agree in all other words. So each image of a group has to be told
+    apart by that fact from the captions of the other seven (Yuksekgonul et al. 2023). Things of `HELD_OUT` pairs and
+    sentence forms outside `HARD_NEGATIVE_FORMS` never occur in a group.
 
     Raises:
-        ValueError: n is not a multiple of 8.
+        ValueError: n is not a multiple of 16.
     """
-    if n % 8:
-        raise ValueError(f"a batch of {n}: half of it comes in fours, so take a multiple of 8")
+    if n % 16:
+        raise ValueError(f"a batch of {n}: half of it comes in groups of eight, so take a multiple of 16")
     images, captions = web_batch(rng, n // 2)
-    scenes = [sample_scene(rng) for _ in range(n // 8)]
-    rotations = np.stack([draw(rotate_layout(scene, quarters)) for scene in scenes for quarters in range(4)])
-    captions += [caption for scene in scenes for caption in annotate_rotations(scene, rng)]
-    return np.concatenate([images, rotations]), captions
+    groups = [hard_negatives(rng) for _ in range(n // 16)]
+    drawn = np.stack([draw(scene) for scenes, _ in groups for scene in scenes])
+    return np.concatenate([images, drawn]), captions + [caption for _, texts in groups for caption in texts]
+
+
+def hard_negatives(rng: np.random.Generator) -> tuple[list[Scene], list[str]]:
+    """One group of `hard_negative_batch`: eight scenes, the first four its rotations, and their captions."""
+    while True:
+        scene = sample_scene(rng)
+        wrong = [plant_error(scene, fact, rng) for fact in ("kind", "colour", "ground")]
+        scenes = [rotate_layout(scene, quarters) for quarters in range(4)] + [*wrong, exchange_colours(scene, rng)]
+        if not any(is_held_out(thing) for described in scenes for thing in described.things):
+            break
+    annotator = precise(ANNOTATORS[rng.integers(len(ANNOTATORS))])
+    annotator = replace(annotator, forms=HARD_NEGATIVE_FORMS)
+    seed = rng.integers(2**32)
+    is_minimal = len(scene.things) == 1 and rng.random() < 0.5  # only a minimal caption names the position of one thing
+    captions = []
+    for described in scenes:
+        same = np.random.default_rng(seed)
+        captions.append(minimal_caption(described, same) if is_minimal else write_caption(described, annotator, same))
+    return scenes, captions
+
+
+def is_held_out(thing: Thing) -> bool:
+    """Whether CLIP never saw this pair of kind and colour in a group of hard negatives: one pair in eight."""
+    return (KINDS.index(thing.kind) + COLOURS.index(thing.colour)) % 8 == 0
 
 
 def annotated_batches(annotations: Path) -> Callable:
@@ -74,24 +111,28 @@ def texts(n: int = 20_000) -> Iterator[str]:
     rng = np.random.default_rng(_SEEDS["text"])
     for _ in range(n // 2):
         yield alt_text(sample_scene(rng), rng)
-        yield annotate(sample_scene(rng), 5, rng)[int(rng.integers(5))]
+        yield annotate(sample_scene(rng), 1, rng)[0]
 
 
 def coco_scene(rng: np.random.Generator) -> Scene:
-    """A scene of COCO's kinds."""
-    return sample_scene(rng, COCO_KINDS)
+    """A scene of COCO's kinds, with as many things as `COUNTS` says."""
+    return sample_scene(rng, COCO_KINDS, _sample_count(rng))
 
 
 def nocaps_scene(rng: np.random.Generator, domain: str) -> Scene:
     """A scene of one domain; a near-domain scene has kinds of both sorts, hence two or three things."""
     if domain == "in-domain":
-        return sample_scene(rng, COCO_KINDS)
+        return coco_scene(rng)
     if domain == "out-domain":
-        return sample_scene(rng, NEW_KINDS)
+        return sample_scene(rng, NEW_KINDS, _sample_count(rng))
     while True:
-        scene = sample_scene(rng, KINDS, count=2 if rng.random() < 0.67 else 3)
+        scene = sample_scene(rng, KINDS, count=2 if rng.random() < 0.6 else 3)
         if {thing.kind in COCO_KINDS for thing in scene.things} == {True, False}:
             return scene
+
+
+def _sample_count(rng: np.random.Generator) -> int:
+    return int(rng.choice(list(COUNTS), p=list(COUNTS.values())))
 
 
 def data_folder() -> Path:

@@ -1,8 +1,8 @@
 """The miniature's Inception: a classifier of things, whose features FID and image fidelity compare (App. A.1).
 
 FID and related metrics compare two sets of images in the feature space of a classifier of such images. For photographs
-that is Inception-v3, for the miniature world this small network. It was trained to name kind and colour of one thing of
-each image, chosen at random, so on an image of two things it divides its probability between them.
+that is Inception-v3, for the miniature world this small network. It was trained to name kind and colour of all things of
+an image, between which it divides its probability, and the ground.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ class MiniatureInception(ModelMixin, ConfigMixin):
     Args:
         features: their number D; small, so that a few hundred images suffice to estimate a D × D covariance.
         kinds, colours: names; class k · len(colours) + c is a thing of kind k and colour c.
+        grounds: names of the second head's outputs, which only training uses.
     """
 
     title = "the miniature's Inception"
@@ -33,6 +34,7 @@ class MiniatureInception(ModelMixin, ConfigMixin):
         features: int = 64,
         kinds: Sequence[str] = scene_graph.KINDS,
         colours: Sequence[str] = scene_graph.COLOURS,
+        grounds: Sequence[str] = scene_graph.GROUNDS,
     ):
         super().__init__()
         self.body = nn.Sequential(
@@ -45,6 +47,7 @@ class MiniatureInception(ModelMixin, ConfigMixin):
             conv(96, features, 1),
         )
         self.names = nn.Linear(features, len(kinds) * len(colours))
+        self.ground = nn.Linear(features, len(grounds))
 
     def class_of(self, thing: scene_graph.Thing) -> int:
         """The class of a thing."""

@@ -6,10 +6,12 @@ holds the claims of a caption; `f1` and `wrong_facts` compare them.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from dalleflamingo.miniature import wording
 
 COCO_KINDS = tuple("cat bird fish house tree boat car umbrella cup hat flower apple star chair".split())
 NEW_KINDS = ("kite", "balloon", "mushroom", "rocket", "snail", "butterfly", "crown", "bell", "key", "heart")
@@ -19,23 +21,23 @@ SIZES = ("small", "large")
 GROUNDS = ("grass", "sand", "snow", "water", "night")
 RELATIONS = ("left", "right", "above", "below")
 
-SYNONYMS = {
-    "kitten": "cat",
-    "ship": "boat",
-    "mug": "cup",
-    "stool": "chair",
-    "big": "large",
-    "little": "small",
-    "tiny": "small",
-    "huge": "large",
-    "lawn": "grass",
-    "beach": "sand",
-    "sea": "water",
-    "dark": "night",
-    "over": "above",
-    "under": "below",
-}
 _NEAREST_OFFSET = 6.0  # pixels: things closer than this along an axis have no order on it
+_PHRASES = {  # sort of claim -> value -> the phrases that make it
+    "kind": wording.NAMES,
+    "colour": {colour: (colour,) for colour in COLOURS},
+    "size": wording.SIZE_WORDS,
+    "ground": wording.GROUND_PHRASES,
+    "relation": wording.RELATION_PHRASES,
+    "relation to it": wording.RELATION_TO_IT_PHRASES,
+    "side": wording.SIDE_PHRASES,
+}
+_MEANINGS = {  # words -> (sort, value)
+    tuple(phrase.split()): (sort, value)
+    for sort, phrases_of in _PHRASES.items()
+    for value, phrases in phrases_of.items()
+    for phrase in phrases
+}
+_LONGEST_PHRASE = max(map(len, _MEANINGS))
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,12 @@ class CaptionGraph:
 
 
 def holds(relation: str, subject: Thing, other: Thing) -> bool:
-    """Whether `subject` is `relation` of `other`: two relations hold on a diagonal, one straight beside or above."""
+    """Whether `subject` is `relation` of `other`: two relations hold on a diagonal, one straight beside or above.
+
+    "beside" holds to the left and to the right.
+    """
+    if relation == "beside":
+        return holds("left", subject, other) or holds("right", subject, other)
     dx, dy = other.x - subject.x, other.y - subject.y
     along = {"left": dx, "right": -dx, "above": dy, "below": -dy}[relation]
     across = dy if relation in ("left", "right") else dx
@@ -90,31 +97,57 @@ def main_relation(subject: Thing, other: Thing) -> str:
 
 
 def parse(caption: str) -> CaptionGraph:
-    """The claims of a caption as the world's annotators write it; unknown words are skipped.
+    """The claims of a caption as the world's annotators write it; words that claim nothing are skipped.
 
     "a small red cat to the left of a car on the grass" → cat (small, red), car; (cat, left, car); grass.
+    "a car with a cat to its left" → (cat, left, car). "a cat on the left and a car on the right" → (cat, left, car).
     A kind that is named again is the same thing ("a kite above the cat").
     """
-    graph, index_of = CaptionGraph(), {}
-    latest = colour = size = relation = None
-    for word in re.findall(r"[a-z]+", caption.lower()):
-        word = SYNONYMS.get(word, word)
-        if word in COLOURS:
-            colour = word
-        elif word in SIZES:
-            size = word
-        elif word in GROUNDS:
-            graph.ground = word
-        elif word in RELATIONS and latest is not None:
-            relation = (latest, word)
-        elif word in KINDS:
-            latest = index_of.setdefault(word, len(graph.things))
-            if latest == len(graph.things):
-                graph.things.append(Thing(word, colour, size))
-            if relation is not None and relation[0] != latest:
-                graph.relations.append((*relation, latest))
+    graph, index_of, sides = CaptionGraph(), {}, {}
+    latest = previous = colour = size = relation = None
+    for sort, value in _phrases(re.findall(r"[a-z]+", caption.lower())):
+        if sort == "colour":
+            colour = value
+        elif sort == "size":
+            size = value
+        elif sort == "ground":
+            graph.ground = value
+        elif sort == "kind":
+            index = index_of.setdefault(value, len(graph.things))
+            if index == len(graph.things):
+                graph.things.append(Thing(value, colour, size))
+            if relation is not None and relation[0] != index:
+                graph.relations.append((*relation, index))
+            if index != latest:
+                latest, previous = index, latest
             colour = size = relation = None
+        elif latest is None:
+            continue  # a relation of nothing
+        elif sort == "relation":
+            relation = (latest, value)
+        elif sort == "relation to it" and previous is not None:
+            graph.relations.append((latest, value, previous))
+        elif sort == "side":
+            sides[latest] = value
+    opposite = {"left": "right", "above": "below"}
+    graph.relations += [
+        (i, side, j)
+        for i, side in sides.items()
+        for j, other in sides.items()
+        if opposite.get(side) == other
+    ]
     return graph
+
+
+def _phrases(words: list[str]) -> Iterator[tuple[str, str]]:
+    """(sort, value) of each phrase that claims something, the longest phrase first where several begin."""
+    start = 0
+    while start < len(words):
+        for length in range(_LONGEST_PHRASE, 0, -1):
+            if meaning := _MEANINGS.get(tuple(words[start : start + length])):
+                yield meaning
+                break
+        start += length
 
 
 def wrong_facts(caption: str | CaptionGraph, scene: Scene) -> dict[str, int]:

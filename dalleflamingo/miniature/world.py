@@ -6,12 +6,13 @@ one to three sprites on it. `sample_scene` samples a scene, `draw` draws it.
 
 from dataclasses import replace
 from functools import cache
+from itertools import combinations
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from dalleflamingo.miniature.drawings import DRAWINGS, INK, PAPER
-from dalleflamingo.miniature.scene_graph import COLOURS, GROUNDS, KINDS, SIZES, Scene, Thing
+from dalleflamingo.miniature.scene_graph import COLOURS, GROUNDS, KINDS, SIZES, Scene, Thing, main_relation
 
 IMAGE_SIZE = 64
 PIXELS = {"small": 20, "large": 28}  # side of a thing's square
@@ -80,6 +81,19 @@ def rotate_layout(scene: Scene, quarter_turns: int) -> Scene:
     for _ in range(quarter_turns % 4):
         things = tuple(replace(thing, x=IMAGE_SIZE - thing.y, y=thing.x) for thing in things)
     return replace(scene, things=things)
+
+
+def move(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same things elsewhere: other centres, with the same main relation of every pair."""
+    while True:
+        centres = _sample_centres(rng, [thing.size for thing in scene.things])
+        things = tuple(replace(thing, x=x, y=y) for thing, (x, y) in zip(scene.things, centres, strict=True))
+        if things != scene.things and _main_relations(things) == _main_relations(scene.things):
+            return replace(scene, things=things)
+
+
+def _main_relations(things: tuple[Thing, ...]) -> list[str]:
+    return [main_relation(one, other) for one, other in combinations(things, 2)]
 
 
 def _sample_centres(rng: np.random.Generator, sizes: list[str]) -> list[tuple[float, float]]:

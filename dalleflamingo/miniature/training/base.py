@@ -26,6 +26,7 @@ class Recipe(ABC):
         average: decay of the exponential moving average of the weights, which is what is exported; 0 for none.
         betas: of AdamW.
         max_grad_norm: length to which the gradient of all parameters together is clipped.
+        bfloat16: whether products are computed in bfloat16, where the hardware has it. Weights stay in float32.
         modules: name -> network, all that a checkpoint holds.
         compilable: networks that `--compile` compiles: those whose input shapes stay the same.
     """
@@ -39,6 +40,7 @@ class Recipe(ABC):
     average: float = 0.998
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
+    bfloat16: bool = True
     modules: dict[str, nn.Module]
     compilable: tuple[nn.Module, ...] = ()
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dalleflamingo.miniature.corpora import rotation_batch
+from dalleflamingo.miniature.corpora import hard_negative_batch
 from dalleflamingo.miniature.training.base import Recipe
 from dalleflamingo.miniature.training.tokenizers import save_tokenizer
 
@@ -247,14 +247,14 @@ class ClipRecipe(Recipe):
 
 
 class ClipLayoutRecipe(ClipRecipe):
-    """Contrastive training with rotated scenes as hard negatives, and prediction of what a rotation changes.
+    """Contrastive training with hard negatives, and prediction of what a rotation changes.
 
     Args:
         tokenizer: of `train_clip_bpe`.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer):
-        super().__init__("clip", rotation_batch, tokenizer)
+        super().__init__("clip", hard_negative_batch, tokenizer)
         size, target_size = self.model.text_projection.shape[1], 3 * LOW_RESOLUTION**2
         self.image_layout_head, self.text_layout_head = (nn.Linear(size, target_size, bias=False) for _ in range(2))
         self.modules |= {"image_layout_head": self.image_layout_head, "text_layout_head": self.text_layout_head}
@@ -279,9 +279,9 @@ def low_resolution_pixels(pixel_values: Tensor) -> Tensor:
 
 
 def rotation_residuals(batch: Tensor) -> Tensor:
-    """(B, D) of a `rotation_batch` -> (B / 8, 4, D): difference of each rotation from the mean of its scene's four.
+    """(B, D) of a `hard_negative_batch` -> (B / 16, 4, D): difference of each rotation from the mean of its scene's four.
 
     Things and ground are the same in all four, so what remains depends on positions alone.
     """
-    rotations = batch[len(batch) // 2 :].reshape(-1, 4, batch.shape[1])
+    rotations = batch[len(batch) // 2 :].reshape(-1, 8, batch.shape[1])[:, :4]
     return rotations - rotations.mean(dim=1, keepdim=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from dalleflamingo.miniature.training.base import Recipe
-from dalleflamingo.miniature.training.dino_views import anchors, views
+from dalleflamingo.miniature.training.dino_views import global_views, local_views
 from dalleflamingo.miniature.world import draw, sample_scene
 
 DrawBatch = Callable[[np.random.Generator, int], np.ndarray]
@@ -36,9 +36,9 @@ VIT = {
 KOLEO_WEIGHT = 0.1  # as in DINOv2
 
 
-def draw_mostly_single(rng: np.random.Generator, n: int) -> np.ndarray:
-    """(n, 64, 64, 3) uint8 images; nine of ten have a single thing, so that its kind is common to all their views."""
-    return np.stack([draw(sample_scene(rng, count=1 if rng.random() < 0.9 else None)) for _ in range(n)])
+def draw_any_number(rng: np.random.Generator, n: int) -> np.ndarray:
+    """(n, 64, 64, 3) uint8 images of one to three things, equally often."""
+    return np.stack([draw(sample_scene(rng, count=int(rng.integers(1, 4)))) for _ in range(n)])
 
 
 class Head(nn.Module):
@@ -115,7 +115,7 @@ class DinoRecipe(Recipe):
     """Self-distillation of a ViT; the teacher is what is exported.
 
     Args:
-        draw_batch: (rng, n) -> (n, 64, 64, 3) uint8 images; best with a single thing in most.
+        draw_batch: (rng, n) -> (n, 64, 64, 3) uint8 images.
         steps: length of the run, on which the teacher's momentum depends.
         vit: arguments of `ViTConfig`; None for `VIT`.
         prototypes: outputs of the heads.
@@ -129,12 +129,12 @@ class DinoRecipe(Recipe):
     warmup = 60  # steps
     teacher_temperature = 0.04
     global_views, local_views = 2, 4
-    global_scale, local_scale = (0.4, 0.9), (0.15, 0.4)  # shares of the image's area
-    global_pixels, local_pixels = 48, 32  # of 64: crops keep the things near their original size
+    local_scale = (0.15, 0.4)  # shares of the image's area
+    local_pixels = 32  # of 64: crops keep the things near their original size
 
     def __init__(
         self,
-        draw_batch: DrawBatch = draw_mostly_single,
+        draw_batch: DrawBatch = draw_any_number,
         steps: int = 2500,
         vit: dict | None = None,
         prototypes: int = 256,
@@ -162,13 +162,12 @@ class DinoRecipe(Recipe):
         yield head.prototypes
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """Views of B images in [-1, 1]: `global` (2 · B, 3, 48, 48) and `local` (4 · B, 3, 32, 32)."""
+        """Views of B images in [-1, 1]: `global` (2 · B, 3, 64, 64) and `local` (4 · B, 3, 32, 32)."""
         images = torch.from_numpy(self.draw_batch(rng, self.batch_size)).permute(0, 3, 1, 2).float() / 255
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        anchor = anchors(images, generator)
         return {
-            "global": views(images, self.global_views, self.global_pixels, self.global_scale, anchor, generator),
-            "local": views(images, self.local_views, self.local_pixels, self.local_scale, anchor, generator),
+            "global": global_views(images, self.global_views, generator),
+            "local": local_views(images, self.local_views, self.local_pixels, self.local_scale, generator),
         }
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 Everything works on whole batches of tensors, because one CPU core has to draw, augment and train: one `grid_sample`
 crops and mirrors, one 3 × 3 matrix per image does all of the colour jitter, one small convolution blurs.
 
-A thing fills a tenth of its image, so a random crop often shows only ground, and two views would agree most easily on
-the ground. All crops of an image therefore contain its *anchor*, a pixel that differs from the border. No label is used
-for that.
+Global views are the whole image, moved by up to a seventh of its side: what two of them have in common is content and
+arrangement, not position. A thing fills a tenth of its image, so a random local crop often shows only ground, and views
+would agree most easily on the ground. Every local crop therefore contains an *anchor*, a pixel that differs from the
+border. No label is used for that. Nothing is mirrored, so that left and right stay different, and hues change little, so
+that features still contain colour.
 """
 
 import torch
@@ -46,8 +48,18 @@ def anchors(images: Tensor, generator: Generator) -> Tensor:
     return torch.stack([(pixel % width + 0.5) / width, (pixel // width + 0.5) / height], dim=1) * 2 - 1
 
 
+def shifted(images: Tensor, generator: Generator) -> Tensor:
+    """(B, 3, H, W) images, each moved by up to a seventh of its side and scaled by up to a seventh."""
+    n = len(images)
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = uniform(0.87, 1.15, n, generator)
+    theta[:, :, 2] = 0.6 * torch.rand(n, 2, generator=generator) - 0.3  # in half sides
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
 def crop(images: Tensor, anchor: Tensor, size: int, scale: tuple[float, float], generator: Generator) -> Tensor:
-    """Random resized crop that contains the anchor, of aspect ratio 3:4 to 4:3, mirrored half of the time.
+    """Random resized crop that contains the anchor, of aspect ratio 3:4 to 4:3.
 
     Args:
         images: (B, 3, H, W).
@@ -64,10 +76,7 @@ def crop(images: Tensor, anchor: Tensor, size: int, scale: tuple[float, float], 
     low = torch.clamp(anchor - MARGIN * half, half - 1, 1 - half)  # bounds for the centre of the crop
     high = torch.clamp(anchor + MARGIN * half, half - 1, 1 - half)
     centre = low + (high - low) * torch.rand(n, 2, generator=generator)
-    theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 0] = half[:, 0] * torch.where(bernoulli(0.5, n, generator), -1.0, 1.0)
-    theta[:, 1, 1] = half[:, 1]
-    theta[:, :, 2] = centre
+    theta = torch.cat([torch.diag_embed(half), centre.unsqueeze(2)], dim=2)  # (B, 2, 3)
     grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
@@ -83,23 +92,17 @@ def hue_rotation(angle: Tensor) -> Tensor:
 
 
 def jitter(images: Tensor, generator: Generator) -> Tensor:
-    """(B, 3, H, W) images in [0, 1] with random brightness, contrast, saturation and hue; a fifth of them is grey.
-
-    The hue is random in most views; otherwise views would agree most easily on the colour of the ground. A tenth of the
-    views keep their colours, so that features still contain colour.
-    """
+    """(B, 3, H, W) images in [0, 1] with a little random brightness, contrast, saturation and hue."""
     n = len(images)
-    hue = uniform(-torch.pi, torch.pi, n, generator) * bernoulli(0.8, n, generator)
-    saturation = uniform(0.5, 1.4, n, generator) * ~bernoulli(0.2, n, generator)
-    gain, contrast = uniform(0.7, 1.3, n, generator), uniform(0.6, 1.3, n, generator)
-    keep = bernoulli(0.1, n, generator)
+    hue = uniform(-0.15, 0.15, n, generator)  # radians; neighbours among the world's colours are 0.5 and more apart
+    saturation = uniform(0.7, 1.3, n, generator)
+    gain, contrast = uniform(0.85, 1.15, n, generator), uniform(0.8, 1.2, n, generator)
     grey = LUMA.expand(3, 3)
     matrix = (saturation[:, None, None] * torch.eye(3) + (1 - saturation[:, None, None]) * grey) @ hue_rotation(hue)
     mean = images.mean(dim=(2, 3), keepdim=True)  # contrast scales differences from the mean, gain scales all
     spread = torch.einsum("bij,bjhw->bihw", matrix * contrast[:, None, None], images - mean)
-    shifted = spread + torch.einsum("bij,bjhw->bihw", matrix, mean)
-    changed = (shifted * gain[:, None, None, None]).clamp(0, 1)
-    return torch.where(keep[:, None, None, None], images, changed)
+    shifted_mean = torch.einsum("bij,bjhw->bihw", matrix, mean)
+    return ((spread + shifted_mean) * gain[:, None, None, None]).clamp(0, 1)
 
 
 def blur(images: Tensor, probability: float, generator: Generator) -> Tensor:
@@ -112,20 +115,32 @@ def blur(images: Tensor, probability: float, generator: Generator) -> Tensor:
     return torch.lerp(images, soft, share[:, None, None, None])
 
 
-def views(
-    images: Tensor, count: int, size: int, scale: tuple[float, float], anchor: Tensor, generator: Generator
-) -> Tensor:
-    """`count` random views of each image, normalised as by the exported image processor (mean and std 0.5).
+def global_views(images: Tensor, count: int, generator: Generator) -> Tensor:
+    """`count` random views of each image as a whole, normalised as by the exported image processor (mean and std 0.5).
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        count: views of each image.
+        generator: source of all choices.
+    Returns:
+        (count · B, 3, H, W) in [-1, 1]; row v · B + b is view v of image b.
+    """
+    moved = shifted(images.repeat(count, 1, 1, 1), generator)
+    return blur(jitter(moved, generator), 0.3, generator).mul(2).sub(1)
+
+
+def local_views(images: Tensor, count: int, size: int, scale: tuple[float, float], generator: Generator) -> Tensor:
+    """`count` random crops of each image, each around an anchor of its own, normalised likewise.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
         count: views of each image.
         size: pixels a side of the views.
         scale: range of a view's share of the image's area.
-        anchor: (B, 2) from `anchors`.
         generator: source of all choices.
     Returns:
         (count · B, 3, size, size) in [-1, 1]; row v · B + b is view v of image b.
     """
-    cut = crop(images.repeat(count, 1, 1, 1), anchor.repeat(count, 1), size, scale, generator)
+    repeated = images.repeat(count, 1, 1, 1)
+    cut = crop(repeated, anchors(repeated, generator), size, scale, generator)
     return blur(jitter(cut, generator), 0.3, generator).mul(2).sub(1)

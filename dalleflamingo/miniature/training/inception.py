@@ -1,4 +1,4 @@
-"""Training of the miniature's Inception: name one thing of each image, chosen at random."""
+"""Training of the miniature's Inception: name all things of an image, and its ground."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from dalleflamingo.miniature.training.recogniser import degrade, shift
 
 
 class InceptionRecipe(AveragedRecipe):
-    """Cross-entropy of kind and colour of one thing, chosen uniformly from those in the image."""
+    """Cross-entropy of kind and colour, with equal shares for all things of an image, plus that of the ground."""
 
     name, steps, batch_size = "inception", 6000, 64
     learning_rate, weight_decay, warmup = 2e-3, 0.01, 200
@@ -22,20 +22,23 @@ class InceptionRecipe(AveragedRecipe):
         super().__init__(MiniatureInception())
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """`pixel_values` (B, 3, 64, 64) in [-1, 1] and `classes` (B,), of one thing of each image."""
-        images, classes = [], []
-        for _ in range(self.batch_size):
-            scene = world.sample_scene(rng)
-            thing = scene.things[rng.integers(len(scene.things))]
-            classes.append(self.network.class_of(thing))
+        """`pixel_values` (B, 3, 64, 64) in [-1, 1]; `names` (B, classes), shares that sum to 1; `grounds` (B,)."""
+        scenes = [world.sample_scene(rng, count=int(rng.integers(1, 4))) for _ in range(self.batch_size)]
+        names = torch.zeros(len(scenes), self.network.names.out_features)
+        images = []
+        for row, scene in enumerate(scenes):
+            names[row, [self.network.class_of(thing) for thing in scene.things]] = 1 / len(scene.things)
             image, _ = shift(world.draw(scene), scene, *rng.integers(-2, 3, 2).tolist())
             images.append(degrade(image, rng))
-        return {"pixel_values": prepare(np.stack(images)), "classes": torch.tensor(classes)}
+        grounds = [self.network.config.grounds.index(scene.ground) for scene in scenes]
+        return {"pixel_values": prepare(np.stack(images)), "names": names, "grounds": torch.tensor(grounds)}
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Mean cross-entropy in nats."""
+        """Mean cross-entropy in nats of the names (at least the entropy of their shares) and of the ground."""
         self.network.train()
         device = self.network.device
         pixels = batch["pixel_values"].to(device).contiguous(memory_format=torch.channels_last)
-        _, logits = self.network(pixels)
-        return {"loss": F.cross_entropy(logits, batch["classes"].to(device))}
+        features, logits = self.network(pixels)
+        names = F.cross_entropy(logits, batch["names"].to(device))
+        ground = F.cross_entropy(self.network.ground(features), batch["grounds"].to(device))
+        return {"loss": names + ground, "names": names, "ground": ground}

@@ -32,7 +32,6 @@ from dalleflamingo.miniature.training.clip import (
     ClipRecipe,
     DrawBatch,
     clip_pixels,
-    load_text_encoder,
     text_encoder,
 )
 from dalleflamingo.miniature.training.dino import DinoRecipe
@@ -81,21 +80,21 @@ def blip_tokenizer() -> BertTokenizer:
     """The shipped WordPiece tokenizer; where there is none, the same one, learned again."""
     if (shipped := data_folder() / "blip/vocab.txt").exists():
         return BertTokenizer.from_pretrained(shipped.parent)
-    return BertTokenizer.from_pretrained(train_wordpiece(texts(), 200, RUNS / "wordpiece"))
+    return BertTokenizer.from_pretrained(train_wordpiece(texts(), 300, RUNS / "wordpiece"))
 
 
 def clip_tokenizer() -> CLIPTokenizer:
     """The shipped byte-pair tokenizer of CLIP and SD; where there is none, the same one, learned again."""
     if (shipped := data_folder() / "clip/vocab.json").exists():
         return CLIPTokenizer.from_pretrained(shipped.parent)
-    return CLIPTokenizer.from_pretrained(train_clip_bpe(texts(), 700, RUNS / "byte-pair"))
+    return CLIPTokenizer.from_pretrained(train_clip_bpe(texts(), 800, RUNS / "byte-pair"))
 
 
 def opt_tokenizer() -> GPT2Tokenizer:
     """The shipped byte-level tokenizer of BLIP-2; where there is none, the same one, learned again."""
     if (shipped := data_folder() / "blip2/vocab.json").exists():
         return GPT2Tokenizer.from_pretrained(shipped.parent)
-    return GPT2Tokenizer.from_pretrained(train_opt_bpe(texts(), 400, RUNS / "byte-level"))
+    return GPT2Tokenizer.from_pretrained(train_opt_bpe(texts(), 500, RUNS / "byte-level"))
 
 
 def recogniser() -> RecogniserRecipe:
@@ -128,10 +127,9 @@ def sd() -> SdRecipe:
 
 
 def clip() -> ClipLayoutRecipe:
-    """CLIP's second stage, which learns positions, with SD's text encoder."""
+    """CLIP's second stage, with hard negatives, in which it learns to see single facts and positions."""
     recipe = ClipLayoutRecipe(clip_tokenizer())
     recipe.model.load_state_dict(trained(clip_web(), "clip-web").model.state_dict())
-    load_text_encoder(recipe.model, trained(sd(), "sd").text_encoder)
     return recipe
 
 

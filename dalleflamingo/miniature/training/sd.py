@@ -35,14 +35,15 @@ from dalleflamingo.miniature.training.vae import vae_pixels
 from dalleflamingo.miniature.world import draw, sample_scene
 
 BANK_SIZE = 40_000  # images whose latents are computed once; their captions are written anew each time
+COUNTS = (1, 2, 3, 2, 3, 2, 3, 1)  # things in the images of the bank, in turn
 UNCONDITIONAL_SHARE = 0.12  # of captions are "", for classifier-free guidance (Ho & Salimans 2022)
-MINIMAL_SHARE = 0.8  # of the other captions of one or two things are minimal and true; alt-text is wrong in one of five
+MINIMAL_SHARE = 0.6  # of the other captions are minimal and true; alt-text leaves out colours and is wrong in one of five
 # Beta distributions of t/T, mostly where the text decides and not what is still visible: kinds and colours are decided
 # at EARLY timesteps, positions at LATE ones, where a thing can hardly be seen.
 EARLY, LATE = (2.0, 3.0), (5.0, 2.0)
 LATE_SHARE = 0.5  # of timesteps are drawn from LATE
 LAYOUT_WEIGHT = 0.3  # of the layout loss
-CURRICULUM = {1: 0.05, 2: 0.4}  # number of things -> share of the training until which there are only such images
+CURRICULUM = {1: 0.05, 2: 0.25}  # number of things -> share of the training until which there are only such images
 
 
 def make_unet(text_width: int) -> UNet2DConditionModel:
@@ -74,9 +75,8 @@ def make_scheduler() -> DDPMScheduler:
 
 
 def web_scene(index: int) -> Scene:
-    """The scene of latent `index` of the bank; every other one has a single thing."""
-    rng = np.random.default_rng([7, index])
-    return sample_scene(rng, count=1 if index % 2 else None)
+    """The scene of latent `index` of the bank, with as many things as `COUNTS` says."""
+    return sample_scene(np.random.default_rng([7, index]), count=COUNTS[index % len(COUNTS)])
 
 
 def web_caption(
@@ -90,12 +90,12 @@ def web_caption(
     Args:
         scene: to describe.
         rng: source of all choices.
-        minimal_share: probability of a minimal caption, where it is not empty and the scene has one or two things.
+        minimal_share: probability of a minimal caption, where it is not empty.
         unconditional_share: probability of "".
     """
     if rng.random() < unconditional_share:
         return ""
-    return (minimal_caption if len(scene.things) < 3 and rng.random() < minimal_share else alt_text)(scene, rng)
+    return (minimal_caption if rng.random() < minimal_share else alt_text)(scene, rng)
 
 
 @torch.no_grad()
@@ -153,20 +153,24 @@ class SdRecipe(Recipe):
         layout_head: nn.Linear,
     ):
         self.latents = latent_bank(vae, bank)
-        self.thing_counts = np.array([len(web_scene(i).things) for i in range(len(self.latents))])
+        self.thing_counts = np.resize(COUNTS, len(self.latents))
         vae.register_to_config(scaling_factor=latent_scale(self.latents))
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.scheduler = make_scheduler()
         self.unet = make_unet(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
         self.layout_head = layout_head
+        self.is_restored = False
         self.modules = {"unet": self.unet, "text_encoder": self.text_encoder, "layout_head": self.layout_head}
         self.compilable = (self.unet,)
 
     def curriculum_stage(self, step: int) -> int | None:
         """The number of things in all images of this step; None after the curriculum, when any number is drawn.
 
-        During the curriculum captions are minimal and timesteps late, so that positions alone are learned.
+        During the curriculum captions are minimal and timesteps late, so that positions alone are learned. Weights that
+        were restored know positions already.
         """
+        if self.is_restored:
+            return None
         return next((count for count, end in CURRICULUM.items() if step < end * self.steps), None)
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
@@ -178,12 +182,10 @@ class SdRecipe(Recipe):
         return {"latents": self.latents[index].float() * self.vae.config.scaling_factor, "input_ids": tokens.input_ids}
 
     def sample_indices(self, rng: np.random.Generator, step: int) -> np.ndarray:
-        """(B,) indices into the bank; the share of single things falls until half of the steps are done."""
+        """(B,) indices into the bank."""
         if count := self.curriculum_stage(step):
             return rng.choice(np.flatnonzero(self.thing_counts == count), self.batch_size)
-        single_share = 0.8 * max(0.0, 1 - 2 * step / self.steps)
-        is_single = rng.random(self.batch_size) < single_share
-        return 2 * rng.integers(len(self.latents) // 2, size=self.batch_size) + is_single
+        return rng.integers(len(self.latents), size=self.batch_size)
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Squared error of the velocity, plus that of the layout where there is a caption."""
@@ -216,6 +218,7 @@ class SdRecipe(Recipe):
         """Read U-Net and text encoder from a pipeline's folder."""
         for module, name in ((self.unet, "unet"), (self.text_encoder, "text_encoder")):
             module.load_state_dict(type(module).from_pretrained(folder, subfolder=name).state_dict())
+        self.is_restored = True
 
     def export(self, folder: Path) -> None:
         """Write a folder for `StableDiffusionPipeline`: tensors in float16, loaded in float32."""

@@ -62,6 +62,9 @@ def train(
     checkpoint = Checkpoint(run, recipe, optimizer)
     first, minutes = checkpoint.load()
     schedule = learning_rate_schedule(optimizer, recipe, first)
+    autocast = torch.autocast(
+        accelerator.device.type, torch.bfloat16, enabled=recipe.bfloat16 and has_fast_bfloat16(accelerator.device)
+    )
     started, recent = time.time(), []
     progress = trange(
         first, recipe.steps, initial=first, total=recipe.steps, desc=recipe.name, mininterval=10, disable=rank > 0
@@ -69,7 +72,8 @@ def train(
     for step in progress:
         torch.manual_seed((seed * 1_000_003 + step) * processes + rank)
         rng = np.random.default_rng([seed, step] + [rank] * (processes > 1))
-        losses = recipe.loss(recipe.batch(rng, step), step)
+        with autocast:
+            losses = recipe.loss(recipe.batch(rng, step), step)
         if not torch.isfinite(losses["loss"]):
             raise FloatingPointError(
                 f"{recipe.name}: the loss is {losses['loss'].item()} at step {step}. The checkpoint in {run} is "
@@ -130,6 +134,14 @@ def record_settings(run: Path, seed: int, hardware: str, init_from: Path | None)
         return
     settings = {"seed": seed, "hardware": hardware, "init_from": init_from and str(init_from)}
     file.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16; CPUs without it convert number by number, which is slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # private, but the only one that knows: there is no public question of torch or of Python
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def hardware(device: torch.device) -> str:
