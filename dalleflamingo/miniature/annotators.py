@@ -160,9 +160,12 @@ def exchange_colours(scene: Scene, rng: np.random.Generator) -> Scene:
 
 def alt_text(scene: Scene, rng: np.random.Generator) -> str:
     """Noisy alt-text: one in five is wrong in one fact, one in four has lost a word or gained some."""
-    if rng.random() < WRONG_SHARE:
-        scene = plant_error(scene, FACTS[rng.integers(3 if len(scene.things) > 1 else 2)], rng)
     writer = replace(ANNOTATORS[rng.integers(len(ANNOTATORS))], mention=1.0, wording=int(rng.integers(12)))
+    if rng.random() < WRONG_SHARE:
+        fact = FACTS[rng.integers(3 if len(scene.things) > 1 else 2)]
+        scene = plant_error(scene, fact, rng)
+        said = {"colour": dict(colour=1.0), "relation": dict(relation=1.0, vague=0.0)}
+        writer = replace(writer, **said.get(fact, {}))  # kinds are always said
     caption = write_caption(scene, writer, rng)
     noise = rng.random()
     if noise < 0.12:
