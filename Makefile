@@ -4,7 +4,7 @@
 # make data     draw the images of the miniature data sets, where they are not drawn yet
 # make figures  the two figures of the README, in docs/figures/
 # make reproduce  measure docs/results again, with its figures; interrupted, it goes on
-# make gates    measure the shipped models on held-out data again
+# make gates    measure the miniature's people and models on development scenes again
 # make clean    remove what the commands made, but not .venv, build/training and build/runs, which took long
 #
 # A real-model profile: DALLEFLAMINGO_PROFILE=colab make course. Another Python: make course PYTHON=/path/to/python3.12.
@@ -49,6 +49,7 @@ figures: data
 	$(DALLEFLAMINGO) research figures docs/figures
 
 reproduce: data
+	$(DALLEFLAMINGO) research planted
 	$(DALLEFLAMINGO) research insight-1 --images 500 --candidates 25
 	$(DALLEFLAMINGO) research insight-2 --images 500 --candidates 10
 	$(DALLEFLAMINGO) research studies

@@ -56,6 +56,9 @@ COMMANDS = {
     "research": Command("dalleflamingo.__main__:research", "measure what docs/results holds, one study a command"),
 }
 RESEARCH = {
+    "planted": Command(
+        "dalleflamingo.research.planted:main", "do the similarities find the errors planted in captions?"
+    ),
     "insight-1": Command("dalleflamingo.research.insights:main_1", "image → text → image, measured (claims 1 and 2)"),
     "insight-2": Command("dalleflamingo.research.insights:main_2", "text → image → text, measured (claims 3 and 4)"),
     "studies": Command("dalleflamingo.research.studies:main", "sampling, candidates, vocabularies (claims 5, 7, 13)"),
@@ -69,9 +72,10 @@ RESEARCH = {
     ),
     "gates": Command(
         "dalleflamingo.research.gates:main",
-        "how good the shipped models are, on held-out scenes",
-        "the same command starts again",
+        "how good people and models of the miniature are, on development scenes",
+        "generated images of planted errors are kept, and the same command measures the rest again",
     ),
+    "live": Command("dalleflamingo.research.live:main", "in how many small sets is Insight I visible?"),
     "figures": Command(
         "dalleflamingo.research.readme_figures:main",
         "the two figures of the README",

@@ -17,7 +17,7 @@ from dalleflamingo.generator import Generator
 from dalleflamingo.miniature.image_score import score_in_place, total
 from dalleflamingo.miniature.recogniser import Recogniser
 from dalleflamingo.miniature.scene_graph import f1
-from dalleflamingo.research import gates
+from dalleflamingo.research import fresh, gates
 from dalleflamingo.vocabulary import VocabularyMap
 
 MODELS = ("blip", "blip-large", "blip2", "sd", "lafite", "clip", "dino", "recogniser", "inception")
@@ -61,8 +61,8 @@ def test_stock_transformers_opens_a_captioner_and_describes(name):
     folder = registry.locate(f"miniature/{name}")
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert model.dtype == torch.float32
-    scenes = gates.held_out_scenes(20)
-    inputs = processor(images=gates.draw_all(scenes), return_tensors="pt")
+    scenes = fresh.scenes(20, seed=gates.SEED)
+    inputs = processor(images=fresh.draw_all(scenes), return_tensors="pt")
     with torch.no_grad():
         said = processor.batch_decode(model.generate(**inputs, max_new_tokens=60), skip_special_tokens=True)
     # captions of one's own pictures must fit them far better than captions of others' pictures
@@ -80,8 +80,8 @@ def test_stock_open_clip_and_vit_open():
 
 def test_the_recogniser_is_as_good_as_its_gate_says():
     recogniser = Recogniser.from_pretrained(registry.locate("miniature/recogniser")).eval()
-    scenes = gates.held_out_scenes(100)
-    score = total(map(score_in_place, recogniser.find(gates.draw_all(scenes)), scenes))
+    scenes = fresh.scenes(100, seed=gates.SEED)
+    score = total(map(score_in_place, recogniser.find(fresh.draw_all(scenes)), scenes))
     assert score.right / score.things >= 0.95
 
 
@@ -89,6 +89,6 @@ def test_every_gate_in_the_manifest_has_its_interval_and_n():
     measured = manifest()["gates"]
     assert {gate["model"] for gate in measured} == set(gates.MODELS)
     for gate in measured:
-        value = gate["value"]
-        assert value["low"] <= value["value"] <= value["high"]
-        assert value["n"] >= 60 or "relation right where both" in gate["what"]  # those pictures may be few
+        assert gate["low"] <= gate["value"] <= gate["high"]
+        # images that show both things of a relation may be few; data/miniature is weighed whole
+        assert gate["n"] >= 60 or "relation right where both" in gate["what"] or gate["model"] == "data"

@@ -295,6 +295,28 @@ def gain_bars(gains: Mapping[str, Mapping[str, Interval]], score: str, lower: bo
     return _finish(figure, axes, f"{label(score)}, ranked first − random  (better ↑)", note)
 
 
+def shares(found: Mapping[str, Mapping[str, Interval]], chance: Mapping[str, float], measure: str, note: str) -> Figure:
+    """How often something is right, by group: a point for each similarity, a dashed line where chance is.
+
+    Args:
+        found: similarity -> group -> share in [0, 1].
+        chance: group -> the share that chance has, for every group.
+        measure: what the share is of, in words.
+        note: a sentence that says what to see.
+    """
+    figure, axes = _chart()
+    groups, styles = list(chance), _styles(found)
+    for i, (name, by_group) in enumerate(found.items()):
+        middles = np.array([groups.index(group) for group in by_group]) + _offset(i, found, 0.2)
+        _intervals(axes, middles, list(by_group.values()), styles[name], label(name))
+    middles, width = np.arange(len(groups)), 0.42
+    style = dict(color=PALETTE["random"], linestyle="--", linewidth=1.2, label="chance")
+    axes.hlines(list(chance.values()), middles - width, middles + width, **style)
+    axes.set_xticks(middles, groups)
+    axes.set_ylim(0, 1.02)
+    return _finish(figure, axes, f"{measure}  (better ↑)", note)
+
+
 def words(texts: Sequence[str], values: Sequence[float], note: str = "") -> Figure:
     """Words in a row, each on a ground whose colour and depth show its value: blue above 0, pink below.
 

@@ -18,7 +18,7 @@ from dalleflamingo.evaluation.ngrams import Cider
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.profiles import Profile
 from dalleflamingo.runs import fingerprint
-from dalleflamingo.similarity import ClipText, Sbert, Similarity
+from dalleflamingo.similarity import ClipImage, ClipText, Dino, Sbert, Similarity
 
 
 class Fidelity:
@@ -90,6 +90,21 @@ class WordMoversSimilarity:
         others = iter(words["candidates"])
         pairs = zip(words["sources"], candidates, strict=True)
         return torch.tensor([[-self.vectors.distance(source, next(others)) for _ in row] for source, row in pairs])
+
+
+def load_image_similarities(profile: Profile) -> list[Similarity]:
+    """The similarities of images: CLIP, DINO and image fidelity.
+
+    Args:
+        profile: names the models and the device.
+    Raises:
+        RegistryError: weights are missing or cut short.
+    """
+    return [
+        ClipImage.from_pretrained(**registry.source_of(profile.clip, profile.device)),
+        Dino.from_pretrained(**registry.source_of(profile.dino, profile.device), image_size=profile.dino_size),
+        Fidelity(FeatureExtractor.from_registry(profile.inception, profile.device)),
+    ]
 
 
 def load_text_similarities(profile: Profile, corpus: Mapping[int, Sequence[str]]) -> list[Similarity]:
