@@ -1,7 +1,5 @@
 """Claims of captions, and which of them hold in a scene."""
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -200,8 +198,6 @@ def test_planted_captions_are_one_true_and_four_wrong_in_one_sort_of_fact(seed, 
         counts = wrong_facts(caption, scene)
         if fact == "kind":  # a relation to a thing that is not there is wrong, too
             counts.pop("relation")
-        if fact == "relation" and not any(counts.values()):
-            continue  # on a diagonal, another relation can hold as well
         assert {sort for sort, count in counts.items() if count} == {fact}, (caption, scene)
 
 

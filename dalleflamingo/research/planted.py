@@ -134,7 +134,7 @@ def count_found(table: pd.DataFrame) -> pd.DataFrame:
         table: of `planted_errors`.
     Returns:
         columns ranked_by, scenes (of `SUBSETS`; those that no scene is in are left out), nearer_than (`FIRST` or an
-        error), and those of `Interval.as_row`: Wilson's interval over scenes.
+        error), value, low, high (Wilson's interval over scenes) and n.
     """
     rows, _ = rows_of(table)
     of_scene = table.iloc[rows[:, 0]].reset_index(drop=True)
@@ -146,7 +146,7 @@ def count_found(table: pd.DataFrame) -> pd.DataFrame:
             for than in CHANCE if len(part) else ():
                 share = proportion(int(part[than].sum()), len(part))
                 found.append({"ranked_by": by, "scenes": name, "nearer_than": than} | share.as_row())
-    return pd.DataFrame(found)
+    return pd.DataFrame(found).drop(columns="seed")
 
 
 def shares_of(counted: pd.DataFrame, scenes: str = "all") -> dict[str, dict[str, Interval]]:
@@ -178,7 +178,7 @@ def figure(counted: pd.DataFrame) -> Figure:
         f"error, from the same noise. Bars are 95 % intervals over n = {n} scenes."
     )
     chance = {names[than]: share for than, share in CHANCE.items()}
-    return show.shares(labelled, chance, "share of scenes where the truth is nearer", note)
+    return show.shares(labelled, chance, "scenes where the truth is nearer", note)
 
 
 def page(counted: pd.DataFrame, made: Provenance) -> list[str]:
