@@ -345,9 +345,10 @@ def record(gates: Sequence[Gate], docs: Path) -> None:
         docs: the folder of miniature.md.
     """
     file = data_folder() / "MANIFEST.json"
-    manifest = json.loads(file.read_text())
-    others = [gate for gate in manifest.get("gates", []) if gate["model"] != gates[0].model]
-    together = others + [json.loads(json.dumps(gate.as_dict())) for gate in gates]
+    manifest, records = json.loads(file.read_text()), [gate.as_dict() for gate in gates]
+    # records of another form are of another edition, and its results go
+    others = [gate for gate in manifest.get("gates", []) if gate.keys() == records[0].keys()]
+    together = [gate for gate in others if gate["model"] != gates[0].model] + json.loads(json.dumps(records))
     manifest["gates"] = sorted(together, key=lambda gate: list(MODELS).index(gate["model"]))
     write_whole(file, lambda part: part.write_text(json.dumps(manifest, indent=1) + "\n"))
     write_whole(docs / "miniature.md", lambda part: part.write_text(page(manifest["gates"]), encoding="utf-8"))
