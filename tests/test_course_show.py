@@ -200,6 +200,22 @@ def test_gain_bars_show_every_domain_with_its_n():
     assert centres == pytest.approx([-0.2, 0.8, 0.2, 1.2])
 
 
+def test_shares_stand_in_their_own_group_beside_the_chance_of_that_group():
+    found = {  # the second similarity lacks a group
+        "clip": dict(zip(("first", "kind", "colour"), intervals(0.8, 0.9, 0.6), strict=True)),
+        "dino": {"colour": Interval(0.4, 0.3, 0.5, 24, None)},
+    }
+    [axes] = show.shares(found, {"first": 0.2, "kind": 0.5, "colour": 0.5}, "right", "a note").axes
+    points = {line.get_label(): line for line in axes.lines}
+    assert list(points["CLIP"].get_ydata()) == [0.8, 0.9, 0.6] and list(points["DINO"].get_ydata()) == [0.4]
+    assert list(points["CLIP"].get_xdata()) == pytest.approx([-0.1, 0.9, 1.9])
+    assert list(points["DINO"].get_xdata()) == pytest.approx([2.1])
+    assert to_hex(points["DINO"].get_color()) == layout.PALETTE["dino"].lower()
+    *bars, chance = [[path.vertices for path in bar.get_paths()] for bar in axes.collections]
+    assert [tuple(bar[:, 1]) for bar in bars[1]] == [(0.3, 0.5)]
+    assert [(set(part[:, 1]), part[:, 0].mean()) for part in chance] == [({0.2}, 0), ({0.5}, 1), ({0.5}, 2)]
+
+
 def test_lines_of_no_similarity_differ_in_colour_from_each_other_and_from_the_similarity():
     points = dict(zip((1, 2), intervals(0.5, 0.6), strict=True))
     [axes] = show.lines(dict.fromkeys(["clip", "blur", "noise"], points), "F1", "damage", "a note").axes

@@ -5,10 +5,23 @@ import torch
 
 from dalleflamingo import profiles
 from dalleflamingo.course import show
-from dalleflamingo.research import cycle_report, cycle_study, insights, metrics, options, stability, studies, variants
+from dalleflamingo.research import (
+    cycle_report,
+    cycle_study,
+    insights,
+    live,
+    metrics,
+    options,
+    planted,
+    stability,
+    studies,
+    variants,
+)
 from dalleflamingo.similarity import PairSimilarity
 
 MAINS = [
+    planted.main,
+    live.main,
     insights.main_1,
     insights.main_2,
     studies.main,
@@ -26,7 +39,7 @@ def test_every_study_lists_the_shared_options_and_refuses_no_threads(main, capsy
     assert not ended.value.code
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--runs RUNS", "--threads N", "--profile NAME"))
-    assert ("--docs DOCS" in shown) == (main is not cycle_study.main)
+    assert ("--docs DOCS" in shown) == (main not in (cycle_study.main, live.main))
     with pytest.raises(SystemExit) as ended:
         main(["--threads", "0"])
     assert ended.value.code == 2
