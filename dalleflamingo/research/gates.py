@@ -29,7 +29,7 @@ from dalleflamingo.reconstruct import JourneySettings, load_captioner, load_gene
 from dalleflamingo.research import caption_gates, encoder_gates, fresh, image_gates
 from dalleflamingo.research.options import RUNS, positive
 from dalleflamingo.runs import write_whole
-from dalleflamingo.similarity import ClipImage, ClipText, Dino, load_clip
+from dalleflamingo.similarity import ClipImage, ClipText, Dino, Similarity, load_clip
 
 SEED = 20  # of the scenes that are drawn; no training draws from it
 MINI = PROFILES["mini"]
@@ -210,13 +210,13 @@ def _generator(name: str) -> Callable[[Development], Figures]:
     return figures
 
 
-def _encoder_figures(similarity, development: Development) -> Figures:
+def _encoder_figures(similarity: Similarity, development: Development) -> Figures:
+    n, generator = development.size(300), load_generator(MINI)
     settings = JourneySettings.of(MINI, seed=development.scene_seed)
-    n = development.size(300)
-    folder = development.runs / f"planted-{settings.seed}-of-{n}"
-    return encoder_gates.planted_figures(similarity, load_generator(MINI), n, folder, settings) | (
-        encoder_gates.elsewhere_figures(similarity, n, settings.seed)
-    )
+    weights = generator.fingerprint().split()[-1]  # gates are measured again and again while models are trained
+    folder = development.runs / f"planted-{settings.seed}-of-{n}-{weights}"
+    planted = encoder_gates.planted_figures(similarity, generator, n, folder, settings)
+    return planted | encoder_gates.elsewhere_figures(similarity, n, settings.seed)
 
 
 def _clip(development: Development) -> Figures:
