@@ -10,7 +10,7 @@ them. (In float16 a GPU may round differently in another batch, and a rare near-
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -32,13 +32,21 @@ class Captioner(ABC):
         processor: its image processor and tokenizer.
         prompt: what every caption begins with, unseen. BLIP was finetuned behind "a picture of", BLIP-2 behind "a
             photo of", and the paper cuts that off; transformers' own default is none.
+        decoding: how `describe` searches, as arguments of transformers' `generate`; None: 3 beams, as BLIP does.
     """
 
     _TEXT_MODEL: str  # names in transformers: of the part that writes, and of the token that ends a caption
     _END: str
 
-    def __init__(self, model: nn.Module, processor: ProcessorMixin, prompt: str = ""):
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: ProcessorMixin,
+        prompt: str = "",
+        decoding: Mapping[str, int] | None = None,
+    ):
         self.model, self.processor, self.prompt = model.eval(), processor, prompt
+        self.decoding = {"num_beams": 3, **(decoding or {})}
         config = model.config.text_config
         self.end_id: int = getattr(config, self._END)  # ends a caption
         self.pad_id: int = config.pad_token_id  # fills a batch behind the ends of its captions
@@ -51,8 +59,9 @@ class Captioner(ABC):
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
         prompt: str = "",
+        decoding: Mapping[str, int] | None = None,
     ) -> "Captioner":
-        """A captioner from a folder or a hub, in `dtype` on `device`, with `prompt` as in the class.
+        """A captioner from a folder or a hub, in `dtype` on `device`, with `prompt` and `decoding` as in the class.
 
         `revision` is the commit, tag or branch of a hub's model; None is its main branch.
 
@@ -65,7 +74,7 @@ class Captioner(ABC):
         if kind not in _KINDS:
             raise ValueError(f"{name_or_path} holds a model of type {kind!r}: expected one of {', '.join(_KINDS)}")
         model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype, use_safetensors=True)
-        return _KINDS[kind](model.to(device), AutoProcessor.from_pretrained(**source), prompt)
+        return _KINDS[kind](model.to(device), AutoProcessor.from_pretrained(**source), prompt, decoding)
 
     @torch.no_grad()
     def sample(
@@ -101,15 +110,16 @@ class Captioner(ABC):
         return [[next(captions) for _ in row] for row in seeds]
 
     @torch.no_grad()
-    def describe(self, images: Sequence[Image], beams: int = 3, min_words: int = 5, max_words: int = 30) -> list[str]:
-        """The likeliest caption of each image that a search with so many beams finds; deterministic.
+    def describe(self, images: Sequence[Image], min_words: int = 5, max_words: int = 30, **decoding: int) -> list[str]:
+        """The likeliest caption of each image that beam search finds; deterministic.
 
-        Word limits and errors as in `sample`.
+        Word limits and errors as in `sample`; `decoding` changes the captioner's own, as in `num_beams=1`.
         """
         if not images:
             return []
         features = self.encode_images(self._pixel_values(images))  # (B, P, D)
-        return self._generate(features, LogitsProcessorList([self._word_limits(min_words, max_words)]), beams)
+        rules = LogitsProcessorList([self._word_limits(min_words, max_words)])
+        return self._generate(features, rules, **self.decoding | decoding)
 
     def token_logits(self, images: Sequence[Image] | Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The captioner's logits at each position of given captions (teacher forcing, Eq. 1); gradients pass.
@@ -140,10 +150,11 @@ class Captioner(ABC):
         return (self._tokenize(list(captions)) != self.pad_id).sum(1)
 
     def fingerprint(self) -> str:
-        """A text that changes with weights, number format, prompt, vocabulary and preprocessing."""
+        """A text that changes with weights, number format, prompt, decoding, vocabulary and preprocessing."""
         settings = {
             "dtype": str(self.model.dtype),
             "prompt": self.prompt,
+            "decoding": self.decoding,
             "vocabulary": self.processor.tokenizer.get_vocab(),
             "image_processor": self.processor.image_processor.to_dict(),
         }
@@ -170,8 +181,9 @@ class Captioner(ABC):
             images = self.processor(images=list(images), return_tensors="pt").pixel_values
         return images.to(self.model.device, self.model.dtype)  # (B, 3, H, W)
 
-    def _generate(self, features: Tensor, rules: LogitsProcessorList, beams: int = 1) -> list[str]:
+    def _generate(self, features: Tensor, rules: LogitsProcessorList, **decoding: int) -> list[str]:
         prompt = self.prompt_ids.to(features.device).repeat(len(features), 1)  # (N, P)
+        positions = self.model.config.text_config.max_position_embeddings
         with decoding_threads(self.model):
             ids = getattr(self.model, self._TEXT_MODEL).generate(
                 input_ids=prompt,
@@ -179,10 +191,9 @@ class Captioner(ABC):
                 **self._given(features, prompt),
                 logits_processor=rules,
                 do_sample=False,
-                num_beams=beams,
-                max_length=self.model.config.text_config.max_position_embeddings,  # the rules limit words, not tokens
                 eos_token_id=self.end_id,
                 pad_token_id=self.pad_id,
+                **{"max_new_tokens": positions - prompt.shape[1], **decoding},  # else the rules limit words alone
             )
         texts = self.processor.tokenizer.batch_decode(ids[:, prompt.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
@@ -226,7 +237,8 @@ class Blip2Captioner(Captioner):
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         config = self.model.config
-        queries = [config.image_token_index] * config.num_query_tokens
+        # only their number counts; folders from before transformers 4.47 have no token that stands for an image
+        queries = [config.image_token_index or self.pad_id] * config.num_query_tokens
         words = self.processor.tokenizer(prompt, add_special_tokens=False).input_ids
         return [*queries, config.text_config.bos_token_id, *words]
 

@@ -25,8 +25,8 @@ from dalleflamingo import cycle_losses, registry
 from dalleflamingo.bridge import Bridge
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle_losses import LOSS_NAMES, Batch, Cycle, Losses, captioner_parameters, generator_parameters
-from dalleflamingo.datasets import Dataset, Example
-from dalleflamingo.generator import Generator
+from dalleflamingo.datasets import Dataset, Example, clean_caption
+from dalleflamingo.generator import FITS, Generator
 from dalleflamingo.intervals import derive_seed
 from dalleflamingo.profiles import Profile
 from dalleflamingo.runs import Checkpoint, differences
@@ -44,6 +44,7 @@ class CycleConfig:
         captioner, generator, dataset: names in the registry. split: which split of the data set.
         scheduler: name of a diffusers scheduler, for images generated in validation; None: the generator's own.
         images: how many labelled images, chosen by seed 0; None: all.
+        fit: how the generator's images are made square: "resize" or "crop", see `Generator.encode_images`.
         losses: weights and settings of the four losses.
         schedule: "alternating", (1) + (2) at one step and (3) + (4) at the next, or "joint", all at every step.
         steps: optimizer steps. batch_size: pairs in a step, over all processes and parts.
@@ -64,6 +65,7 @@ class CycleConfig:
     split: str = "train"
     scheduler: str | None = None
     images: int | None = None
+    fit: str = "resize"
     losses: Losses = field(default_factory=Losses)
     schedule: str = "alternating"
     steps: int = 1000
@@ -89,7 +91,7 @@ class CycleConfig:
         return cls(**{**models, "scheduler": profile.scheduler, **profile.cycle, **changes, "losses": Losses(**losses)})
 
     def __post_init__(self):
-        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("fit", FITS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if not 0 <= self.ema_decay < 1:
@@ -113,8 +115,11 @@ class CycleConfig:
 class CaptionedBatches:
     """Batches of `batch_size` labelled images; order and captions change from epoch to epoch.
 
+    A label is a human caption as BLIP reads it in training (`datasets.clean_caption`), for both models.
+
     Attributes:
         captioner, generator: the models whose pixel values and latents the batches hold.
+        fit: how the generator's images are made square.
         memory: bytes in which pixel values and latents are cached.
     Raises:
         ValueError: an image has no caption, or there are fewer images than a batch has.
@@ -125,6 +130,7 @@ class CaptionedBatches:
     generator: Generator
     batch_size: int
     seed: int = 0
+    fit: str = "resize"
     memory: int = 2**30
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -136,14 +142,14 @@ class CaptionedBatches:
             raise ValueError(f"{len(self.dataset)} images, but {self.batch_size} in a batch: take a smaller batch_size")
 
     def choose(self, step: int) -> list[tuple[Example, str]]:
-        """The pairs of a step."""
+        """The images of a step, each with its label."""
         chosen = []
         for position in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, i = divmod(position, len(self.dataset))
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
             example = self.dataset[int(order[i])]
             number = derive_seed(self.seed, "caption", epoch, example.image_id) % len(example.references)
-            chosen.append((example, example.references[number]))
+            chosen.append((example, clean_caption(example.references[number])))
         return chosen
 
     @torch.no_grad()
@@ -172,7 +178,8 @@ class CaptionedBatches:
             return self._kept[example.image_id]
         image = self.dataset.open(example)
         pixel_values = self.captioner.processor(images=[image], return_tensors="pt").pixel_values[0]
-        latents = self.generator.encode_images([image], next(self.generator.pipeline.unet.parameters()))[0]
+        like = next(self.generator.pipeline.unet.parameters())
+        latents = self.generator.encode_images([image], like, self.fit)[0]
         encoded = pixel_values, latents.cpu()
         if (len(self._kept) + 1) * sum(tensor.nbytes for tensor in encoded) <= self.memory:
             self._kept[example.image_id] = encoded
@@ -218,13 +225,13 @@ def build_cycle(
         pipeline.unet.train().enable_gradient_checkpointing()  # diffusers wants training mode for it; nothing drops out
     pipeline.vae.disable_slicing()  # one image at a time is slower, and saves nothing where gradients keep all
     if bridge is None:
-        captions = [caption for example in dataset for caption in example.references]
+        captions = [clean_caption(caption) for example in dataset for caption in example.references]
         tokenizers = captioner.processor.tokenizer, pipeline.tokenizer
         vocabulary_map = VocabularyMap.learn(*tokenizers, captions, config.vocabulary_map)
         bridge = Bridge(vocabulary_map.resize(captioner.model.config.text_config.vocab_size), pipeline.text_encoder)
     parameters = (list(own.values()) for own in trainable.values())
     cycle = cycle_class(captioner, generator, bridge, *parameters, config.losses)
-    batches = CaptionedBatches(dataset, captioner, generator, config.batch_size, config.seed)
+    batches = CaptionedBatches(dataset, captioner, generator, config.batch_size, config.seed, config.fit)
     return cycle, batches, TrainableParameters(trainable, config.ema_decay)
 
 
@@ -232,8 +239,7 @@ def load_cycle(
     config: CycleConfig, device: torch.device, build: Callable[..., tuple] = build_cycle
 ) -> tuple[Cycle, CaptionedBatches, TrainableParameters]:
     """Load what a configuration names onto a device, and `build` the cycle from it."""
-    prompt = registry.entry_of(config.captioner).prompt
-    captioner = Captioner.from_pretrained(**registry.source_of(config.captioner, str(device)), prompt=prompt)
+    captioner = Captioner.from_pretrained(**registry.source_of(config.captioner, str(device)))
     if registry.class_of(config.generator):
         raise ValueError(f"{config.generator} has no U-Net to finetune: name a Stable Diffusion as generator")
     source = registry.source_of(config.generator, str(device))

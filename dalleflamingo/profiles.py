@@ -115,8 +115,8 @@ _REAL = dict(
     judge=None,
     dataset="nocaps",
     coco="coco",
-    captioners=("blip-large", "blip-base", "blip2-opt-2.7b"),
-    other_captioner="blip2-opt-2.7b",
+    captioners=("blip-large", "blip-base", "blip2-opt-2.7b-coco"),
+    other_captioner="blip2-opt-2.7b-coco",
     other_generator=None,
     # fits into the 15 GB of a free GPU
     cycle=dict(accumulation=8, checkpointing=True, precision="fp16", losses=dict(max_timestep=0.4, decoded_size=256)),

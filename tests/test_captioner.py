@@ -2,6 +2,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -225,7 +226,42 @@ def test_describe_equals_stock_generate_where_limits_do_not_bite(folder, stock, 
     ids = stock.generate(**inputs, num_beams=beams, do_sample=False, max_length=64)
     expected = [text.removeprefix(prompt).strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
     assert len(set(expected)) > 3
-    assert captioner.describe(PHOTOS, beams=beams, min_words=0, max_words=64) == expected
+    assert captioner.describe(PHOTOS, num_beams=beams, min_words=0, max_words=64) == expected
+
+
+@pytest.mark.parametrize("prompt", ["", "a bird of"])
+def test_settings_of_decoding_are_those_of_stock_generate(folder, stock, prompt):
+    """Numbers of beams and of new tokens, the prompt's not among them, as a checkpoint's publication states them."""
+    decoding = {"num_beams": 5, "min_new_tokens": 6, "max_new_tokens": 9}
+    captioner = Captioner.from_pretrained(folder, prompt=prompt, decoding=decoding)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=PHOTOS, **({"text": [prompt] * 7} if prompt else {}), return_tensors="pt")
+    ids = stock.generate(**inputs, do_sample=False, **decoding)
+    expected = [text.removeprefix(prompt).strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    limits = dict(min_words=0, max_words=64)
+    assert captioner.describe(PHOTOS, **limits) == expected
+    assert Captioner.from_pretrained(folder, prompt=prompt).describe(PHOTOS, **limits) != expected
+    assert captioner.describe(PHOTOS, num_beams=3, min_new_tokens=0, max_new_tokens=40, **limits) == (
+        Captioner.from_pretrained(folder, prompt=prompt).describe(PHOTOS, max_new_tokens=40, **limits)
+    )
+
+
+@pytest.mark.parametrize("prompt", ["", "a bird of"])
+def test_a_blip2_from_before_the_image_token_writes_the_same(tmp_path, prompt):
+    """The hub's COCO-finetuned BLIP-2 was saved before transformers had a token that stands for an image."""
+    folder = tiny.blip2(tmp_path)
+    now = Captioner.from_pretrained(str(folder), prompt=prompt)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("image_token_index")
+    (folder / "config.json").write_text(json.dumps(config))
+    before = Captioner.from_pretrained(str(folder), prompt=prompt)
+    assert before.model.config.image_token_index is None
+    assert before.describe(PHOTOS) == now.describe(PHOTOS)
+    assert before.sample(PHOTOS[:2], [[1, 2], [3]]) == now.sample(PHOTOS[:2], [[1, 2], [3]])
+    with torch.no_grad():
+        captions = ["a bird", "a red bird"]
+        for ours, theirs in zip(*(one.token_logits(PHOTOS[:2], captions) for one in (before, now)), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 # Errors teach
@@ -278,11 +314,12 @@ def test_token_logits_want_a_caption_for_each_picture(captioner):
 # What a run notes
 
 
-def test_fingerprint_changes_with_weights_prompt_number_format_and_preprocessing(folder, captioner):
+def test_fingerprint_changes_with_weights_prompt_decoding_number_format_and_preprocessing(folder, captioner):
     before = captioner.fingerprint()
     assert Captioner.from_pretrained(folder).fingerprint() == before
     assert Captioner.from_pretrained(folder, prompt="a bird of").fingerprint() != before
     assert Captioner.from_pretrained(folder, dtype=torch.bfloat16).fingerprint() != before
+    assert Captioner.from_pretrained(folder, decoding={"num_beams": 5}).fingerprint() != before
     other = Captioner.from_pretrained(folder)
     other.processor.image_processor.size = {"height": 16, "width": 16}
     assert other.fingerprint() != before

@@ -24,8 +24,9 @@ from tiny_cycle import MAX_TIMESTEPS, SMALL, build, dataset, models, run
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from dalleflamingo import cycle, profiles, registry
-from dalleflamingo.cycle import CaptionedBatches, CycleConfig
+from dalleflamingo.cycle import CaptionedBatches, CycleConfig, build_cycle
 from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle, Losses
+from dalleflamingo.datasets import Dataset, Example, clean_caption
 from dalleflamingo.evaluation import caption_metrics, cycle_reporting
 from dalleflamingo.evaluation.cycle_validation import Validation
 
@@ -138,6 +139,55 @@ def test_every_epoch_has_every_image_once_in_another_order_with_other_captions(f
     assert [pair[1] for pair in batches.choose(4)] == [caption for _, caption in epochs[2][:3]]
 
 
+def as_people_write(folder: Path) -> Dataset:
+    """The images with captions as COCO has them."""
+    return Dataset("tiny", [replace_captions(example) for example in dataset(folder)])
+
+
+def replace_captions(example: Example) -> Example:
+    told = tuple(f' {text[0].upper()}{text[1:]}  ("{text}")!.\n' for text in example.references)
+    return dataclasses.replace(example, references=told)
+
+
+def test_both_models_learn_from_labels_as_blip_cleans_them(folder):
+    """(1) and (4) score the label's tokens, (2) bridges them, (3) is conditioned on them; references stay."""
+    config = dataclasses.replace(SMALL, schedule="joint")
+    told = as_people_write(folder)
+    made, batches, _ = build_cycle(config, *models(folder), told)
+    batch = batches.batch(0)
+    written = {f"{text} {text}" for text in tiny_cycle.TEXTS}
+    assert set(batch.captions) <= written
+    pipeline, captioner = made.generator.pipeline, made.captioner
+    expected, _ = pipeline.encode_prompt(list(batch.captions), "cpu", 1, False)
+    assert torch.equal(batch.encoder_hidden_states, expected)
+    assert batch.token_counts.tolist() == captioner.count_tokens(batch.captions).tolist()
+    scored, token_logits = [], captioner.token_logits
+    captioner.token_logits = lambda images, captions: scored.append(list(captions)) or token_logits(images, captions)
+    cycle.step_losses(config, made, batches, 0)
+    assert scored == [list(batch.captions)] * 2  # of (1) with (2), and of (4)
+    assert all(example.references[0].endswith(")!.\n") for example in batches.dataset)
+    cleaned = [dataclasses.replace(e, references=tuple(map(clean_caption, e.references))) for e in told]
+    learned = [build_cycle(config, *models(folder), data)[0].bridge.vocabulary_map for data in (told, cleaned)]
+    assert torch.equal(learned[0].matrix.to_dense(), learned[1].matrix.to_dense())
+
+
+@pytest.mark.parametrize("fit", ["resize", "crop"])
+def test_the_configuration_says_how_the_generators_images_are_made_square(folder, tmp_path, fit):
+    captioner, generator = models(folder)
+    examples = []
+    for i in range(4):
+        path = tmp_path / f"{i}.png"
+        tiny.pictures(4)[i].resize((64, 24)).save(path)
+        examples.append(Example(i, path, ("a red bird",)))
+    config = dataclasses.replace(SMALL, fit=fit)
+    _, batches, _ = build_cycle(config, captioner, generator, Dataset("wide", examples))
+    images = [batches.dataset.open(example) for example, _ in batches.choose(0)]
+    expected = generator.encode_images(images, torch.zeros(1), fit)
+    torch.testing.assert_close(batches.batch(0).latents, expected)
+    other = generator.encode_images(images, torch.zeros(1), {"resize": "crop", "crop": "resize"}[fit])
+    assert (expected - other).abs().max() > 0.01
+
+
 def test_a_half_that_has_no_loss_has_no_steps():
     labels = dataclasses.replace(SMALL, losses=Losses(generation=0.0, caption_reconstruction=0.0))
     assert [labels.halves(step) for step in range(3)] == [("image",)] * 3
@@ -196,7 +246,7 @@ def test_what_is_exported_opens_in_the_stock_libraries(whole, tmp_path):
     assert f"* generation: {losses[0]:.3f} at first, {losses[-1]:.3f} in the end" in text and "cider" not in text
 
 
-@pytest.mark.parametrize(("base", "licence"), [("blip2-opt-2.7b", "other"), ("sd-v1-4", "creativeml-openrail-m")])
+@pytest.mark.parametrize(("base", "licence"), [("blip2-opt-2.7b-coco", "other"), ("sd-v1-4", "creativeml-openrail-m")])
 def test_the_card_of_a_real_model_is_one_that_the_hub_reads(base, licence):
     card = ModelCard(cycle_reporting.card(SMALL, base, [{"step": 0, "caption": 1.0}]))
     assert card.data.license == licence and card.data.base_model == registry.ENTRIES[base].source
@@ -206,7 +256,7 @@ def test_the_card_of_a_real_model_is_one_that_the_hub_reads(base, licence):
 def test_images_are_encoded_once_up_to_a_limit_of_memory(folder):
     captioner, generator = models(folder)
     encode, encoded = generator.encode_images, []
-    generator.encode_images = lambda images, like: encoded.append(images) or encode(images, like)
+    generator.encode_images = lambda images, *how: encoded.append(images) or encode(images, *how)
     free = CaptionedBatches(dataset(folder), captioner, generator, batch_size=6)
     first = free.batch(0)
     each = (first.pixel_values.nbytes + first.latents.nbytes) // 6
@@ -305,6 +355,8 @@ def test_a_configuration_is_read_from_json_and_wrong_fields_are_named(tmp_path):
         file.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=r"config.json: .*'step'; a configuration is .* captioner, generator"):
             cycle_reporting.read_config(file, mini)
+    with pytest.raises(ValueError, match="fit = 'pad': choose one of resize, crop"):
+        dataclasses.replace(SMALL, fit="pad")
     with pytest.raises(ValueError, match="schedule = 'odd': choose one of alternating, joint"):
         dataclasses.replace(SMALL, schedule="odd")
     with pytest.raises(ValueError, match="set checkpointing false"):

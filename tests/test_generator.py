@@ -2,6 +2,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
 import logging
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from dalleflamingo.generator import Generator, add_noise
 
@@ -153,6 +155,62 @@ def test_another_number_of_seeds_than_captions_is_refused(generator):
 
 def test_no_captions_give_no_images(generator):
     assert generator.render([], []) == []
+
+
+# What the generator sees of an image
+
+
+def halves(width: int, height: int) -> Image.Image:
+    """Black, but for a white half: the right one, or of a portrait the lower one."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    (pixels[:, width // 2 :] if width >= height else pixels[height // 2 :])[:] = 255
+    return Image.fromarray(pixels)
+
+
+def seen(generator: Generator, image: Image.Image, **how) -> np.ndarray:
+    """(H, W) grey values in [0, 1] that the image's latents are made of."""
+    pixels = []
+    hook = generator.pipeline.vae.encoder.register_forward_pre_hook(lambda _, args: pixels.append(args[0]))
+    try:
+        generator.encode_images([image], torch.zeros(1), **how)
+    finally:
+        hook.remove()
+    return (pixels[0][0].mean(0).numpy() + 1) / 2
+
+
+@pytest.mark.parametrize("size", [(64, 48), (96, 16), (16, 96), (30, 40), (16, 12), (33, 32)])
+def test_a_resized_image_is_seen_whole_and_a_cropped_one_in_its_middle(generator, size):
+    width, height = size
+    image, long, short = halves(*size), max(size), min(size)
+    marked = np.asarray(image).copy()
+    margin = max(1, (long - short) // 2)
+    (marked[:, :margin] if width >= height else marked[:margin])[:] = 255  # what a crop leaves out, on one side
+    marked = Image.fromarray(marked)
+    whole, middle = seen(generator, image), seen(generator, image, fit="crop")
+    assert whole.shape == middle.shape == (generator.image_size,) * 2
+    for grey in (whole, middle):  # the border between the halves stays in the middle
+        along = grey.mean(0 if width >= height else 1)
+        assert along[:6].max() < 0.1 and along[-6:].min() > 0.9
+    assert seen(generator, marked).mean() - whole.mean() == pytest.approx(margin / long, abs=0.05)
+    assert seen(generator, marked, fit="crop").mean() - middle.mean() < 0.05
+    assert np.array_equal(seen(generator, image), seen(generator, image, fit="resize"))
+
+
+@pytest.mark.parametrize("side", [16, 32, 100])
+def test_of_a_square_image_both_see_the_same(generator, side):
+    image = tiny.pictures(1)[0].resize((side, side))
+    assert np.array_equal(seen(generator, image, fit="resize"), seen(generator, image, fit="crop"))
+
+
+def test_another_way_to_make_an_image_square_is_refused(generator):
+    with pytest.raises(ValueError, match="fit = 'pad': choose one of resize, crop"):
+        generator.encode_images([halves(40, 30)], torch.zeros(1), fit="pad")
+
+
+def test_a_centre_crop_would_lose_27_percent_of_nocaps(real_data):
+    records = json.loads((real_data / "nocaps/nocaps_val_image_info.json").read_text())["images"]
+    sizes = np.array([(record["width"], record["height"]) for record in records])
+    assert len(sizes) == 4500 and (1 - sizes.min(1) / sizes.max(1)).mean() == pytest.approx(0.27, abs=0.005)
 
 
 # The denoising loss (Eqs. 2 and 3)

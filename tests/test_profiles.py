@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dalleflamingo import profiles, reconstruct, registry
+from dalleflamingo import generator, profiles, reconstruct, registry
 
 
 def test_profile_is_mini_unless_the_environment_names_another(monkeypatch):
@@ -54,12 +54,22 @@ def test_the_real_models_are_used_as_the_paper_uses_them(monkeypatch):
     monkeypatch.setattr(registry, "locate", lambda name: name)
     reconstruct.load_models(profiles.PROFILES["paper"])
     assert asked["Generator"]["scheduler"] == "DDPM" and asked["Dino"]["image_size"] == 384
-    assert asked["Captioner"]["prompt"] == "a picture of"
+    assert asked["Captioner"]["prompt"] == "a picture of" and asked["Captioner"]["decoding"]["num_beams"] == 3
     assert all(asked[kind]["revision"] for kind in asked)
+    reconstruct.load_captioner(profiles.PROFILES["paper"], profiles.PROFILES["paper"].other_captioner)
+    assert asked["Captioner"]["prompt"] == "a photo of" and asked["Captioner"]["decoding"]["num_beams"] == 5
     reconstruct.load_models(profiles.PROFILES["paper"], "DDIM")
     assert asked["Generator"]["scheduler"] == "DDIM"
     reconstruct.load_models(profiles.PROFILES["mini"])
     assert asked["Generator"]["scheduler"] is asked["Dino"]["image_size"] is None and not asked["Captioner"]["prompt"]
+
+
+def test_a_captioner_is_opened_by_the_class_that_its_entry_names(monkeypatch):
+    entry = registry.ENTRIES["miniature/blip"]
+    theirs = dataclasses.replace(entry, opened_by="dalleflamingo.generator:Generator")
+    monkeypatch.setitem(registry.ENTRIES, entry.name, theirs)
+    monkeypatch.setattr(generator.Generator, "from_pretrained", lambda **how: how["prompt"])
+    assert reconstruct.load_captioner(profiles.PROFILES["mini"]) == entry.prompt
 
 
 def test_half_precision_is_for_the_gpu_only(monkeypatch):
