@@ -38,13 +38,7 @@ class Captioner(ABC):
     _TEXT_MODEL: str  # names in transformers: of the part that writes, and of the token that ends a caption
     _END: str
 
-    def __init__(
-        self,
-        model: nn.Module,
-        processor: ProcessorMixin,
-        prompt: str = "",
-        decoding: Mapping[str, int] | None = None,
-    ):
+    def __init__(self, model: nn.Module, processor: ProcessorMixin, prompt: str = "", decoding: Mapping | None = None):
         self.model, self.processor, self.prompt = model.eval(), processor, prompt
         self.decoding = {"num_beams": 3, **(decoding or {})}
         config = model.config.text_config
@@ -59,7 +53,7 @@ class Captioner(ABC):
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
         prompt: str = "",
-        decoding: Mapping[str, int] | None = None,
+        decoding: Mapping | None = None,
     ) -> "Captioner":
         """A captioner from a folder or a hub, in `dtype` on `device`, with `prompt` and `decoding` as in the class.
 

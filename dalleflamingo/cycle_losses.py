@@ -89,9 +89,7 @@ class Losses:
             raise ValueError(f"max_timestep = {self.max_timestep}: it is a share of all, above 0 and at most 1")
         if any(getattr(self, name) < 0 for name in LOSS_NAMES):
             raise ValueError(f"weights {[getattr(self, name) for name in LOSS_NAMES]}: none may be below 0")
-        relax(
-            torch.zeros(1), self.mode, self.temperature
-        )  # refuses an unknown mode or temperature now, not in training
+        relax(torch.zeros(1), self.mode, self.temperature)  # refuses an unknown mode now, and not in training
 
 
 @dataclass(frozen=True)
