@@ -51,7 +51,7 @@ def relax(
     if mode == "soft":
         return soft
     hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # the bracket is exactly 0, so a row is exactly one-hot
 
 
 @contextmanager

@@ -218,7 +218,7 @@ def build_cycle(
         pipeline.unet.train().enable_gradient_checkpointing()  # diffusers wants training mode for it; nothing drops out
     pipeline.vae.disable_slicing()  # one image at a time is slower, and saves nothing where gradients keep all
     if bridge is None:
-        captions = [caption for example in dataset for caption in example.references]
+        captions = captioner.behind_prompt([caption for example in dataset for caption in example.references])
         tokenizers = captioner.processor.tokenizer, pipeline.tokenizer
         vocabulary_map = VocabularyMap.learn(*tokenizers, captions, config.vocabulary_map)
         bridge = Bridge(vocabulary_map.resize(captioner.model.config.text_config.vocab_size), pipeline.text_encoder)

@@ -173,7 +173,8 @@ class Cycle:
         """Eq. 2 from the captioner's (B, T, V) logits along (B, T) ids; a scalar."""
         logits = logits if self.losses.image_updates != "generator" else logits.detach()
         noisy = self.noisy_latents(batch, draw)
-        encoder_hidden_states = self.bridge(self._distributions(logits, batch, draw), ids, batch.captions)
+        texts = self.captioner.behind_prompt(batch.captions)
+        encoder_hidden_states = self.bridge(self._distributions(logits, batch, draw), ids, texts)
         with frozen(self.trainable["generator"] if self.losses.image_updates == "captioner" else []):
             return noisy.loss(self.generator.predict(noisy, encoder_hidden_states))
 
