@@ -50,7 +50,7 @@ def relax(
     soft = (logits / temperature).softmax(-1)
     if mode == "soft":
         return soft
-    hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    hard = F.one_hot(logits.argmax(-1), soft.shape[-1]).to(soft.dtype)
     return hard + (soft - soft.detach())  # the bracket is exactly 0, so a row is exactly one-hot
 
 

@@ -143,8 +143,8 @@ class VocabularyMap:
             return align_token_ids(self.source, self.target, ids)
         if len(ids) != len(texts):
             raise ValueError(f"{len(ids)} rows of tokens and {len(texts)} texts: give each row its own text")
-        spaced = [self.source.decode(list(row[:1]))[:1] == " " for row in ids]
-        texts = [text if (text[:1] == " ") == s else " " * s + text.lstrip() for s, text in zip(spaced, texts)]
+        spaced = zip([self.source.decode(list(row[:1]))[:1] == " " for row in ids], texts, strict=True)
+        texts = [text if (text[:1] == " ") == space else " " * space + text.lstrip() for space, text in spaced]
         alignments = align_texts(self.source, self.target, texts)
         for row, text, alignment in zip(ids, texts, alignments, strict=True):
             if tuple(map(int, row)) != alignment.source:
