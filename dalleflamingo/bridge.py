@@ -94,9 +94,9 @@ class Bridge:
         if tokenizer_style(source).byte_level:
             self.end_ids.add(source.convert_tokens_to_ids("Ċ"))  # the line break that ends BLIP-2's captions
         precise = torch.promote_types(embeddings.dtype, torch.float32)
-        matrix = vocabulary_map.matrix.to(embeddings.device, precise)
-        mapped = torch.sparse.mm(matrix, embeddings.detach().to(precise))
-        self.mapped_embeddings = mapped.to(embeddings.dtype)  # M·E, (|V_source|, D)
+        # on the CPU, as not every device multiplies sparse matrices
+        mapped = torch.sparse.mm(vocabulary_map.matrix.to(precise), embeddings.detach().to("cpu", precise))
+        self.mapped_embeddings = mapped.to(embeddings)  # M·E, (|V_source|, D)
 
     def __call__(self, distributions: Tensor, ids: Tensor, texts: Sequence[str] | None = None) -> Tensor:
         """τ(Q·E), the hidden states of soft captions.

@@ -137,7 +137,7 @@ def source_of(name: str, device: str = "cpu") -> dict[str, str | None]:
 
     Args:
         name: in `ENTRIES`; errors as `locate`.
-        device: "cpu" or "cuda"; `Profile.device`.
+        device: as `Profile.device`.
     """
     return dict(name_or_path=locate(name), revision=entry_of(name).revision, device=device)
 
