@@ -50,7 +50,7 @@ SD_V1_4 = dict(  # CompVis/stable-diffusion-v1-4, scheduler/scheduler_config.jso
     skip_prk_steps=True,
     clip_sample=False,
 )
-# Those that people use with Stable Diffusion, and one that is made for other models. Not among them is DPMSolverSDE, which
+# Those that people use with Stable Diffusion, and one made for other models. Not among them: DPMSolverSDE, which
 # takes its noise from no generator of ours, so that its images are no function of the seed.
 KINDS = (
     "DDIM",
@@ -171,7 +171,8 @@ def page(rows: Sequence[Mapping], prompts: int) -> Iterable[str]:
         f"{prompts} prompts, half of one thing and half of two ({things} things), the same seeds for all, guidance "
         f"{PROFILE.guidance_scale:g}. *Right*: the share of the things that the recogniser finds with their kind and "
         "colour. *miniature*: the U-Net as shipped (v, trailing timesteps). *SD v1-4*: the same U-Net with Stable "
-        "Diffusion v1-4's scheduler settings (ε, its noise schedule, each scheduler's own spacing of timesteps). *Difference*: from "
+        "Diffusion v1-4's scheduler settings (ε, its noise schedule, each scheduler's own spacing of timesteps). "
+        "*Difference*: from "
         f"{REFERENCE[0]} with {REFERENCE[1]} steps, both settings together. Steps grow until it is at least "
         f"−{MARGIN:.2f}; from there on the scheduler is offered.",
         table(["scheduler", "steps", *(f"right, {one}" for one in SETTINGS), "difference", ""], lines),

@@ -9,6 +9,7 @@ and the U-Net's prediction ε_φ gives the loss and the one-step estimate ẑ_0.
 v = √ᾱ_t ε − √(1−ᾱ_t) z instead of ε has v as its target.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,16 @@ from dalleflamingo.runs import fingerprint
 PREDICTIONS = ("epsilon", "v_prediction")
 # Schedulers of diffusers whose images match their captions as DDIM's do, and the fewest steps from which they do;
 # measured by benchmarks/schedulers.py, see docs/results/schedulers.md
-SCHEDULERS = {"DDPM": 20, "DDIM": 20}
+SCHEDULERS = {
+    "DDPM": 20,
+    "DDIM": 20,
+    "PNDM": 20,
+    "Euler": 15,
+    "EulerAncestral": 10,
+    "DPMSolverMultistep": 10,
+    "UniPCMultistep": 10,
+}
+_NO_TIMESTEP_TWICE = ("DPMSolverMultistep", "UniPCMultistep")
 
 
 @dataclass(frozen=True)
@@ -163,7 +173,7 @@ class Generator:
         Returns:
             N RGB images.
         Raises:
-            ValueError: there are not as many seeds as captions.
+            ValueError: there are not as many seeds as captions, or the scheduler cannot spread so many steps.
         """
         captions = list(captions)  # of a stacked tensor too: rows that stay, so that each has an id of its own
         texts = dict.fromkeys([*(caption for caption in captions if isinstance(caption, str)), ""])
@@ -276,8 +286,9 @@ def _scheduler(name: str, shipped: SchedulerMixin) -> SchedulerMixin:
     """The scheduler of that name, with the model's noise schedule and settings; latents are never clipped."""
     kinds = {_short_name(kind): kind for kind in shipped.compatibles}
     short_name = name.removesuffix("Scheduler").removesuffix("Discrete")
-    if short_name not in SCHEDULERS:
-        raise ValueError(f"the scheduler {name!r} is not offered; choose one of {', '.join(SCHEDULERS)}")
+    if short_name not in (offered := [kind for kind in SCHEDULERS if kind in kinds]):
+        remedy = f"choose {', '.join(offered) or 'another model'}"
+        raise ValueError(f"the scheduler {name!r} is not offered for a model with {type(shipped).__name__}: {remedy}")
     # latents exceed [-1, 1], to which both would limit them: they are for models of pixels, but DDPM's default
     return kinds[short_name].from_config({**shipped.config, "clip_sample": False, "thresholding": False})
 
@@ -289,9 +300,19 @@ def _short_name(scheduler: SchedulerMixin | type[SchedulerMixin]) -> str:
 
 
 def _within_training(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
-    """The scheduler, without its offset where that leads beyond the last timestep: SD v1-4's settings, 1,000 steps."""
-    config = scheduler.config
-    first = (steps - 1) * (config.num_train_timesteps // max(steps, 1)) + config.get("steps_offset", 0)
-    if config.get("timestep_spacing") != "leading" or first < config.num_train_timesteps:
-        return scheduler
-    return type(scheduler).from_config({**config, "steps_offset": 0})
+    """The scheduler, without its offset where that leads beyond the last timestep: SD v1-4's settings, 1,000 steps.
+
+    Raises:
+        ValueError: leading timesteps would begin in the middle of the noise, as 600 of 1,000 do at 600; or a solver of
+            higher order would repeat timesteps, between which it divides by 0.
+    """
+    config, name = scheduler.config, _short_name(scheduler)
+    total, leading = config.num_train_timesteps, config.get("timestep_spacing") == "leading"
+    spacing = total // min(max(steps, 1), total)
+    if (leading and steps * spacing < 0.9 * total) or (steps >= total and name in _NO_TIMESTEP_TWICE):
+        remedy = f"take {total // (spacing + 1)} or fewer" + f", or all {total}" * (name not in _NO_TIMESTEP_TWICE)
+        raise ValueError(f"steps = {steps}: {name} cannot spread them over {total} timesteps: {remedy}")
+    if leading and (steps - 1) * spacing + config.get("steps_offset", 0) >= total:
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.register_to_config(steps_offset=0)
+    return scheduler
