@@ -176,7 +176,7 @@ def page(rows: Sequence[Mapping], prompts: int) -> Iterable[str]:
         f"{REFERENCE[0]} with {REFERENCE[1]} steps, both settings together. Steps grow until it is at least "
         f"−{MARGIN:.2f}; from there on the scheduler is offered.",
         table(["scheduler", "steps", *(f"right, {one}" for one in SETTINGS), "difference", ""], lines),
-        f"Not offered: {', '.join(kind for kind in KINDS if kind not in dict(offered))}, which do not come near within "
+        f"Not offered: {', '.join(kind for kind in KINDS if kind not in dict(offered))}, which does not come near within "
         f"{max(STEPS)} steps, and all that were not tried.",
     ]
 

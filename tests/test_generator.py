@@ -14,6 +14,7 @@ import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 
+from dalleflamingo import profiles
 from dalleflamingo.generator import SCHEDULERS, Generator, add_noise
 
 CAPTIONS = ["a red bird", "", "a blue house on the tree", "a red bird", "two cats, small"]
@@ -166,6 +167,12 @@ def test_every_offered_scheduler_refuses_fewer_steps_than_it_needs(folder):
         slow.check_steps(SCHEDULERS[quick])
     with pytest.raises(ValueError, match="no scheduler works with so few"):
         slow.check_steps(2)
+
+
+def test_every_profile_but_smoke_takes_enough_steps():
+    for profile in profiles.PROFILES.values():
+        enough = profile.steps >= SCHEDULERS[profile.scheduler or "DDPM"]  # the miniature's own
+        assert enough == (profile.name != "smoke"), profile.name
 
 
 @pytest.mark.parametrize("name", [None, *SCHEDULERS])
