@@ -32,7 +32,7 @@ from dalleflamingo.miniature.annotators import ANNOTATORS, write_caption
 from dalleflamingo.miniature.image_score import score_prompt
 from dalleflamingo.reconstruct import load_generator
 from dalleflamingo.research.gates import held_out_scenes, open_recogniser
-from dalleflamingo.research.pages import SHIPPED, cell, current_commit, made_by, measured_on, table, write_page
+from dalleflamingo.research.pages import SHIPPED, cell, current_commit, measured_on, table, write_page
 from dalleflamingo.runs import write_whole
 
 PROFILE = profiles.PROFILES["mini"]
@@ -81,8 +81,9 @@ def main() -> None:
                 images = generate(setting, kind, steps, captions)
                 scores = map(score_prompt, recogniser.find(images), scenes)
                 right, things = zip(*((score.right, score.things) for score in scores), strict=True)
-                rows.append({"setting": setting, "scheduler": kind, "steps": steps, "right": right, "things": things})
-                text = json.dumps({"commit": current_commit(), "rows": rows}) + "\n"
+                row = {"setting": setting, "scheduler": kind, "steps": steps, "commit": current_commit()}
+                rows.append(row | {"right": right, "things": things})
+                text = json.dumps({"rows": rows}) + "\n"
                 write_whole(file, lambda path, text=text: path.write_text(text))
         return difference(rows, kind, steps)
 
@@ -163,11 +164,12 @@ def page(rows: Sequence[Mapping], prompts: int) -> Iterable[str]:
             offered += [(kind, steps)] * passes
             shares = [_share(select(rows, setting, kind, steps)) for setting in SETTINGS]
             lines.append([kind, str(steps), *shares, cell(gap, 2, signed=True), "offered from here on" * passes])
-    things = sum(rows[0]["things"])
+    things, commits = sum(rows[0]["things"]), ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in rows))
     return [
         "# Schedulers: whose images match their captions",
         measured_on(PROFILE.dataset),
-        made_by("python benchmarks/schedulers.py", current_commit()).replace("over images", "over prompts"),
+        f"Made by `python benchmarks/schedulers.py`, interrupted and continued, at the commits {commits}. Brackets are "
+        "95 % intervals by a paired bootstrap over prompts.",
         f"{prompts} prompts, half of one thing and half of two ({things} things), the same seeds for all, guidance "
         f"{PROFILE.guidance_scale:g}. *Right*: the share of the things that the recogniser finds with their kind and "
         "colour. *miniature*: the U-Net as shipped (v, trailing timesteps). *SD v1-4*: the same U-Net with Stable "
@@ -176,8 +178,8 @@ def page(rows: Sequence[Mapping], prompts: int) -> Iterable[str]:
         f"{REFERENCE[0]} with {REFERENCE[1]} steps, both settings together. Steps grow until it is at least "
         f"−{MARGIN:.2f}; from there on the scheduler is offered.",
         table(["scheduler", "steps", *(f"right, {one}" for one in SETTINGS), "difference", ""], lines),
-        f"Not offered: {', '.join(kind for kind in KINDS if kind not in dict(offered))}, which does not come near within "
-        f"{max(STEPS)} steps, and all that were not tried.",
+        f"Not offered: {', '.join(kind for kind in KINDS if kind not in dict(offered))}, which does not come near "
+        f"within {max(STEPS)} steps, and all that were not tried.",
     ]
 
 
