@@ -31,20 +31,21 @@ class Captioner(ABC):
         model: BLIP or BLIP-2.
         processor: its image processor and tokenizer.
         prompt: what every caption begins with, unseen. BLIP was finetuned behind "a picture of", BLIP-2 behind "a
-            photo of", and the paper cuts that off; transformers' own default is none.
+            photo of", and the paper cuts that off; transformers' own default is none. Spaces around it are dropped.
         decoding: how `describe` searches, as arguments of transformers' `generate`; None: 3 beams, as BLIP does.
     """
 
     _TEXT_MODEL: str  # names in transformers: of the part that writes, and of the token that ends a caption
     _END: str
+    _SPACE = ""  # between the prompt and a caption, where a token holds it
 
     def __init__(self, model: nn.Module, processor: ProcessorMixin, prompt: str = "", decoding: Mapping | None = None):
-        self.model, self.processor, self.prompt = model.eval(), processor, prompt
+        self.model, self.processor, self.prompt = model.eval(), processor, prompt.strip()
         self.decoding = {"num_beams": 3, **(decoding or {})}
         config = model.config.text_config
         self.end_id: int = getattr(config, self._END)  # ends a caption
         self.pad_id: int = config.pad_token_id  # fills a batch behind the ends of its captions
-        self.prompt_ids = torch.tensor(self._prompt_ids(prompt))  # (P,) tokens before a caption
+        self.prompt_ids = torch.tensor(self._prompt_ids(self.prompt))  # (P,) tokens before a caption
 
     @staticmethod
     def from_pretrained(
@@ -129,7 +130,7 @@ class Captioner(ABC):
         """
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images but {len(captions)} captions: give each image one")
-        ids = self._tokenize(list(captions)).to(self.model.device)  # (B, T) words, end, padding
+        ids = self._tokenize(self.behind_prompt(captions)).to(self.model.device)  # (B, T) words, end, padding
         prompt = self.prompt_ids.to(ids.device).expand(len(ids), -1)  # (B, P)
         inputs = torch.cat([prompt, ids[:, :-1]], dim=1)
         mask = torch.cat([torch.ones_like(prompt), (ids[:, :-1] != self.pad_id).long()], dim=1)
@@ -141,7 +142,15 @@ class Captioner(ABC):
 
     def count_tokens(self, captions: Sequence[str]) -> Tensor:
         """(B,) number of tokens of each caption, its end included."""
-        return (self._tokenize(list(captions)) != self.pad_id).sum(1)
+        return (self._tokenize(self.behind_prompt(captions)) != self.pad_id).sum(1)
+
+    def behind_prompt(self, captions: Sequence[str]) -> list[str]:
+        """The texts whose tokens `token_logits` predicts: without spare whitespace, BLIP-2's with a space before them.
+
+        To a byte-level tokenizer the space between the prompt and a caption belongs to the caption's first token, and a
+        line break inside a caption is the token that ends it.
+        """
+        return [f"{self._SPACE if self.prompt else ''}{' '.join(caption.split())}".rstrip() for caption in captions]
 
     def fingerprint(self) -> str:
         """A text that changes with weights, number format, prompt, decoding, vocabulary and preprocessing."""
@@ -224,7 +233,7 @@ class Blip2Captioner(Captioner):
     OPT reads a vector for each query, </s>, the prompt and the caption, which a line break ends.
     """
 
-    _TEXT_MODEL, _END = "language_model", "eos_token_id"
+    _TEXT_MODEL, _END, _SPACE = "language_model", "eos_token_id", " "
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         return self.model.get_image_features(pixel_values).pooler_output
@@ -237,8 +246,7 @@ class Blip2Captioner(Captioner):
         return [*queries, config.text_config.bos_token_id, *words]
 
     def _tokenize(self, captions: list[str]) -> Tensor:
-        space = " " * bool(self.prompt)
-        words = self.processor.tokenizer([space + caption for caption in captions], add_special_tokens=False).input_ids
+        words = self.processor.tokenizer(captions, add_special_tokens=False).input_ids
         rows = [torch.tensor([*row, self.end_id]) for row in words]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
 

@@ -10,6 +10,7 @@ several processes, or accumulated parts of a batch, compute what one process wou
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from dalleflamingo.cycle_losses import LOSS_NAMES, Batch, Cycle, Losses, caption
 from dalleflamingo.datasets import Dataset, Example, clean_caption
 from dalleflamingo.generator import FITS, Generator
 from dalleflamingo.intervals import derive_seed
-from dalleflamingo.profiles import Profile
+from dalleflamingo.profiles import Profile, find_device
 from dalleflamingo.runs import Checkpoint, differences
 from dalleflamingo.vocabulary import VocabularyMap
 
@@ -51,7 +52,7 @@ class CycleConfig:
         accumulation: parts of a batch that a process computes one after another, to save memory.
         warmup: steps in which the learning rate grows to `learning_rate`; then it stays constant.
         checkpointing: recompute activations in the backward pass, to save memory.
-        precision: "no" (float32), "bf16" or "fp16" autocasting.
+        precision: "no" (float32), "bf16" or "fp16" autocasting; a CPU has no fp16, see `make_accelerator`.
         vocabulary_map: kind of the bridge's map, learned from the labelled captions.
         ema_decay: decay, in [0, 1), of a moving average of the trained parameters, which is then the result; 0: none.
         checkpoint_every: in steps; only the last checkpoint is kept. validate_every: in steps; 0: never.
@@ -225,7 +226,8 @@ def build_cycle(
         pipeline.unet.train().enable_gradient_checkpointing()  # diffusers wants training mode for it; nothing drops out
     pipeline.vae.disable_slicing()  # one image at a time is slower, and saves nothing where gradients keep all
     if bridge is None:
-        captions = [clean_caption(caption) for example in dataset for caption in example.references]
+        labels = [clean_caption(caption) for example in dataset for caption in example.references]
+        captions = captioner.behind_prompt(labels)
         tokenizers = captioner.processor.tokenizer, pipeline.tokenizer
         vocabulary_map = VocabularyMap.learn(*tokenizers, captions, config.vocabulary_map)
         bridge = Bridge(vocabulary_map.resize(captioner.model.config.text_config.vocab_size), pipeline.text_encoder)
@@ -249,6 +251,20 @@ def load_cycle(
     return build(config, captioner, generator, dataset)
 
 
+def make_accelerator(config: CycleConfig, **options) -> Accelerator:
+    """An accelerator on this machine's device with the configuration's precision; in place of fp16 a CPU has float32.
+
+    Args:
+        config: settings of the run.
+        options: other arguments of `Accelerator`.
+    """
+    on_cpu, precision = find_device() == "cpu", config.precision
+    if on_cpu and precision == "fp16":
+        warnings.warn("a CPU has no fp16: this run trains in float32; bf16 would work", stacklevel=2)
+        precision = "no"
+    return Accelerator(mixed_precision=precision, cpu=on_cpu, **options)  # `cpu`, so that processes find each other
+
+
 def train_cycle(
     config: CycleConfig,
     cycle: Cycle,
@@ -266,7 +282,8 @@ def train_cycle(
         batches: likewise.
         trainable: likewise.
         run_folder: gets config.json, state.safetensors and log.jsonl with the losses of every step.
-        accelerator: its processes share every batch; its trackers, if any were started, log the losses too.
+        accelerator: from `make_accelerator`; its processes share every batch; its trackers, if any were started, log
+            the losses too.
         validate: called by the main process every `config.validate_every` steps; what it returns is logged.
     Raises:
         FloatingPointError: a loss is not finite; the last checkpoint is kept.
@@ -279,7 +296,7 @@ def train_cycle(
     parameters, began = list(trainable.parameters()), time.monotonic()
     groups = [{"params": parameters, "initial_lr": config.learning_rate}]  # "initial_lr": a schedule that is continued
     optimizer = torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay)
-    checkpoint = Checkpoint(run_folder, trainable, optimizer)
+    checkpoint = Checkpoint(run_folder, trainable, optimizer, accelerator.scaler)
     first, minutes = checkpoint.load()
     schedule = get_constant_schedule_with_warmup(optimizer, config.warmup, last_epoch=first)
     optimizer = accelerator.prepare(optimizer)
@@ -287,9 +304,10 @@ def train_cycle(
     for step in progress:
         torch.manual_seed(derive_seed(config.seed, "dropout", step, accelerator.process_index))
         report = _backward(config, cycle, batches, step, accelerator)
-        _average_gradients(parameters, accelerator)
-        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
+        if report:
+            _average_gradients(parameters, accelerator)
+            accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         checkpoint.follow()
@@ -310,15 +328,15 @@ def train_cycle(
 def _backward(
     config: CycleConfig, cycle: Cycle, batches: CaptionedBatches, step: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Accumulate this process's gradients of a step; returns the losses, averaged over all processes."""
+    """Accumulate this process's gradients of a step; returns its losses, averaged over all processes, or no losses."""
     means: dict[str, Tensor] = {}
     parts = accelerator.num_processes * config.accumulation
     for i in range(config.accumulation):
         part = accelerator.process_index * config.accumulation + i
         with accelerator.accumulate(), accelerator.autocast():
             losses = step_losses(config, cycle, batches, step, part, parts)
-        # backward divides by the number of accumulated parts
-        accelerator.backward(cycle_losses.total_loss(losses, config.losses))
+        if losses:  # backward divides by the number of accumulated parts
+            accelerator.backward(cycle_losses.total_loss(losses, config.losses))
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.detach() / config.accumulation
     return {name: accelerator.reduce(value, "mean").item() for name, value in means.items()}

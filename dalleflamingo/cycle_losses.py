@@ -152,15 +152,19 @@ class Cycle:
         return found
 
     def text_losses(self, batch: Batch, draw: torch.Generator) -> dict[str, Tensor]:
-        """(3) and (4), in the same form as `image_losses`."""
+        """(3) and (4), in the same form as `image_losses`; no (4) where the whole batch has no early timestep."""
         losses, found = self.losses, {}
         noisy = self.noisy_latents(batch, draw)
         model_output = self.generator.predict(noisy, batch.encoder_hidden_states)
         if losses.generation:
             found["generation"] = noisy.loss(model_output)
-        if losses.caption_reconstruction:
+        if losses.caption_reconstruction and (noisy.batch_timesteps < self._limit).any():
             found["caption_reconstruction"] = self.caption_reconstruction(model_output, noisy, batch)
         return found
+
+    @property
+    def _limit(self) -> float:
+        return self.losses.max_timestep * len(self.generator.pipeline.scheduler.alphas_cumprod)
 
     def noisy_latents(self, batch: Batch, draw: torch.Generator) -> NoisyLatents:
         """z_t of the batch, at timesteps drawn uniformly."""
@@ -171,7 +175,8 @@ class Cycle:
         """Eq. 2 from the captioner's (B, T, V) logits along (B, T) ids; a scalar."""
         logits = logits if self.losses.image_updates != "generator" else logits.detach()
         noisy = self.noisy_latents(batch, draw)
-        encoder_hidden_states = self.bridge(self._distributions(logits, batch, draw), ids, batch.captions)
+        texts = self.captioner.behind_prompt(batch.captions)
+        encoder_hidden_states = self.bridge(self._distributions(logits, batch, draw), ids, texts)
         with frozen(self.trainable["generator"] if self.losses.image_updates == "captioner" else []):
             return noisy.loss(self.generator.predict(noisy, encoder_hidden_states))
 
@@ -186,11 +191,10 @@ class Cycle:
 
     def caption_reconstruction(self, model_output: Tensor, noisy: NoisyLatents, batch: Batch) -> Tensor:
         """Eq. 4 from the U-Net's (B, 4, h, w) output; a scalar, 0 where every timestep is above `max_timestep`."""
-        limit = self.losses.max_timestep * len(self.generator.pipeline.scheduler.alphas_cumprod)
-        early = noisy.timesteps < limit
+        early = noisy.timesteps < self._limit
         if not early.any():
             return model_output.sum() * 0  # with a gradient, so that every process has one
-        token_count = batch.token_counts[noisy.batch_timesteps < limit].sum() * batch.share
+        token_count = batch.token_counts[noisy.batch_timesteps < self._limit].sum() * batch.share
         model_output = model_output if self.losses.caption_updates != "captioner" else model_output.detach()
         latents = self.one_step_latents(noisy.select(early), model_output[early])
         captions = [caption for caption, is_early in zip(batch.captions, early.tolist(), strict=True) if is_early]

@@ -9,6 +9,7 @@ and the U-Net's prediction ε_φ gives the loss and the one-step estimate ẑ_0.
 v = √ᾱ_t ε − √(1−ᾱ_t) z instead of ε has v as its target.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,26 @@ from dalleflamingo.runs import fingerprint
 
 PREDICTIONS = ("epsilon", "v_prediction")
 FITS = {"resize": Image.resize, "crop": ImageOps.fit}  # how an image is made square
+# Schedulers of diffusers whose images match their captions as DDIM's do, and the fewest steps from which they do;
+# measured by benchmarks/schedulers.py, see docs/results/schedulers.md
+SCHEDULERS = {
+    "DDPM": 20,
+    "DDIM": 20,
+    "PNDM": 20,
+    "Euler": 15,
+    "EulerAncestral": 10,
+    "DPMSolverMultistep": 10,
+    "UniPCMultistep": 10,
+}
+_NO_TIMESTEP_TWICE = ("DPMSolverMultistep", "UniPCMultistep")
 
 
 @dataclass(frozen=True)
 class NoisyLatents:
-    """A batch of latents with noise, and what the U-Net should predict of it."""
+    """A batch of latents with noise, and what the U-Net should predict of it, in float32 at least.
+
+    bfloat16 holds no σ_t = √(1−ᾱ_t) between 0 and 0.06, which are the first timesteps of Stable Diffusion.
+    """
 
     clean: Tensor  # z, (B, 4, h, w)
     noise: Tensor  # ε, (B, 4, h, w)
@@ -57,9 +73,8 @@ class NoisyLatents:
         return self.alphas_cumprod.sqrt() * self.latents - (1 - self.alphas_cumprod).sqrt() * model_output
 
     def loss(self, model_output: Tensor) -> Tensor:
-        """Eqs. 2 and 3: the mean squared error of the U-Net's prediction, in float32 at least."""
-        dtype = torch.promote_types(model_output.dtype, torch.float32)
-        return F.mse_loss(model_output.to(dtype), self.target.to(dtype))
+        """Eqs. 2 and 3: the mean squared error of the U-Net's prediction."""
+        return F.mse_loss(model_output.to(self.target), self.target)
 
     def select(self, mask: Tensor) -> "NoisyLatents":
         """The part of the batch where the (B,) mask is true."""
@@ -90,6 +105,7 @@ def add_noise(
     whole, own = whole or len(latents), slice(first, first + len(latents))
     batch_timesteps = torch.randint(len(schedule), (whole,), generator=draw)
     timesteps = batch_timesteps[own]
+    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
     noise = torch.randn((whole, *latents.shape[1:]), generator=draw)[own].to(latents)
     alphas_cumprod = schedule[timesteps].view(-1, 1, 1, 1).to(latents)
     return NoisyLatents(latents, noise, timesteps.to(latents.device), alphas_cumprod, prediction_type, batch_timesteps)
@@ -123,18 +139,17 @@ class Generator:
         Args:
             name_or_path: a folder, or the id of a model on the hub.
             device: where it computes.
-            scheduler: a diffusers scheduler by name, "DDIM", "Euler" or "DDIMScheduler"; None keeps the model's own.
+            scheduler: one of `SCHEDULERS`, such as "DDIM" or "DDIMScheduler"; None: of the model's own kind.
             image_size: as in the class, a multiple of 8.
             options: the stock pipeline's, such as dtype (default: float32) or a hub's `revision` and `variant`.
         Raises:
             RegistryError: the folder's weights are missing or cut short.
-            ValueError: no scheduler of that name fits.
+            ValueError: the scheduler is not one of `SCHEDULERS`.
         """
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         options = {"dtype": torch.float32, "use_safetensors": True} | unchecked | options
         pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
-        if scheduler is not None:
-            pipeline.scheduler = _scheduler(scheduler, pipeline.scheduler)
+        pipeline.scheduler = _scheduler(scheduler or type(pipeline.scheduler).__name__, pipeline.scheduler)
         return cls(pipeline.to(device), image_size)
 
     def render(
@@ -159,7 +174,7 @@ class Generator:
         Returns:
             N RGB images.
         Raises:
-            ValueError: there are not as many seeds as captions.
+            ValueError: there are not as many seeds as captions, or the scheduler cannot spread so many steps.
         """
         captions = list(captions)  # of a stacked tensor too: rows that stay, so that each has an id of its own
         texts = dict.fromkeys([*(caption for caption in captions if isinstance(caption, str)), ""])
@@ -178,16 +193,33 @@ class Generator:
                 guidance_scale=guidance_scale,
             ).images
 
-        return render_distinct(keys, seeds, generate, batch_size, progress)
+        scheduler, self.pipeline.scheduler = self.pipeline.scheduler, _within_training(self.pipeline.scheduler, steps)
+        try:
+            return render_distinct(keys, seeds, generate, batch_size, progress)
+        finally:
+            self.pipeline.scheduler = scheduler
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse fewer steps than the scheduler needs for images that match their captions (`SCHEDULERS`).
+
+        Raises:
+            ValueError: they are too few.
+        """
+        name = _short_name(self.pipeline.scheduler)
+        if steps < (least := SCHEDULERS[name]):
+            quick = [other for other, fewest in SCHEDULERS.items() if fewest <= steps]
+            remedy = f"or another scheduler: {', '.join(quick)}" if quick else "as no scheduler works with so few"
+            raise ValueError(f"steps = {steps}: {name} needs {least} or more; take {least}, {remedy}")
 
     def predict(self, noisy: NoisyLatents, encoder_hidden_states: Tensor) -> Tensor:
         """The U-Net's prediction (B, 4, h, w) for noisy latents, given text (B, T, D); gradients pass."""
-        return self.pipeline.unet(noisy.latents, noisy.timesteps, encoder_hidden_states=encoder_hidden_states).sample
+        unet = self.pipeline.unet
+        return unet(noisy.latents.to(unet.dtype), noisy.timesteps, encoder_hidden_states=encoder_hidden_states).sample
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 4, h, w) scaled latents to images (B, 3, H, W), about in [-1, 1]; gradients pass."""
         vae = self.pipeline.vae
-        return vae.decode(latents / vae.config.scaling_factor).sample
+        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image], like: Tensor, fit: str = "resize") -> Tensor:
@@ -263,11 +295,37 @@ def render_distinct(
     return [images[pair] for pair in pairs]
 
 
-def _scheduler(name: str, shipped):
-    """The scheduler of that name, with the noise schedule and the settings that the model was shipped with."""
-    kinds = {kind.__name__: kind for kind in shipped.compatibles}
-    kinds.pop("DPMSolverSDEScheduler", None)  # takes its noise from no generator of ours: not a function of the seed
-    for full_name in (name, f"{name}Scheduler", f"{name}DiscreteScheduler"):
-        if full_name in kinds:
-            return kinds[full_name].from_config(shipped.config)
-    raise ValueError(f"no scheduler named {name!r} fits this model; choose one of {', '.join(sorted(kinds))}")
+def _scheduler(name: str, shipped: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler of that name, with the model's noise schedule and settings; latents are never clipped."""
+    kinds = {_short_name(kind): kind for kind in shipped.compatibles}
+    short_name = name.removesuffix("Scheduler").removesuffix("Discrete")
+    if short_name not in (offered := [kind for kind in SCHEDULERS if kind in kinds]):
+        remedy = f"choose {', '.join(offered) or 'another model'}"
+        raise ValueError(f"the scheduler {name!r} is not offered for a model with {type(shipped).__name__}: {remedy}")
+    # latents exceed [-1, 1], to which both would limit them: they are for models of pixels, but DDPM's default
+    return kinds[short_name].from_config({**shipped.config, "clip_sample": False, "thresholding": False})
+
+
+def _short_name(scheduler: SchedulerMixin | type[SchedulerMixin]) -> str:
+    """Without "DiscreteScheduler"."""
+    kind = scheduler if isinstance(scheduler, type) else type(scheduler)
+    return kind.__name__.removesuffix("Scheduler").removesuffix("Discrete")
+
+
+def _within_training(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
+    """The scheduler, without its offset where that leads beyond the last timestep: SD v1-4's settings, 1,000 steps.
+
+    Raises:
+        ValueError: leading timesteps would begin in the middle of the noise, as 600 of 1,000 do at 600; or a solver of
+            higher order would repeat timesteps, between which it divides by 0.
+    """
+    config, name = scheduler.config, _short_name(scheduler)
+    total, leading = config.num_train_timesteps, config.get("timestep_spacing") == "leading"
+    spacing = total // min(max(steps, 1), total)
+    if (leading and steps * spacing < 0.9 * total) or (steps >= total and name in _NO_TIMESTEP_TWICE):
+        remedy = f"take {total // (spacing + 1)} or fewer" + f", or all {total}" * (name not in _NO_TIMESTEP_TWICE)
+        raise ValueError(f"steps = {steps}: {name} cannot spread them over {total} timesteps: {remedy}")
+    if leading and (steps - 1) * spacing + config.get("steps_offset", 0) >= total:
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.register_to_config(steps_offset=0)
+    return scheduler

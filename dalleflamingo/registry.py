@@ -139,7 +139,7 @@ def source_of(name: str, device: str = "cpu") -> dict[str, object]:
 
     Args:
         name: in `ENTRIES`; errors as `locate`.
-        device: "cpu" or "cuda"; `Profile.device`.
+        device: as `Profile.device`.
     """
     entry = entry_of(name)
     settings = {"prompt": entry.prompt, "decoding": entry.decoding} if entry.kind == "captioner" else {}

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -279,6 +280,85 @@ def test_half_precision_computes_and_trained_parameters_stay_whole(folder, whole
     assert all(parameter.dtype == torch.float32 for parameter in trainable.parameters())
     first, expected = cycle.read_log(tmp_path)[0], cycle.read_log(whole[1])[0]
     assert first == pytest.approx(expected, rel=0.03) and first != pytest.approx(expected, rel=1e-4)
+
+
+class Scaled(Accelerator):
+    """Scales the loss as fp16 does on a GPU, though it computes in float32."""
+
+    def __init__(self):
+        super().__init__(cpu=True)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+
+
+def test_a_run_in_half_precision_that_was_interrupted_goes_on_with_its_scale(folder, whole, tmp_path):
+    config = dataclasses.replace(
+        SMALL, max_grad_norm=1e9
+    )  # clips the scaled gradients, which only fp16 unscales before
+    uninterrupted = Scaled()
+    expected = weights(run(config, folder, tmp_path / "whole", uninterrupted))
+    assert uninterrupted.scaler.get_scale() == 8.0 * 2**3
+    for steps in (3, 6):
+        accelerator = Scaled()
+        again = run(dataclasses.replace(config, steps=steps), folder, tmp_path / "resumed", accelerator)
+    assert accelerator.scaler.state_dict() == uninterrupted.scaler.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in weights(again).items())
+
+
+def test_fp16_on_a_cpu_says_that_it_trains_in_float32(monkeypatch):
+    monkeypatch.setattr(cycle, "find_device", lambda: "cpu")
+    with pytest.warns(UserWarning, match="a CPU has no fp16: this run trains in float32"):
+        accelerator = cycle.make_accelerator(dataclasses.replace(SMALL, precision="fp16"))
+    assert (accelerator.mixed_precision, accelerator.device.type) == ("no", "cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with warnings.catch_warnings(action="error"):
+        assert cycle.make_accelerator(dataclasses.replace(SMALL, precision="bf16")).mixed_precision == "bf16"
+    assert CycleConfig.of(profiles.PROFILES["colab"]).precision == "fp16"  # on every machine
+
+
+@pytest.mark.parametrize("generation", [1.0, 0.0])
+def test_a_step_without_an_early_timestep_logs_no_reconstruction(folder, tmp_path, generation):
+    """Its weights stay as they are if nothing else is trained, and a mean over steps does not count it as 0."""
+    losses = Losses(caption=0.0, image_reconstruction=0.0, generation=generation, max_timestep=0.2)
+    config = dataclasses.replace(SMALL, steps=8, batch_size=2, accumulation=2, losses=losses)
+    made, batches, trainable = build(config, folder)
+    early = []
+    noisy_latents = made.noisy_latents
+
+    def noticed(batch, draw):
+        noisy = noisy_latents(batch, draw)
+        early.append(bool((noisy.batch_timesteps < 200).any()))
+        return noisy
+
+    made.noisy_latents = noticed
+    cycle.train_cycle(config, made, batches, trainable, tmp_path, Accelerator(cpu=True))
+    rows, expected = cycle.read_log(tmp_path), early[::2]  # two parts of one batch agree
+    assert early[1::2] == expected and set(expected) == {True, False}
+    assert ["caption_reconstruction" in row for row in rows] == expected
+    assert all(row["caption_reconstruction"] > 0 for row in rows if "caption_reconstruction" in row)
+    assert all(("generation" in row) == bool(generation) for row in rows)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "DDPM"])
+def test_validation_renders_with_the_profiles_scheduler(folder, monkeypatch, tmp_path, scheduler):
+    """From the profile to the pipeline that draws validation's images, with the profile's steps and guidance."""
+    profile = dataclasses.replace(profiles.PROFILES["smoke"], scheduler=scheduler)
+    config = cycle_reporting.read_config(_written(tmp_path / "config.json", {"images": 6, "batch_size": 3}), profile)
+    monkeypatch.setattr(registry, "load_dataset", lambda name, split: dataset(folder))
+    kinds = {config.captioner: "blip", config.generator: "sd"}
+    monkeypatch.setattr(registry, "locate", lambda name: str(folder / kinds[name]))
+    made, *_ = cycle.load_cycle(config, torch.device("cpu"))
+    used, pipeline = [], made.generator.pipeline
+    step = type(pipeline.scheduler).step
+    monkeypatch.setattr(
+        type(pipeline.scheduler), "step", lambda self, *a, **k: used.append(type(self).__name__) or step(self, *a, **k)
+    )
+    Validation(made, dataset(folder), tmp_path, steps=3, guidance_scale=3.0, batch_size=16, rendered=2)(1)
+    assert used == [f"{scheduler}Scheduler"] * 3
+
+
+def _written(path: Path, settings: dict) -> Path:
+    path.write_text(json.dumps(settings))
+    return path
 
 
 def test_checkpointing_changes_nothing(folder, whole, tmp_path):

@@ -4,6 +4,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import diffusers
@@ -14,7 +15,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dalleflamingo.generator import Generator, add_noise
+from dalleflamingo import profiles
+from dalleflamingo.generator import SCHEDULERS, Generator, add_noise
 
 CAPTIONS = ["a red bird", "", "a blue house on the tree", "a red bird", "two cats, small"]
 SEEDS = [3, 4, 5, 6, 3]
@@ -76,6 +78,7 @@ def test_caption_and_seed_both_matter(images):
         ("DPMSolverMultistep", "DPMSolverMultistepScheduler"),
         ("Euler", "EulerDiscreteScheduler"),
         ("EulerAncestral", "EulerAncestralDiscreteScheduler"),
+        ("UniPCMultistep", "UniPCMultistepScheduler"),
     ],
 )
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
@@ -104,6 +107,22 @@ def test_images_of_another_size_equal_those_of_the_stock_pipeline(folder):
     assert larger.fingerprint() != Generator.from_pretrained(folder).fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "remedy"),
+    [
+        ("DDIM", 600, "take 500 or fewer, or all 1000"),  # would begin at timestep 600, where half the signal is left
+        ("DDPM", 700, "take 500 or fewer, or all 1000"),
+        (None, 350, "take 333 or fewer, or all 1000"),
+        ("DPMSolverMultistep", 1000, "take 500 or fewer$"),  # NaN
+        ("UniPCMultistep", 1000, "take 500 or fewer$"),
+    ],
+)
+def test_steps_that_cannot_be_spread_over_the_noise_are_refused(as_sd_v1_4, name, steps, remedy):
+    generator = Generator.from_pretrained(as_sd_v1_4, scheduler=name)
+    with pytest.raises(ValueError, match=f"steps = {steps}: {name or 'PNDM'} cannot spread.*: {remedy}"):
+        generator.render(["a cat"], [0], steps=steps)
+
+
 def test_seed_stands_for_the_latents_that_its_generator_draws(folder):
     latents = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
     ours = Generator.from_pretrained(folder, scheduler="DDIM")
@@ -117,9 +136,114 @@ def test_scheduler_by_name_keeps_the_shipped_noise_schedule(folder):
     assert (scheduler.config.beta_end, scheduler.config.clip_sample, scheduler.config.steps_offset) == (0.02, False, 1)
 
 
-def test_unknown_scheduler_is_answered_with_the_known_ones(folder):
-    with pytest.raises(ValueError, match=r"'Sampler2000'.*DDIMScheduler, DDPMScheduler"):
-        Generator.from_pretrained(folder, scheduler="Sampler2000")
+@pytest.mark.parametrize("name", ["Sampler2000", "EDMEuler", "DPMSolverSDEScheduler", "LCM", "ddim"])
+def test_a_scheduler_that_is_not_offered_is_answered_with_those_that_are(folder, name):
+    with pytest.raises(
+        ValueError,
+        match=rf"the scheduler '{name}' is not offered for a model with DDPMScheduler: choose DDPM, DDIM, .*Euler",
+    ):
+        Generator.from_pretrained(folder, scheduler=name)
+
+
+def test_a_models_own_scheduler_must_be_offered_too(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    index = json.loads((tmp_path / "model_index.json").read_text()) | {"scheduler": ["diffusers", "EDMEulerScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    diffusers.EDMEulerScheduler().save_pretrained(tmp_path / "scheduler")
+    for name in (None, "DDIM"):  # a noise schedule of DDIM's cannot be made of its settings
+        with pytest.raises(ValueError, match="is not offered for a model with EDMEulerScheduler: choose another model"):
+            Generator.from_pretrained(str(tmp_path), scheduler=name)
+
+
+def test_every_offered_scheduler_refuses_fewer_steps_than_it_needs(folder):
+    for name, least in SCHEDULERS.items():
+        generator = Generator.from_pretrained(folder, scheduler=name)
+        generator.check_steps(least)
+        generator.check_steps(1000)
+        with pytest.raises(ValueError, match=rf"steps = {least - 1}: {name} needs {least} or more; take {least}"):
+            generator.check_steps(least - 1)
+    quick = min(SCHEDULERS, key=SCHEDULERS.get)
+    slow = Generator.from_pretrained(folder, scheduler=max(SCHEDULERS, key=SCHEDULERS.get))
+    with pytest.raises(ValueError, match=f"or another scheduler: .*{quick}"):
+        slow.check_steps(SCHEDULERS[quick])
+    with pytest.raises(ValueError, match="no scheduler works with so few"):
+        slow.check_steps(2)
+
+
+def test_every_profile_but_smoke_takes_enough_steps():
+    for profile in profiles.PROFILES.values():
+        enough = profile.steps >= SCHEDULERS[profile.scheduler or "DDPM"]  # the miniature's own
+        assert enough == (profile.name != "smoke"), profile.name
+
+
+@pytest.mark.parametrize("name", [None, *SCHEDULERS])
+@pytest.mark.parametrize("limit", ["clip_sample", "thresholding"])
+def test_latents_are_never_clipped_whatever_the_models_file_says(folder, tmp_path, name, limit):
+    """Both limit the clean sample to [-1, 1] or less, as for pixels; latents are larger."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {limit: True}))
+    generator, expected = (Generator.from_pretrained(str(path), scheduler=name) for path in (tmp_path, folder))
+    assert not any(generator.pipeline.scheduler.config.get(one) for one in ("clip_sample", "thresholding"))
+    assert not diffusers.DDPMScheduler.from_config(generator.pipeline.scheduler.config).config.get(limit)
+    assert_same(generator.render(CAPTIONS[:2], SEEDS[:2], steps=4), expected.render(CAPTIONS[:2], SEEDS[:2], steps=4))
+
+
+SD_V1_4 = {  # CompVis/stable-diffusion-v1-4, scheduler/scheduler_config.json
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.7.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+@pytest.fixture(scope="module")
+def as_sd_v1_4(folder, tmp_path_factory):
+    """The tiny model with the scheduler of Stable Diffusion v1-4."""
+    copy = tmp_path_factory.mktemp("as_sd_v1_4")
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    (copy / "scheduler/scheduler_config.json").write_text(json.dumps(SD_V1_4))
+    index = json.loads((copy / "model_index.json").read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]}
+    (copy / "model_index.json").write_text(json.dumps(index))
+    return str(copy)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", [None, *SCHEDULERS])
+def test_a_perfect_u_net_gives_its_image_in_few_steps_and_in_many(as_sd_v1_4, monkeypatch, name, prediction_type):
+    """On SD v1-4's settings. Whatever the noise, if every answer points to the latents z, the result is z."""
+    generator = Generator.from_pretrained(as_sd_v1_4, scheduler=name)
+    pipeline, clean = generator.pipeline, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    sigmas = ((1 - pipeline.scheduler.alphas_cumprod) / pipeline.scheduler.alphas_cumprod).sqrt()
+    asked, latents, before = [], [], pipeline.scheduler
+
+    def answer(sample, timestep, *_, **__):
+        asked.append(float(timestep))
+        sigma = torch.tensor(np.interp(float(timestep), np.arange(1000), sigmas), dtype=torch.float32)
+        a = 1 / (1 + sigma**2)
+        noise = (sample - a.sqrt() * clean) / (1 - a).sqrt()
+        return (noise if prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * clean,)
+
+    monkeypatch.setattr(pipeline.unet, "forward", answer)
+    pipeline.vae.post_quant_conv.register_forward_pre_hook(
+        lambda _, given: latents.append(given[0] * pipeline.vae.config.scaling_factor)
+    )
+    most = 500 if name in ("DPMSolverMultistep", "UniPCMultistep") else 1000
+    for steps in (SCHEDULERS[name or "PNDM"], 50, most):
+        asked.clear()
+        generator.render(["a cat"], [3], steps=steps, guidance_scale=1.0)
+        assert 0 <= min(asked) and 900 <= max(asked) <= 999
+        # DDIM and PNDM end at ᾱ_0 rather than at 1: a share √(1−ᾱ_0) = 0.03 of the noise is left
+        torch.testing.assert_close(latents.pop(), clean, atol=0.15, rtol=0)
+        assert pipeline.scheduler is before and before.config.steps_offset == 1
 
 
 def test_each_distinct_caption_is_encoded_once(generator):

@@ -1,6 +1,8 @@
 """Profiles: the word in the environment decides, and every profile can be served by the registry."""
 
 import dataclasses
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -72,13 +74,34 @@ def test_a_captioner_is_opened_by_the_class_that_its_entry_names(monkeypatch):
     assert reconstruct.load_captioner(profiles.PROFILES["mini"]) == entry.prompt
 
 
-def test_half_precision_is_for_the_gpu_only(monkeypatch):
-    for there, dtype, precision in ((False, torch.float32, "no"), (True, torch.float16, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        colab = dataclasses.replace(profiles.PROFILES["colab"], cycle={"precision": "fp16"})
-        assert colab.device == ("cuda" if there else "cpu")
-        assert colab.torch_dtype == dtype and colab.cycle["precision"] == precision
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device", "dtype"),
+    [
+        (False, False, "cpu", torch.float32),
+        (False, True, "mps", torch.float32),
+        (True, False, "cuda", torch.float16),
+        (True, True, "cuda", torch.float16),
+    ],
+)
+def test_half_precision_is_for_cuda_only(monkeypatch, cuda, mps, device, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    colab = profiles.PROFILES["colab"]
+    assert (profiles.find_device(), colab.device, colab.torch_dtype) == (device, device, dtype)
     assert profiles.PROFILES["mini"].torch_dtype == torch.float32 and "precision" not in profiles.PROFILES["mini"].cycle
+
+
+def test_only_one_place_chooses_the_device():
+    """`find_device`; what else asks torch would disagree with it on some machine."""
+    asks = re.compile(r"(cuda|mps|accelerator)\.is_available|current_accelerator|Accelerator\((?!cpu=find_device)")
+    package, found = Path(profiles.__file__).parent, []
+    for path in package.rglob("*.py"):
+        found += [(path.name, match.group()) for match in asks.finditer(path.read_text(encoding="utf-8"))]
+    assert sorted(found) == [
+        ("cycle.py", "Accelerator("),
+        ("profiles.py", "cuda.is_available"),
+        ("profiles.py", "mps.is_available"),
+    ]
 
 
 def test_a_profile_cannot_be_changed_in_place_but_can_be_copied_with_a_change():

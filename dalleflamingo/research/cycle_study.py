@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
 from dalleflamingo.captioner import describe_dataset
-from dalleflamingo.cycle import CycleConfig, build_cycle, load_cycle, train_cycle
+from dalleflamingo.cycle import CycleConfig, build_cycle, load_cycle, make_accelerator, train_cycle
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.cycle_validation import render_captions
@@ -93,8 +92,7 @@ def train_and_evaluate(
     cycle, batches, trainable = load_cycle(config, torch.device(profile.device), build)
     folder.mkdir(parents=True, exist_ok=True)
     if run.arm != START:
-        accelerator = Accelerator(mixed_precision=config.precision)
-        train_cycle(config, cycle, batches, trainable, folder, accelerator)
+        train_cycle(config, cycle, batches, trainable, folder, make_accelerator(config))
     found = {"arm": run.arm, "captioner": run.captioner, "seed": run.seed}
     found |= evaluate(cycle, folder, datasets, generated, profile)
     write_whole(result, lambda path: path.write_text(json.dumps(found) + "\n", encoding="utf-8"))

@@ -100,7 +100,8 @@ class ReleasedCycle(Cycle):
             return super().one_step_latents(noisy, model_output)
         # a new scheduler goes from t to t − 1, whatever the pipeline's own was set to; and not every scheduler can
         scheduler = DDPMScheduler.from_config(self.generator.pipeline.scheduler.config)
-        rows = zip(model_output, noisy.timesteps, noisy.clean, strict=True)  # `step` takes one timestep at a time
+        # `step` takes one timestep at a time, and computes in the type of what it is given
+        rows = zip(model_output.to(noisy.clean), noisy.timesteps, noisy.clean, strict=True)
         return torch.stack([scheduler.step(output, int(t), clean).prev_sample for output, t, clean in rows])
 
     def captioner_pixels(self, images: Tensor) -> Tensor:
