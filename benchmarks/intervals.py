@@ -8,10 +8,13 @@ metric over all samples of n images. Images are those of COCO's kinds against th
 Score. With FOLDER, which holds coco_karpathy_test_gt.json, CIDEr and BLEU also on n of its 5,000 photographs, one human
 caption against the others.
 
-Of each metric, × 100 where its table says so: the mean of the bootstrap minus the value (the bias of resampling), mean
-over the samples; and the share of samples whose 95 % interval holds the truth, for four intervals: percentile,
-recentred, reflected (2 · value − percentile, also called basic), and for CIDEr by the idf of the sample itself, not
-computed anew. Prints a table.
+Of each metric, the mean of the bootstrap minus the value (the bias of resampling), mean over the samples; and the share
+of samples whose 95 % interval holds the truth, for four intervals: percentile, recentred, reflected (2 · value −
+percentile, also called basic), and for CIDEr by the idf of the sample itself, not computed anew. Prints a table.
+
+Reflecting takes the bias of resampling for a bias of the value, which has none: its samples do not repeat images. The
+sample's own idf has no bias and holds the truth as often as recentring does. We recentre, because the protocol computes
+metrics of a corpus anew on every resample, and because one rule then serves CIDEr, FID and the Inception Score.
 """
 
 import argparse
@@ -116,12 +119,12 @@ def of_world(n: int) -> Iterator[Sample]:
 
 
 def of_coco(file: Path, n: int) -> Iterator[Sample]:
-    """Samples of n photographs: a human caption, and for every fourth one of another photograph, against the others."""
+    """Samples of n photographs: a human caption, and the same without its last two words, against the others."""
     rng, dataset = np.random.default_rng(0), read_coco(file, file.parent)
     while True:
         chosen = [dataset[int(i)].references for i in rng.permutation(len(dataset))[:n]]
-        first, last = [own[0] for own in chosen], chosen[-1][0]
-        second = [last if i % 4 == 0 else own for i, own in enumerate(first)]
+        first = [own[0] for own in chosen]
+        second = [" ".join(caption.split()[:-2]) for caption in first]
         yield of_captions({i: list(own[1:]) for i, own in enumerate(chosen)}, first, second)
 
 
