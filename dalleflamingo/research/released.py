@@ -10,13 +10,21 @@ distribution, where ours are its mean. Label smoothing, too, is theirs; that is 
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
-from transformers import CLIPTextModel, PreTrainedTokenizerBase
+from torch.utils.hooks import RemovableHandle
+from transformers import (
+    CLIPTextModel,
+    LogitsProcessor,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TopPLogitsWarper,
+)
 
 from dalleflamingo.bridge import Bridge
 from dalleflamingo.captioner import Captioner
@@ -59,6 +67,53 @@ def released_map(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBas
     size = len(source), len(target)
     matrix = torch.sparse_coo_tensor(indices, torch.ones(len(target)), size, check_invariants=True).coalesce()
     return VocabularyMap("released", matrix, source, target, captions=0)
+
+
+@dataclass(frozen=True)
+class ReleasedSampling:
+    """Nucleus sampling as the authors' code calls it, a strategy for `Captioner.sample` in the place of `Nucleus`.
+
+    Attributes:
+        p: of the nucleus.
+        repetition_penalty: the score of a token that occurred already is divided by it where it is positive, multiplied
+            where it is negative (Keskar et al. 2019); 1: none.
+        min_length, max_length: in tokens, the prompt's included, beside the limits in words: give `sample` the words 0
+            to `ANY_WORDS`. A caption is cut off wherever max_length falls, in the middle of a word too. None: no limit.
+        end_id: of the token that ends a caption, which the limits need.
+    Raises:
+        ValueError: a limit without an end_id.
+    """
+
+    p: float = 0.9
+    repetition_penalty: float = 1.1
+    min_length: int | None = None
+    max_length: int | None = None
+    end_id: int | None = None
+
+    def __post_init__(self):
+        if self.end_id is None and (self.min_length, self.max_length) != (None, None):
+            raise ValueError("min_length and max_length need end_id, the captioner's, which ends a caption")
+
+    def warper(self) -> LogitsProcessor:
+        return _ReleasedWarper(self)
+
+
+ANY_WORDS = 512  # more words than a captioner has positions: no limit
+
+
+class _ReleasedWarper(LogitsProcessor):
+    def __init__(self, how: ReleasedSampling):
+        self.how = how
+        self.stock = [RepetitionPenaltyLogitsProcessor(float(how.repetition_penalty)), TopPLogitsWarper(float(how.p))]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        penalty, nucleus = self.stock
+        scores, length, end = penalty(input_ids, scores).clone(), input_ids.shape[1], self.how.end_id
+        if self.how.min_length is not None and length < self.how.min_length:
+            scores[:, end] = -torch.inf
+        if self.how.max_length is not None and length >= self.how.max_length:
+            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([end], device=scores.device), 0.0)
+        return nucleus(input_ids, scores)
 
 
 class ReleasedBridge(Bridge):
@@ -150,17 +205,20 @@ def dropping_out(modules: Sequence[nn.Dropout]) -> Iterator[None]:
             module.p, module.training = rate, training
 
 
-def sample_latents(vae: AutoencoderKL) -> None:
+def sample_latents(vae: AutoencoderKL) -> RemovableHandle:
     """From now on the `mean` of the distribution that the autoencoder gives an image is a sample of it.
 
     The samples come from torch's own random generator, which `train_cycle` seeds at every step.
+
+    Returns:
+        its `remove` ends this.
     """
 
     def sample(module: nn.Module, inputs: tuple, moments: Tensor) -> Tensor:
         _, log_variance = moments.chunk(2, dim=1)
         return torch.cat([DiagonalGaussianDistribution(moments).sample(), log_variance], dim=1)
 
-    (vae.quant_conv or vae.encoder).register_forward_hook(sample)
+    return (vae.quant_conv or vae.encoder).register_forward_hook(sample)
 
 
 DEVIATIONS = ("released-map", "ends-kept", "previous-sample", "unnormalised")
