@@ -164,7 +164,7 @@ def measure(profile: Profile, dataset: Dataset, runs: Path, steps: int, seeds: i
             bar.update()
         rendered = effects_of.render(models, dataset, runs / "images")
         found += effects_of.clip_effects(rendered, clip, text) + effects_of.inception_effects(rendered, extractor)
-        found.append(five_images_effect(rendered, clip))
+        found.append(effects_of.five_images_effect(rendered, clip))
         bar.update()
     order = list(DEFINITIONS)
     return sorted(found, key=lambda effect: order.index(effect.definition))
@@ -212,7 +212,7 @@ def page(effects: Sequence[Effect], profile: Profile) -> list[str]:
         "# Definitions that decide whether your numbers differ",
         f"{pages.measured_on(profile.dataset)} Made by `{COMMAND}` (profile {profile.name}) at commit "
         f"`{pages.current_commit()}`. Settings are those of the profile but for images, which take {STEPS} steps of "
-        f"{SCHEDULER}. The images are development images, of which no result of `docs/results` is made.",
+        f"{SCHEDULER}. The images are development images, none of them in a test set.",
         "Both definitions see the same images, captions, seeds and noise. Brackets are 95 % intervals by a paired "
         "bootstrap over images; where models were trained, training seeds are drawn anew as well. *Difference* is "
         "theirs − ours. With so few images FID is biased upwards and the Inception Score downwards: neither value is a "
