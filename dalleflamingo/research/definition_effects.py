@@ -329,7 +329,6 @@ def _both_means(
     return float(ours), float(theirs)
 
 
-@torch.no_grad()
 def label_effects(dataset: Dataset, captioner: Captioner) -> list[Effect]:
     """Loss (1) of labels that are cleaned, beside that of the same labels punctuated as most of COCO's are.
 
@@ -347,6 +346,7 @@ def label_effects(dataset: Dataset, captioner: Captioner) -> list[Effect]:
     return [paired("clean-labels", what, 4, len(dataset), both)]
 
 
+@torch.no_grad()
 def token_losses(dataset: Dataset, captioner: Captioner, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(n,) −log p of a caption of each image, and (n,) its number of tokens."""
     losses = []

@@ -49,16 +49,26 @@ class EpsilonUNet(UNet2DConditionModel):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = True, **options
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """ε̂, (B, 4, h, w), of z_t (`sample`) at one timestep or B; other arguments as in diffusers."""
+        """ε̂, (B, 4, h, w), of z_t (`sample`) at one timestep or B; other arguments as in diffusers.
+
+        Raises:
+            ValueError: a timestep between two of the noise schedule, as some settings of Euler's scheduler have it.
+        """
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        if (timesteps != timesteps.long()).any():
+            raise ValueError(f"timesteps {timesteps.tolist()}: ᾱ is known at whole ones, as of spacing 'leading'")
         [velocity] = super().forward(sample, timestep, encoder_hidden_states, return_dict=False, **options)
-        timesteps = torch.as_tensor(timestep, device=sample.device).long().reshape(-1)
-        alphas = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        alphas = self.alphas_cumprod[timesteps.long()].view(-1, 1, 1, 1)
+        alphas = alphas.to(torch.promote_types(sample.dtype, alphas.dtype))
         noise = (alphas.sqrt() * velocity + (1 - alphas).sqrt() * sample).to(sample.dtype)
         return UNet2DConditionOutput(noise) if return_dict else (noise,)
 
 
 def epsilon_form(generator: Generator) -> Generator:
     """The same generator in ε form: an ordinary pipeline with a U-Net of its own, all other modules shared.
+
+    Its images are the same with schedulers that combine estimates of z_0 (DDPM, DDIM, Euler, DPM-Solver++), not with
+    PNDM, which combines what the U-Net predicted at several timesteps.
 
     Raises:
         ValueError: the generator does not predict v.
