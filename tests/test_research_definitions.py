@@ -69,7 +69,8 @@ def test_word_movers_distances_to_the_nearest_and_to_all_references():
     assert nearest == pytest.approx([0, 2 / 6 + apart / 6], abs=1e-6)  # "the" goes to red (1/6), to boat (1/6)
     mean = effects_of.word_movers(vectors, ["boat", "the red boat"], references, mean=True)
     assert mean == pytest.approx([2 * apart / 3, nearest[1]], abs=1e-6)
-    without = effects_of.word_movers(vectors, ["the boat", "the red boat"], references, leave_out=frozenset({"the"}))
+    others = [["the ship", "red"], ["the red boat"]]
+    without = effects_of.word_movers(vectors, ["the boat", "red boat"], others, leave_out=frozenset({"the"}))
     assert without == pytest.approx([0, 0], abs=1e-6)
     nothing = effects_of.word_movers(vectors, ["the"], [["boat"]], leave_out=frozenset({"the"}))
     assert nothing == pytest.approx([FARTHEST])
