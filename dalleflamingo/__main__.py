@@ -68,6 +68,12 @@ RESEARCH = {
         "tables and claims 9 to 12 and 14 from these runs",
         "the runs are kept, and the same command starts the report again",
     ),
+    "epsilon": Command(
+        "dalleflamingo.research.epsilon_study:main", "the generator predicts ε instead of v (Eqs. 2 to 4)"
+    ),
+    "definitions": Command(
+        "dalleflamingo.research.definitions:main", "what the authors' definitions do to the numbers"
+    ),
     "gates": Command(
         "dalleflamingo.research.gates:main",
         "how good the shipped models are, on held-out scenes",

@@ -66,6 +66,7 @@ class Losses:
         max_timestep: a share of all timesteps in (0, 1]: (4) leaves out images noised to later ones, because x̂ decoded
             from late timesteps shows little but the error in ε.
         decoded_size: side in pixels at which x̂ is decoded; None: the generator's own.
+        label_smoothing: a share in [0, 1) of (1)'s and (4)'s targets, spread over the vocabulary; the authors' is 0.1.
     Raises:
         ValueError: a weight is negative, or a value is not one of those allowed here.
     """
@@ -80,6 +81,7 @@ class Losses:
     temperature: float = 1.0
     max_timestep: float = 1.0
     decoded_size: int | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self):
         for name in ("image_updates", "caption_updates"):
@@ -89,6 +91,8 @@ class Losses:
             raise ValueError(f"max_timestep = {self.max_timestep}: it is a share of all, above 0 and at most 1")
         if any(getattr(self, name) < 0 for name in LOSS_NAMES):
             raise ValueError(f"weights {[getattr(self, name) for name in LOSS_NAMES]}: none may be below 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing = {self.label_smoothing}: it is a share, at least 0 and below 1")
         relax(torch.zeros(1), self.mode, self.temperature)  # refuses an unknown mode now, and not in training
 
 
@@ -146,7 +150,8 @@ class Cycle:
         losses, found = self.losses, {}
         logits, ids = self.captioner.token_logits(batch.pixel_values, batch.captions)
         if losses.caption:
-            found["caption"] = caption_loss(logits, ids, self.captioner.pad_id, batch.token_counts.sum() * batch.share)
+            count = batch.token_counts.sum() * batch.share
+            found["caption"] = caption_loss(logits, ids, self.captioner.pad_id, count, losses.label_smoothing)
         if losses.image_reconstruction:
             found["image_reconstruction"] = self.image_reconstruction(logits, ids, batch, draw)
         return found
@@ -168,8 +173,7 @@ class Cycle:
 
     def noisy_latents(self, batch: Batch, draw: torch.Generator) -> NoisyLatents:
         """z_t of the batch, at timesteps drawn uniformly."""
-        scheduler = self.generator.pipeline.scheduler
-        return add_noise(batch.latents, scheduler, draw, batch.first, len(batch.token_counts))
+        return add_noise(batch.latents, self.generator.pipeline.scheduler, draw, batch.first, len(batch.token_counts))
 
     def image_reconstruction(self, logits: Tensor, ids: Tensor, batch: Batch, draw: torch.Generator) -> Tensor:
         """Eq. 2 from the captioner's (B, T, V) logits along (B, T) ids; a scalar."""
@@ -201,7 +205,7 @@ class Cycle:
         with frozen(self.trainable["captioner"] if self.losses.caption_updates == "generator" else []):
             images = self.captioner_pixels(self.generator.decode(self._resized(latents)))
             logits, ids = self.captioner.token_logits(images, captions)
-            return caption_loss(logits, ids, self.captioner.pad_id, token_count)
+            return caption_loss(logits, ids, self.captioner.pad_id, token_count, self.losses.label_smoothing)
 
     def one_step_latents(self, noisy: NoisyLatents, model_output: Tensor) -> Tensor:
         """(B, 4, h, w) latents of x̂: ẑ_0."""
@@ -223,19 +227,21 @@ def total_loss(found: dict[str, Tensor], losses: Losses) -> Tensor:
     return sum(getattr(losses, name) * loss for name, loss in found.items())
 
 
-def caption_loss(logits: Tensor, ids: Tensor, pad_id: int, token_count: Tensor | float) -> Tensor:
-    """Eqs. 1 and 4: −log p of the captions' tokens and end tokens; padding does not count.
+def caption_loss(
+    logits: Tensor, ids: Tensor, pad_id: int, token_count: Tensor | float, label_smoothing: float = 0.0
+) -> Tensor:
+    """Eqs. 1 and 4: −log p of the captions' tokens and end tokens, without padding; a scalar, in float32 at least.
 
     Args:
         logits: (B, T, V) from `Captioner.token_logits`, which leaves the prompt out.
         ids: (B, T), likewise.
         pad_id: id of padding.
         token_count: number of tokens to divide by; for a part of a batch, the mean over all parts.
-    Returns:
-        scalar, in float32 at least.
+        label_smoothing: as in `Losses`.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=pad_id, reduction="sum") / token_count
+    options = dict(ignore_index=pad_id, reduction="sum", label_smoothing=label_smoothing)
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), **options) / token_count
 
 
 def captioner_pixels(captioner: Captioner, images: Tensor) -> Tensor:

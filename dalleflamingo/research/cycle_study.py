@@ -8,7 +8,7 @@ each image that the finetuned generator renders is from the real one. `cycle_com
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -74,6 +74,7 @@ def train_and_evaluate(
     datasets: Mapping[str, Dataset],
     generated: Collection[str],
     profile: Profile,
+    build: Callable[..., tuple] | None = None,
 ) -> dict:
     """Train, going on where the folder's run was, evaluate, and write `result.json`; a run that is done is only read.
 
@@ -84,11 +85,12 @@ def train_and_evaluate(
         datasets: test images by name.
         generated: names of those on which the generator is evaluated.
         profile: names the models that evaluate.
+        build: makes the cycle of the models, as `cycle.build_cycle`; None: that, or with the run's deviations.
     """
     result = folder / "result.json"
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))
-    build = partial(build_released_cycle, deviations=run.deviations) if run.deviations else build_cycle
+    build = build or (partial(build_released_cycle, deviations=run.deviations) if run.deviations else build_cycle)
     cycle, batches, trainable = load_cycle(config, torch.device(profile.device), build)
     folder.mkdir(parents=True, exist_ok=True)
     if run.arm != START:
