@@ -10,11 +10,18 @@ v = √ᾱ_t ε − √(1−ᾱ_t) z instead of ε has v as its target.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import copy, deepcopy
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
-from diffusers import SchedulerMixin, StableDiffusionPipeline
+from diffusers import SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from PIL import ImageOps
 from PIL.Image import Image, Resampling
 from torch import Tensor
@@ -106,7 +113,8 @@ class Generator:
         self.pipeline = pipeline
         self.image_size: int = image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.vae.enable_slicing()  # decoding a whole batch at 512 pixels is what overflows a small GPU
+        if self.image_size >= 256:
+            pipeline.vae.enable_slicing()  # decoding a whole batch at 512 pixels is what overflows a small GPU
 
     @classmethod
     def from_pretrained(
@@ -166,18 +174,23 @@ class Generator:
         keys = [caption if isinstance(caption, str) else id(caption) for caption in captions]
         hidden = {key: encoded[key] if isinstance(key, str) else c for key, c in zip(keys, captions, strict=True)}
 
-        def generate(batch: list[tuple[Hashable, int]]) -> list[Image]:
-            return self.pipeline(
-                prompt_embeds=torch.stack([hidden[key] for key, _ in batch]),  # (B, T, D)
-                negative_prompt_embeds=torch.stack([encoded[""]] * len(batch)),
-                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+        def generate(part: list[tuple[Hashable, int]]) -> list[Image]:
+            pipeline = copy(self.pipeline)  # a scheduler counts its steps: each thread has one of its own
+            pipeline.scheduler = deepcopy(self.pipeline.scheduler)
+            return pipeline(
+                prompt_embeds=torch.stack([hidden[key] for key, _ in part]),  # (B, T, D)
+                negative_prompt_embeds=torch.stack([encoded[""]] * len(part)),
+                generator=[torch.Generator().manual_seed(seed) for _, seed in part],
                 height=self.image_size,
                 width=self.image_size,
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
+                cross_attention_kwargs={"keys_values": {}} if ours else None,
             ).images
 
-        return render_distinct(keys, seeds, generate, batch_size, progress)
+        with sampling(self.pipeline.unet, guidance_scale > 1) as ours:
+            split = partial(_side_by_side, generate, self.pipeline.device)
+            return render_distinct(keys, seeds, split, batch_size, progress)
 
     def predict(self, noisy: NoisyLatents, encoder_hidden_states: Tensor) -> Tensor:
         """The U-Net's prediction (B, 4, h, w) for noisy latents, given text (B, T, D); gradients pass."""
@@ -218,6 +231,97 @@ class Generator:
             embeds, _ = self.pipeline.encode_prompt(batch, self.pipeline.device, 1, do_classifier_free_guidance=False)
             encoded.update(zip(batch, embeds, strict=True))
         return encoded
+
+
+class TextAttention(AttnProcessor2_0):
+    """Attention whose keys and values of the text are computed once for all steps of a pipeline's call.
+
+    They are kept in the dictionary `keys_values` that the call is given by `cross_attention_kwargs`, so they end with it.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, keys_values=None):
+        if encoder_hidden_states is None or keys_values is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if attn not in keys_values:
+            keys_values[attn] = [attn.head_to_batch_dim(to(encoder_hidden_states), 4) for to in (attn.to_k, attn.to_v)]
+        attended = F.scaled_dot_product_attention(
+            attn.head_to_batch_dim(attn.to_q(hidden_states), 4), *keys_values[attn], attn_mask=attention_mask
+        )  # (B, heads, h w, D / heads)
+        return attn.to_out[0](attended.transpose(1, 2).flatten(2))
+
+
+@contextmanager
+def sampling(unet: UNet2DConditionModel, guided: bool) -> Iterator[bool]:
+    """The U-Net computes what is equal in all steps, or in both halves of a batch, once; afterwards it is as before.
+
+    Classifier-free guidance gives it each latent twice, with the caption and without: up to the first layer that reads
+    text the halves are equal. Results are those of the stock U-Net, up to the last digits.
+
+    Args:
+        unet: called with one timestep for all rows and, where `guided`, with two equal halves of latents.
+        guided: whether guidance is on.
+    Yields:
+        whether the layers take `keys_values`: not where someone has set attention processors of their own.
+    """
+    processors, hooks = unet.attn_processors, []
+    if ours := all(type(processor) is AttnProcessor2_0 for processor in processors.values()):
+        unet.set_attn_processor(TextAttention())
+    if guided:
+        hooks = [
+            unet.register_forward_pre_hook(lambda _, args: (args[0].chunk(2)[0], *args[1:])),
+            unet.time_embedding.register_forward_hook(lambda _, __, embedding: embedding[:1]),  # for any number of rows
+            *(block.register_forward_pre_hook(_before_skips, with_kwargs=True) for block in unet.up_blocks),
+            *(
+                module.register_forward_pre_hook(_before_text, with_kwargs=True)
+                for module in unet.modules()
+                if isinstance(module, Transformer2DModel)
+            ),
+        ]
+    unet.to(memory_format=torch.channels_last)
+    try:
+        yield ours
+    finally:
+        unet.to(memory_format=torch.contiguous_format)
+        for hook in hooks:
+            hook.remove()
+        unet.set_attn_processor(processors)
+
+
+def _both_halves(latents: Tensor, rows: int) -> Tensor:
+    """Latents for so many rows, twice where they still stand for both halves of the batch."""
+    return latents if len(latents) == rows else torch.cat([latents, latents])
+
+
+def _before_text(_, args: tuple, given: dict) -> tuple[tuple, dict]:
+    return (_both_halves(args[0], len(given["encoder_hidden_states"])), *args[1:]), given
+
+
+def _before_skips(_, args: tuple, given: dict) -> tuple[tuple, dict]:
+    rows = len(given["hidden_states"])
+    skips = tuple(_both_halves(skip, rows) for skip in given["res_hidden_states_tuple"])
+    return args, given | {"res_hidden_states_tuple": skips}
+
+
+def _side_by_side(generate: Callable[[list], list[Image]], device: torch.device, batch: list) -> list[Image]:
+    """The images of a batch, on a CPU in as many parts as torch has threads, each by a thread of its own.
+
+    So no thread waits for another one after every operation.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    size = -(-len(batch) // threads)
+    parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+    if len(parts) == 1:
+        return generate(batch)
+
+    def work(part: list) -> list[Image]:
+        torch.set_num_threads(threads // len(parts))
+        return generate(part)
+
+    try:
+        with ThreadPoolExecutor(len(parts)) as pool:
+            return list(chain.from_iterable(pool.map(work, parts)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def render_distinct(
