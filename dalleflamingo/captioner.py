@@ -16,7 +16,14 @@ from itertools import chain
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    ProcessorMixin,
+)
 
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import PAPER_SAMPLING, GumbelNoise, Strategy, WordLimits, decoding_threads

@@ -236,10 +236,12 @@ class Generator:
 class TextAttention(AttnProcessor2_0):
     """Attention whose keys and values of the text are computed once for all steps of a pipeline's call.
 
-    They are kept in the dictionary `keys_values` that the call is given by `cross_attention_kwargs`, so they end with it.
+    They are kept in the dictionary `keys_values` that the call is given by `cross_attention_kwargs`, and end with it.
     """
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, keys_values=None):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, keys_values=None
+    ):
         if encoder_hidden_states is None or keys_values is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         if attn not in keys_values:
