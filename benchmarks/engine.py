@@ -148,7 +148,7 @@ def alternate(
     """What -> side -> seconds of each repeat with so many threads; item by item once, as it takes so long."""
     torch.set_num_threads(threads)
     found = {what: {side: [] for side in own} for what, own in sides.items()}
-    for what, own in sides.items():
+    for own in sides.values():
         own["ours"]()  # the first call also sets things up
     for repeat in range(repeats):
         for what, own in sides.items():
@@ -301,8 +301,9 @@ def page(found: dict) -> str:
     work = found["multiply-adds"]
     parts = [
         "# The engine, measured",
-        f"Made by `python benchmarks/engine.py` at commit `{found['commit']}`: the miniature's models, {found['images']} "
-        f"images, K = {K} captions each, {STEPS} steps. All sides in one run, taking turns; median (fastest … slowest) "
+        f"Made by `python benchmarks/engine.py` at commit `{found['commit']}`: the miniature's models, "
+        f"{found['images']} images, K = {K} captions each, {STEPS} steps. All sides in one run, taking turns; "
+        "median (fastest … slowest) "
         f"of {found['repeats']}, item by item once. *Ratio*: that side ÷ ours. Equal captions are computed as often as "
         "they occur, but in the row that says otherwise.",
         table(["", "threads", "side", "seconds", "ratio"], _side_rows(found["seconds"])),
@@ -314,17 +315,17 @@ def page(found: dict) -> str:
         "Generating the images, one thread, by torch's profiler.",
         table(["", "stock, batches of 32", "ours"], _share_rows(found["shares"])),
         f"Ours has {work['ours'] / work['stock']:.0%} of the multiply-adds of the stock pipeline "
-        f"({work['ours'] / 1e9:,.0f} and {work['stock'] / 1e9:,.0f} · 10⁹): guidance gives the U-Net each latent twice, "
-        "and up to the first layer that reads the text both are equal; the text's keys and values are the same in all "
-        "steps. One thread of the machine computes, at best:",
+        f"({work['ours'] / 1e9:,.0f} and {work['stock'] / 1e9:,.0f} · 10⁹): guidance gives the U-Net each latent "
+        "twice, and up to the first layer that reads the text both are equal; the text's keys and values are the same in "
+        "all steps. One thread of the machine computes, at best:",
         table(["", "10⁹ multiply-adds a second"], [[name, f"{rate / 1e9:.0f}"] for name, rate in machine]),
         f"At the first of these rates the images take at least {work['stock'] / found['rate']:.1f} s by the stock "
         f"pipeline and {work['ours'] / found['rate']:.1f} s by ours. (Matrices of {MATRIX} × {MATRIX}; the convolution "
         "is 64 → 64 channels at 16 × 16, 64 latents, in two layouts.)",
         "## Fewer steps",
-        "The same captions from the same first noise, equal captions rendered once by ours. Stock: in batches of 32, in "
-        "the many steps that the scheduler stands for. One thread. ρ: Spearman's correlation, in an image, of CLIP's "
-        "order of the candidates with the order by those many steps; mean over images, 95 % interval.",
+        "The same captions from the same first noise, equal captions rendered once by ours. Stock: in batches of 32, "
+        "in the many steps that the scheduler stands for. One thread. ρ: Spearman's correlation, in an image, of "
+        "CLIP's order of the candidates with the order by those many steps; mean over images, 95 % interval.",
         table(["scheduler", "stands for", "stock", "ours", "ratio", "ρ", "n"], map(_quick_row, found["quick"])),
         "DDPM throws new noise in at every step, so that fewer steps are other noise, and other noise alone changes "
         "most of the order ([several pictures of each caption](stability.md)). DDIM and DPM-Solver follow one path "

@@ -148,8 +148,7 @@ def decoding_threads(model: nn.Module) -> Iterator[None]:
 
     A decoding step is hundreds of tiny operations, and after each the threads wait for each other: for about 8 ms where
     another process has one of their cores. Sampling 160 captions with 1.7 million parameters on two cores took 0.46 s
-    with two threads and 0.66 s with one; beside two busy processes 1.3 to 4.3 s and 1.0 s. Rendering keeps its threads:
-    64 images took 8.8 s with two and 15.3 s with one, busy 38 s and 25 s (`benchmarks/threads.py`).
+    with two threads and 0.66 s with one; beside two busy processes 1.3 to 4.3 s and 1.0 s (`benchmarks/threads.py`).
 
     Args:
         model: large models, `SMALL_MODEL` parameters or more, and models on other devices keep all threads.
