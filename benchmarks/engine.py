@@ -316,8 +316,8 @@ def page(found: dict) -> str:
         table(["", "stock, batches of 32", "ours"], _share_rows(found["shares"])),
         f"Ours has {work['ours'] / work['stock']:.0%} of the multiply-adds of the stock pipeline "
         f"({work['ours'] / 1e9:,.0f} and {work['stock'] / 1e9:,.0f} · 10⁹): guidance gives the U-Net each latent "
-        "twice, and up to the first layer that reads the text both are equal; the text's keys and values are the same in "
-        "all steps. One thread of the machine computes, at best:",
+        "twice, and up to the first layer that reads the text both are equal; the text's keys and values are the same "
+        "in all steps. One thread of the machine computes, at best:",
         table(["", "10⁹ multiply-adds a second"], [[name, f"{rate / 1e9:.0f}"] for name, rate in machine]),
         f"At the first of these rates the images take at least {work['stock'] / found['rate']:.1f} s by the stock "
         f"pipeline and {work['ours'] / found['rate']:.1f} s by ours. (Matrices of {MATRIX} × {MATRIX}; the convolution "

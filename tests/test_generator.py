@@ -3,6 +3,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -33,6 +34,16 @@ def generator(folder):
 @pytest.fixture(scope="module")
 def images(generator):
     return generator.render(CAPTIONS, SEEDS, steps=6)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == request.param
+    torch.set_num_threads(before)
 
 
 def assert_same(images, others):
@@ -79,7 +90,7 @@ def test_caption_and_seed_both_matter(images):
     ],
 )
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
-def test_render_equals_the_stock_pipeline(folder, name, kind, guidance_scale):
+def test_render_equals_the_stock_pipeline(folder, threads, name, kind, guidance_scale):
     stock = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     stock.scheduler = getattr(diffusers, kind).from_config(stock.scheduler.config)
     stock.set_progress_bar_config(disable=True)
@@ -91,15 +102,6 @@ def test_render_equals_the_stock_pipeline(folder, name, kind, guidance_scale):
     ).images
     generator = Generator.from_pretrained(folder, scheduler=name)
     assert_same(generator.render(CAPTIONS, SEEDS, steps=6, guidance_scale=guidance_scale, batch_size=2), expected)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    assert torch.get_num_threads() == request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
