@@ -11,7 +11,7 @@ things that are right in kind and colour. Two settings:
   signal-to-noise ratio it is asked for v, and ε = √ᾱ v + √(1−ᾱ) z_t.
 
 Steps grow until the share of things right, in both settings together, is at most `MARGIN` below that of DDIM with 50
-steps: from there on the scheduler is offered (`dalleflamingo.generator.SCHEDULERS`). Writes schedulers.json, a row at a
+steps: from there on the scheduler is offered (`dalleflamingo.denoising.SCHEDULERS`). Writes schedulers.json, a row at a
 time (an interrupted run goes on), and schedulers.md into docs/results.
 """
 

@@ -10,13 +10,20 @@ them. (In float16 a GPU may round differently in another batch, and a rare near-
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LogitsProcessorList, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    ProcessorMixin,
+)
 
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import PAPER_SAMPLING, GumbelNoise, Strategy, WordLimits, decoding_threads
@@ -100,8 +107,8 @@ class Captioner(ABC):
             return [[] for _ in images]
         features = self.encode_images(self._pixel_values(images))  # (B, P, D)
         counts = torch.tensor([len(row) for row in seeds], device=features.device)
-        rules = LogitsProcessorList([self._word_limits(min_words, max_words), strategy.warper(), GumbelNoise(flat)])
-        captions = iter(self._generate(features.repeat_interleave(counts, dim=0), rules))
+        rules = [self._word_limits(min_words, max_words), strategy.warper(), GumbelNoise(flat)]
+        captions = iter(self._sample(features.repeat_interleave(counts, dim=0), *rules))
         return [[next(captions) for _ in row] for row in seeds]
 
     @torch.no_grad()
@@ -184,6 +191,40 @@ class Captioner(ABC):
             images = self.processor(images=list(images), return_tensors="pt").pixel_values
         return images.to(self.model.device, self.model.dtype)  # (B, 3, H, W)
 
+    def _sample(self, features: Tensor, *rules: LogitsProcessor) -> list[str]:
+        """Greedy search over the ruled scores of (N, P, D) features, of which the last rule is the noise.
+
+        It writes the captions of stock greedy search. A caption that has ended leaves the batch, and the model computes
+        no more of it.
+        """
+        ids = self.prompt_ids.to(features.device).repeat(len(features), 1)  # (N, P), then growing
+        given, cache = self._given(features, ids), None
+        inputs = given if "inputs_embeds" in given else given | {"input_ids": ids}
+        rows, written = torch.arange(len(ids)), [ids[0]] * len(ids)  # rows: the captions that `ids` are
+        with decoding_threads(self.model):
+            while len(rows):
+                output = getattr(self.model, self._TEXT_MODEL)(
+                    attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, **inputs
+                )
+                scores, cache = output.logits[:, -1].to(torch.float32, copy=True), output.past_key_values
+                for rule in rules:
+                    scores = rule(ids, scores)
+                ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+                ended = (ids[:, -1] == self.end_id).cpu()
+                if ids.shape[1] == self.model.config.text_config.max_position_embeddings:
+                    ended[:] = True  # the rules limit words, not tokens
+                for row in torch.nonzero(ended).flatten().tolist():
+                    written[rows[row]] = ids[row]
+                if ended.any():
+                    left = torch.nonzero(~ended).flatten()
+                    rows, ids = rows[left], ids[left]
+                    given = {name: tensor[left] for name, tensor in given.items()}
+                    cache.batch_select_indices(left.to(ids.device))
+                    rules[-1].keep(left)
+                inputs = given | {"input_ids": ids[:, -1:]}
+                inputs.pop("inputs_embeds", None)  # in the cache
+        return self._texts(written)
+
     def _generate(self, features: Tensor, rules: LogitsProcessorList, **decoding: int) -> list[str]:
         prompt = self.prompt_ids.to(features.device).repeat(len(features), 1)  # (N, P)
         positions = self.model.config.text_config.max_position_embeddings
@@ -198,8 +239,12 @@ class Captioner(ABC):
                 pad_token_id=self.pad_id,
                 **{"max_new_tokens": positions - prompt.shape[1], **decoding},  # else the rules limit words alone
             )
-        texts = self.processor.tokenizer.batch_decode(ids[:, prompt.shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return self._texts(ids)
+
+    def _texts(self, ids: Iterable[Tensor]) -> list[str]:
+        """Captions from their ids, prompt included."""
+        ids = [row[len(self.prompt_ids) :] for row in ids]
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def _word_limits(self, min_words: int, max_words: int) -> WordLimits:
         size = self.model.config.text_config.vocab_size

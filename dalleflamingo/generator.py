@@ -9,10 +9,11 @@ and the U-Net's prediction ε_φ gives the loss and the one-step estimate ẑ_0.
 v = √ᾱ_t ε − √(1−ᾱ_t) z instead of ε has v as its target.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import SchedulerMixin, StableDiffusionPipeline
@@ -21,23 +22,12 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalleflamingo.denoising import load_scheduler, require_steps, sampling, side_by_side, spread_steps
 from dalleflamingo.registry import check_weights
 from dalleflamingo.runs import fingerprint
 
 PREDICTIONS = ("epsilon", "v_prediction")
 FITS = {"resize": Image.resize, "crop": ImageOps.fit}  # how an image is made square
-# Schedulers of diffusers whose images match their captions as DDIM's do, and the fewest steps from which they do;
-# measured by benchmarks/schedulers.py, see docs/results/schedulers.md
-SCHEDULERS = {
-    "DDPM": 20,
-    "DDIM": 20,
-    "PNDM": 20,
-    "Euler": 15,
-    "EulerAncestral": 10,
-    "DPMSolverMultistep": 10,
-    "UniPCMultistep": 10,
-}
-_NO_TIMESTEP_TWICE = ("DPMSolverMultistep", "UniPCMultistep")
 
 
 @dataclass(frozen=True)
@@ -123,7 +113,8 @@ class Generator:
         self.pipeline = pipeline
         self.image_size: int = image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.vae.enable_slicing()  # decoding a whole batch at 512 pixels is what overflows a small GPU
+        if self.image_size >= 256:
+            pipeline.vae.enable_slicing()  # decoding a whole batch at 512 pixels is what overflows a small GPU
 
     @classmethod
     def from_pretrained(
@@ -139,17 +130,17 @@ class Generator:
         Args:
             name_or_path: a folder, or the id of a model on the hub.
             device: where it computes.
-            scheduler: one of `SCHEDULERS`, such as "DDIM" or "DDIMScheduler"; None: of the model's own kind.
+            scheduler: one of `denoising.SCHEDULERS`, such as "DDIM" or "DDIMScheduler"; None: of the model's own kind.
             image_size: as in the class, a multiple of 8.
             options: the stock pipeline's, such as dtype (default: float32) or a hub's `revision` and `variant`.
         Raises:
             RegistryError: the folder's weights are missing or cut short.
-            ValueError: the scheduler is not one of `SCHEDULERS`.
+            ValueError: the scheduler is not one of `denoising.SCHEDULERS`.
         """
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         options = {"dtype": torch.float32, "use_safetensors": True} | unchecked | options
         pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
-        pipeline.scheduler = _scheduler(scheduler or type(pipeline.scheduler).__name__, pipeline.scheduler)
+        pipeline.scheduler = load_scheduler(scheduler or type(pipeline.scheduler).__name__, pipeline.scheduler)
         return cls(pipeline.to(device), image_size)
 
     def render(
@@ -182,34 +173,29 @@ class Generator:
         keys = [caption if isinstance(caption, str) else id(caption) for caption in captions]
         hidden = {key: encoded[key] if isinstance(key, str) else c for key, c in zip(keys, captions, strict=True)}
 
-        def generate(batch: list[tuple[Hashable, int]]) -> list[Image]:
-            return self.pipeline(
-                prompt_embeds=torch.stack([hidden[key] for key, _ in batch]),  # (B, T, D)
-                negative_prompt_embeds=torch.stack([encoded[""]] * len(batch)),
-                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+        scheduler = spread_steps(self.pipeline.scheduler, steps)
+
+        def generate(part: list[tuple[Hashable, int]]) -> list[Image]:
+            pipeline = copy(self.pipeline)  # a scheduler counts its steps: each thread has one of its own
+            pipeline.scheduler = deepcopy(scheduler)
+            return pipeline(
+                prompt_embeds=torch.stack([hidden[key] for key, _ in part]),  # (B, T, D)
+                negative_prompt_embeds=torch.stack([encoded[""]] * len(part)),
+                generator=[torch.Generator().manual_seed(seed) for _, seed in part],
                 height=self.image_size,
                 width=self.image_size,
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
+                cross_attention_kwargs={"keys_values": {}} if ours else None,
             ).images
 
-        scheduler, self.pipeline.scheduler = self.pipeline.scheduler, _within_training(self.pipeline.scheduler, steps)
-        try:
-            return render_distinct(keys, seeds, generate, batch_size, progress)
-        finally:
-            self.pipeline.scheduler = scheduler
+        with sampling(self.pipeline.unet) as ours:
+            split = partial(side_by_side, generate, self.pipeline.device)
+            return render_distinct(keys, seeds, split, batch_size, progress)
 
     def check_steps(self, steps: int) -> None:
-        """Refuse fewer steps than the scheduler needs for images that match their captions (`SCHEDULERS`).
-
-        Raises:
-            ValueError: they are too few.
-        """
-        name = _short_name(self.pipeline.scheduler)
-        if steps < (least := SCHEDULERS[name]):
-            quick = [other for other, fewest in SCHEDULERS.items() if fewest <= steps]
-            remedy = f"or another scheduler: {', '.join(quick)}" if quick else "as no scheduler works with so few"
-            raise ValueError(f"steps = {steps}: {name} needs {least} or more; take {least}, {remedy}")
+        """Refuse fewer steps than the scheduler needs; see `denoising.require_steps`."""
+        require_steps(self.pipeline.scheduler, steps)
 
     def predict(self, noisy: NoisyLatents, encoder_hidden_states: Tensor) -> Tensor:
         """The U-Net's prediction (B, 4, h, w) for noisy latents, given text (B, T, D); gradients pass."""
@@ -293,39 +279,3 @@ def render_distinct(
         if progress is not None:
             progress(sum(wanted[pair] for pair in batch))
     return [images[pair] for pair in pairs]
-
-
-def _scheduler(name: str, shipped: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler of that name, with the model's noise schedule and settings; latents are never clipped."""
-    kinds = {_short_name(kind): kind for kind in shipped.compatibles}
-    short_name = name.removesuffix("Scheduler").removesuffix("Discrete")
-    if short_name not in (offered := [kind for kind in SCHEDULERS if kind in kinds]):
-        remedy = f"choose {', '.join(offered) or 'another model'}"
-        raise ValueError(f"the scheduler {name!r} is not offered for a model with {type(shipped).__name__}: {remedy}")
-    # latents exceed [-1, 1], to which both would limit them: they are for models of pixels, but DDPM's default
-    return kinds[short_name].from_config({**shipped.config, "clip_sample": False, "thresholding": False})
-
-
-def _short_name(scheduler: SchedulerMixin | type[SchedulerMixin]) -> str:
-    """Without "DiscreteScheduler"."""
-    kind = scheduler if isinstance(scheduler, type) else type(scheduler)
-    return kind.__name__.removesuffix("Scheduler").removesuffix("Discrete")
-
-
-def _within_training(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
-    """The scheduler, without its offset where that leads beyond the last timestep: SD v1-4's settings, 1,000 steps.
-
-    Raises:
-        ValueError: leading timesteps would begin in the middle of the noise, as 600 of 1,000 do at 600; or a solver of
-            higher order would repeat timesteps, between which it divides by 0.
-    """
-    config, name = scheduler.config, _short_name(scheduler)
-    total, leading = config.num_train_timesteps, config.get("timestep_spacing") == "leading"
-    spacing = total // min(max(steps, 1), total)
-    if (leading and steps * spacing < 0.9 * total) or (steps >= total and name in _NO_TIMESTEP_TWICE):
-        remedy = f"take {total // (spacing + 1)} or fewer" + f", or all {total}" * (name not in _NO_TIMESTEP_TWICE)
-        raise ValueError(f"steps = {steps}: {name} cannot spread them over {total} timesteps: {remedy}")
-    if leading and (steps - 1) * spacing + config.get("steps_offset", 0) >= total:
-        scheduler = copy.deepcopy(scheduler)
-        scheduler.register_to_config(steps_offset=0)
-    return scheduler

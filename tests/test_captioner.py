@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LogitsProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.decoding import (
@@ -24,6 +24,7 @@ from dalleflamingo.decoding import (
     WordLimits,
     count_words,
     decoding_threads,
+    gumbel_noise,
 )
 from dalleflamingo.miniature.training.tokenizers import train_opt_bpe
 
@@ -129,7 +130,57 @@ def test_first_token_is_distributed_as_the_models_nucleus(captioner, stock):
     expected = np.zeros_like(probability)
     expected[nucleus] = probability[nucleus] / probability[nucleus].sum()
     assert 5 < len(nucleus) < len(probability) - 5
-    assert _p_value(first.noted, expected) > 1e-3
+    ended = torch.full([4_000 - len(first.noted)], captioner.end_id)  # at once; the others are asked for a second token
+    assert _p_value(torch.cat([first.noted, ended]), expected) > 1e-3
+
+
+@pytest.mark.parametrize("prompt", ["", "a bird of"])
+@pytest.mark.parametrize("strategy", [Nucleus(0.9), TopK(10), Temperature(2.0)], ids=str)
+def test_sampled_captions_are_those_of_stock_greedy_search_with_the_same_rules(folder, strategy, prompt):
+    captioner, seeds = (
+        Captioner.from_pretrained(folder, prompt=prompt),
+        [[10 * b + k for k in range(4)] for b in range(7)],
+    )
+    features = captioner.encode_images(captioner._pixel_values(PHOTOS)).repeat_interleave(4, dim=0)
+    rules = [captioner._word_limits(3, 9), strategy.warper(), GumbelNoise([seed for row in seeds for seed in row])]
+    with torch.no_grad():
+        expected = captioner._generate(features, LogitsProcessorList(rules))
+    captions = [text for row in captioner.sample(PHOTOS, seeds, strategy, 3, 9) for text in row]
+    assert captions == expected and len(set(captions)) > 20
+
+
+def test_a_caption_that_has_ended_is_computed_no_further(captioner):
+    rows, text_model = [], getattr(captioner.model, captioner._TEXT_MODEL)
+    hook = text_model.register_forward_hook(lambda _, args, output: rows.append(len(output.logits)))
+    try:
+        captions = captioner.sample(PHOTOS, [range(10)] * 7, Temperature(2.0), 1, 12)
+    finally:
+        hook.remove()
+    assert rows == sorted(rows, reverse=True) and rows[0] == 70 > 4 * rows[-1]
+    tokens = sum(map(len, captioner._tokenize([text for row in captions for text in row]).tolist()))
+    assert sum(rows) < tokens, "padding to the longest caption would be as many rows in every step"
+
+
+def test_a_caption_ends_with_the_models_positions(captioner):
+    lengths, end = [], captioner.end_id
+
+    def never_ends(input_ids, scores):
+        lengths.append(input_ids.shape[1])
+        return scores.index_fill(1, torch.tensor(end), -1e9)
+
+    captioner.sample(PHOTOS[:2], [[1], [2]], SimpleNamespace(warper=lambda: never_ends), max_words=10_000)
+    assert lengths[-1] == captioner.model.config.text_config.max_position_embeddings - 1
+
+
+def test_numbers_drawn_ahead_are_those_of_a_draw_a_step_for_the_rows_that_are_left():
+    noise, steps = GumbelNoise([3, 4, 5]), 70
+    for step in range(steps):
+        if step == 40:
+            noise.keep(torch.tensor([0, 2]))
+        left = [3, 4, 5] if step < 40 else [3, 5]
+        generators = [torch.Generator().manual_seed(seed) for seed in left]
+        uniform = torch.stack([[torch.rand(203, generator=g) for _ in range(step + 1)][-1] for g in generators])
+        assert torch.equal(noise(None, torch.zeros(len(left), 203)), gumbel_noise(uniform))
 
 
 def _p_value(drawn, expected):

@@ -5,6 +5,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import diffusers
@@ -14,9 +16,11 @@ import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from dalleflamingo import profiles
-from dalleflamingo.generator import SCHEDULERS, Generator, add_noise
+from dalleflamingo.denoising import SCHEDULERS
+from dalleflamingo.generator import Generator, add_noise
 
 CAPTIONS = ["a red bird", "", "a blue house on the tree", "a red bird", "two cats, small"]
 SEEDS = [3, 4, 5, 6, 3]
@@ -35,6 +39,16 @@ def generator(folder):
 @pytest.fixture(scope="module")
 def images(generator):
     return generator.render(CAPTIONS, SEEDS, steps=6)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == request.param
+    torch.set_num_threads(before)
 
 
 def assert_same(images, others):
@@ -82,7 +96,7 @@ def test_caption_and_seed_both_matter(images):
     ],
 )
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
-def test_render_equals_the_stock_pipeline(folder, name, kind, guidance_scale):
+def test_render_equals_the_stock_pipeline(folder, threads, name, kind, guidance_scale):
     stock = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     stock.scheduler = getattr(diffusers, kind).from_config(stock.scheduler.config)
     stock.set_progress_bar_config(disable=True)
@@ -94,6 +108,97 @@ def test_render_equals_the_stock_pipeline(folder, name, kind, guidance_scale):
     ).images
     generator = Generator.from_pretrained(folder, scheduler=name)
     assert_same(generator.render(CAPTIONS, SEEDS, steps=6, guidance_scale=guidance_scale, batch_size=2), expected)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_pixels_of_successive_calls_are_the_stock_pipelines(folder, threads, guidance_scale, prediction_type):
+    """What a call computes once for all steps must not reach the next call or the other prompts of a batch."""
+    stock, ours = (
+        StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32),
+        Generator.from_pretrained(folder),
+    )
+    for pipeline in (stock, ours.pipeline):
+        pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    for captions in (CAPTIONS, CAPTIONS[::-1], ["a dog on a car"] * 3):
+        noise = [torch.Generator().manual_seed(seed) for seed, _ in enumerate(captions)]
+        how = {"num_inference_steps": 5, "guidance_scale": guidance_scale}
+        expected = stock(captions, generator=noise, output_type="pt", **how).images
+        with decoded(ours) as images:
+            ours.render(captions, range(len(captions)), 5, guidance_scale, batch_size=3)
+        distance = torch.cdist(torch.cat(images).flatten(1), expected.flatten(1), p=float("inf"))
+        assert distance.min(dim=0).values.max() < 1e-4, "threads may be ready in another order"
+        assert (expected[0] - expected[1]).abs().max() > 1e-2
+
+
+@contextmanager
+def decoded(generator):
+    """Collects the images that are generated meanwhile, (B, 3, H, W) in [0, 1], before they are rounded."""
+    images = []
+    hook = generator.pipeline.vae.decoder.register_forward_hook(
+        lambda _, __, made: images.append((made / 2 + 0.5).clamp(0, 1))
+    )
+    try:
+        yield images
+    finally:
+        hook.remove()
+
+
+def test_text_is_projected_once_a_call(folder):
+    generator, text = Generator.from_pretrained(folder), []
+    unet = generator.pipeline.unet
+    layers = [module for name, module in unet.named_modules() if name.endswith("attn2.to_k")]
+    for layer in layers:
+        layer.register_forward_hook(lambda _, args, out: text.append(len(out)))
+    generator.render(["a cat", "a bird"], [1, 2], steps=6)
+    assert len(layers) > 1 and sum(text) == len(layers) * 2 * 2, "the keys of two captions and of two empty ones"
+
+
+def interrupt(_):
+    raise InterruptedError
+
+
+def test_rendering_leaves_the_unet_as_it_was_even_where_it_fails(folder, threads, tmp_path):
+    generator = Generator.from_pretrained(folder)
+    unet, states = generator.pipeline.unet, torch.randn(2, 16, 16)
+    noisy = add_noise(torch.randn(2, 4, 8, 8), generator.pipeline.scheduler, torch.Generator().manual_seed(0))
+    strides = {name: weight.stride() for name, weight in unet.named_parameters()}
+    processors, expected = unet.attn_processors, generator.predict(noisy, states)
+    with pytest.raises(InterruptedError):
+        generator.render(CAPTIONS, SEEDS, steps=2, progress=interrupt)
+    assert unet.attn_processors == processors and torch.equal(generator.predict(noisy, states), expected)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in unet.modules())
+    assert {name: weight.stride() for name, weight in unet.named_parameters()} == strides
+    generator.pipeline.save_pretrained(tmp_path)  # safetensors takes no other layout
+    assert (generator.predict(noisy, 2 * states) - expected).abs().max() > 1e-4, "other text, nothing kept of the first"
+
+
+def test_gradients_are_the_same_before_and_after_rendering(folder):
+    generator, images, gradients = Generator.from_pretrained(folder), tiny.pictures(2), []
+    for _ in range(2):
+        states = torch.ones(2, 16, 16).cumsum(1).sin().requires_grad_()
+        denoising_loss(generator, images, states, seed=0).backward()
+        key = next(module for name, module in generator.pipeline.unet.named_modules() if name.endswith("attn2.to_k"))
+        gradients.append((states.grad, key.weight.grad.clone()))
+        generator.pipeline.unet.zero_grad()
+        generator.render(CAPTIONS, SEEDS, steps=2)
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+        assert first.abs().max() > 0
+
+
+def test_attention_processors_of_ones_own_are_called(folder, images):
+    class Counting(AttnProcessor2_0):
+        called = 0
+
+        def __call__(self, *args, **options):
+            Counting.called += 1
+            return super().__call__(*args, **options)
+
+    generator = Generator.from_pretrained(folder)
+    generator.pipeline.unet.set_attn_processor(Counting())
+    assert_same(generator.render(CAPTIONS, SEEDS, steps=6), images)
+    assert Counting.called
 
 
 def test_images_of_another_size_equal_those_of_the_stock_pipeline(folder):
