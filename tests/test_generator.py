@@ -15,8 +15,8 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
 
 from dalleflamingo import profiles
 from dalleflamingo.denoising import SCHEDULERS
