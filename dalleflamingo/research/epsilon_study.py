@@ -235,10 +235,11 @@ def page(found: Comparison) -> list[str]:
         "(4) trains the same parameters, the weight of (2) or (3) beside them falls, too.",
         "## Does it matter? A repair in both forms",
         f"What is trained of both models, the queries of cross-attention, is multiplied by {DAMAGE:g} and then trained "
-        f"for {training['steps']} steps at a learning rate of {LEARNING_RATE:g} (the first that was tried, with (2) from "
-        f"seed 0), {training['seeds']} seeds, both forms from the same data and noise. Outcomes are on {training['images']} development images of {CORPUS}, generated "
-        f"ones with {STEPS} steps of {SCHEDULER}. Brackets are 95 % intervals: training seeds are drawn anew, then "
-        "images; differences are paired by both. FID is biased upwards with so few images, in both forms alike.",
+        f"for {training['steps']} steps at a learning rate of {LEARNING_RATE:g} (the first that was tried, with (2) "
+        f"from seed 0), {training['seeds']} seeds, both forms from the same data and noise. Outcomes are on "
+        f"{training['images']} development images of {CORPUS}, generated ones with {STEPS} steps of {SCHEDULER}. "
+        "Brackets are 95 % intervals: training seeds are drawn anew, then images; differences are paired by both. FID "
+        "is biased upwards with so few images, in both forms alike.",
         run_table(found.runs),
         decided(found.runs),
     ]
