@@ -13,15 +13,16 @@ import tiny_cycle
 import torch
 from PIL import Image
 
-from dalleflamingo import profiles
+from dalleflamingo import cycle, cycle_losses, profiles, reconstruct
 from dalleflamingo.cycle_losses import caption_loss
 from dalleflamingo.datasets import Dataset, Example
+from dalleflamingo.evaluation import image_metrics
 from dalleflamingo.evaluation.image_metrics import fid, inception_score
 from dalleflamingo.evaluation.word_movers import FARTHEST, WordVectors
 from dalleflamingo.generator import add_noise
 from dalleflamingo.intervals import Interval
 from dalleflamingo.research import definition_effects as effects_of
-from dalleflamingo.research import definitions
+from dalleflamingo.research import definitions, released
 from dalleflamingo.research.definition_effects import PER_CAPTION, STOP_WORDS, Effect, Rendered, unprojected
 from dalleflamingo.similarity import ClipImage, ClipText, load_clip
 
@@ -268,3 +269,11 @@ def test_every_definition_is_in_the_table_with_what_was_measured(tmp_path):
         assert expected in line
     kept = json.loads((tmp_path / "results/definitions.json").read_text(encoding="utf-8"))
     assert len(kept["effects"]) == len(effects) and kept["images"] == 7 and kept["effects"][0]["difference"]["n"] == 7
+
+
+def test_what_the_switches_call_exists():
+    modules = (effects_of, image_metrics, released, cycle, cycle_losses, reconstruct)
+    called = {name for one in definitions.DEFINITIONS.values() for name in re.findall(r"`[^`]*?(\w+)\(", one.switch)}
+    assert {"unprojected", "word_movers", "ReleasedSampling", "CycleConfig", "build_released_cycle"} <= called
+    for name in called - {"extract"}:  # of a FeatureExtractor
+        assert any(hasattr(module, name) for module in modules), name

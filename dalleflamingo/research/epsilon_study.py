@@ -235,12 +235,22 @@ def page(found: Comparison) -> list[str]:
         "(4) trains the same parameters, the weight of (2) or (3) beside them falls, too.",
         "## Does it matter? A repair in both forms",
         f"What is trained of both models, the queries of cross-attention, is multiplied by {DAMAGE:g} and then trained "
-        f"for {training['steps']} steps at a learning rate of {LEARNING_RATE:g}, {training['seeds']} seeds, both forms "
-        f"from the same data and noise. Outcomes are on {training['images']} development images of {CORPUS}, generated "
-        f"ones with {STEPS} steps of {SCHEDULER}. Brackets are 95 % intervals: training seeds are drawn anew, then "
-        "images; differences are paired by both. FID is biased upwards with so few images, in both forms alike.",
+        f"for {training['steps']} steps at a learning rate of {LEARNING_RATE:g} (the first that was tried, with (2) "
+        f"from seed 0), {training['seeds']} seeds, both forms from the same data and noise. Outcomes are on "
+        f"{training['images']} development images of {CORPUS}, generated ones with {STEPS} steps of {SCHEDULER}. "
+        "Brackets are 95 % intervals: training seeds are drawn anew, then images; differences are paired by both. FID "
+        "is biased upwards with so few images, in both forms alike.",
         run_table(found.runs),
+        decided(found.runs),
     ]
+
+
+def decided(runs: pd.DataFrame) -> str:
+    """Which differences of the forms have an interval beyond 0, in a sentence."""
+    apart = runs[runs["what"] == "ε − v"]
+    beyond = apart[(apart["low"] > 0) | (apart["high"] < 0)]
+    named = [f"{METRICS[row.metric].label} of {row.losses}" for row in beyond.itertuples()]
+    return f"The forms differ, with an interval beyond 0, in {'; '.join(named) or 'nothing'}."
 
 
 def measure(profile: Profile, folder: Path, images: int, seeds: int, steps: int) -> Comparison:
