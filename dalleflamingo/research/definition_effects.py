@@ -4,7 +4,6 @@ An effect is the value under both definitions and their difference, with interva
 images are scored, how they are sampled, or how the models that make them are trained.
 """
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from dalleflamingo import profiles
 from dalleflamingo.captioner import Captioner, describe_dataset
 from dalleflamingo.cycle import CycleConfig
-from dalleflamingo.datasets import Dataset, ImageFiles
+from dalleflamingo.datasets import Dataset, ImageFiles, clean_caption
 from dalleflamingo.evaluation.caption_tokenizer import tokenize
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.image_metrics import fid, inception_score
@@ -155,11 +154,6 @@ def word_movers(
     gold = tokenize(dict(enumerate(map(list, references)))).values()
     found = [[vectors.distance(words(a), words(b)) for b in others] for a, others in zip(own, gold, strict=True)]
     return np.array([np.mean(row) if mean else min(row) for row in found])
-
-
-def cleaned(caption: str) -> str:
-    """A label as BLIP's `pre_caption` leaves it: lower case, without . ! " ( ) * # : ; ~, at most 30 words."""
-    return " ".join(re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()[:30])
 
 
 def punctuated_as_coco(caption: str) -> str:
@@ -334,7 +328,7 @@ def label_effects(dataset: Dataset, captioner: Captioner) -> list[Effect]:
 
     The miniature's annotators write nothing that cleaning would remove, so the capital and the full stop are added.
     """
-    labels = [cleaned(example.sample_reference(seed=0)) for example in dataset]
+    labels = [clean_caption(example.sample_reference(seed=0)) for example in dataset]
     clean, punctuated = (
         token_losses(dataset, captioner, [how(label) for label in labels]) for how in (str, punctuated_as_coco)
     )
