@@ -177,7 +177,8 @@ def reconstruct(arguments: list[str]) -> int:
     parser.add_argument(
         "--candidates", type=_positive, metavar="K", help="captions of an image, or images of a caption"
     )
-    parser.add_argument("--scheduler", help="of the generator: DDIM, DPMSolverMultistep or another")
+    schedulers = "DDPM, DDIM, PNDM, Euler, EulerAncestral, DPMSolverMultistep or UniPCMultistep"
+    parser.add_argument("--scheduler", help=f"of the generator: {schedulers}")
     parser.add_argument("--size", type=_positive, metavar="PIXELS", help="side of a generated image, a multiple of 8")
     _add_shared(parser, steps="denoising steps of the generator", batch_size="images at once; fewer need less memory")
     options = parser.parse_args(arguments)

@@ -4,9 +4,10 @@ A candidate is a function of its image and its seed, not of the batch it was sam
 
     w_t = argmax_v  log p(v | w_<t, x) + g_v,    g_v ~ Gumbel(0, 1) from the candidate's own generator,
 
-which is stock greedy search with noise added by a logits processor (`decoding.py`). An image is encoded once,
-whatever K is: BLIP's text decoder attends to its features, BLIP-2's OPT reads the vectors that a Q-Former makes of
-them. (In float16 a GPU may round differently in another batch, and a rare near-tie falls the other way.)
+which writes what stock greedy search with this noise would write (`decoding.py`). `_sample` is that loop, and drops
+captions that have ended. An image is encoded once, whatever K is: BLIP's text decoder attends to its features, while
+BLIP-2's OPT reads the vectors that a Q-Former makes of them. (In float16 a GPU may round differently in another batch,
+and a rare near-tie falls the other way.)
 """
 
 from abc import ABC, abstractmethod

@@ -93,7 +93,7 @@ class Losses:
             raise ValueError(f"weights {[getattr(self, name) for name in LOSS_NAMES]}: none may be below 0")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing = {self.label_smoothing}: it is a share, at least 0 and below 1")
-        relax(torch.zeros(1), self.mode, self.temperature)  # refuses an unknown mode now, and not in training
+        relax(torch.zeros(1), self.mode, self.temperature)  # refuses an unknown mode or temperature here
 
 
 @dataclass(frozen=True)

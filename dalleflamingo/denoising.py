@@ -1,6 +1,7 @@
 """How a pipeline denoises: with which scheduler, in how many steps, and what it computes only once.
 
-Nothing here changes what the stock pipeline would generate, up to the last digits.
+`fast_unet` and `side_by_side` change no image beyond the last digits. `load_scheduler` turns clipping off, and
+`spread_steps` drops an offset that leads beyond the last timestep.
 """
 
 from collections.abc import Callable, Iterator
@@ -98,7 +99,7 @@ class TextAttention(AttnProcessor2_0):
 
 
 @contextmanager
-def sampling(unet: UNet2DConditionModel) -> Iterator[bool]:
+def fast_unet(unet: UNet2DConditionModel) -> Iterator[bool]:
     """The U-Net with `TextAttention` and channels last in memory; afterwards it is as before.
 
     Results are those of the stock U-Net, up to the last digits.
@@ -109,11 +110,11 @@ def sampling(unet: UNet2DConditionModel) -> Iterator[bool]:
         whether the layers take `keys_values`: not where someone has set attention processors of their own.
     """
     processors = unet.attn_processors
-    if ours := all(type(processor) is AttnProcessor2_0 for processor in processors.values()):
+    if caches_text := all(type(processor) is AttnProcessor2_0 for processor in processors.values()):
         unet.set_attn_processor(TextAttention())
     unet.to(memory_format=torch.channels_last)
     try:
-        yield ours
+        yield caches_text
     finally:
         unet.to(memory_format=torch.contiguous_format)
         unet.set_attn_processor(processors)

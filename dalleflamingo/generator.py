@@ -22,7 +22,7 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalleflamingo.denoising import load_scheduler, require_steps, sampling, side_by_side, spread_steps
+from dalleflamingo.denoising import fast_unet, load_scheduler, require_steps, side_by_side, spread_steps
 from dalleflamingo.registry import check_weights
 from dalleflamingo.runs import fingerprint
 
@@ -34,7 +34,8 @@ FITS = {"resize": Image.resize, "crop": ImageOps.fit}  # how an image is made sq
 class NoisyLatents:
     """A batch of latents with noise, and what the U-Net should predict of it, in float32 at least.
 
-    bfloat16 holds no σ_t = √(1−ᾱ_t) between 0 and 0.06, which are the first timesteps of Stable Diffusion.
+    In bfloat16 ᾱ_t near 1 is rounded to steps of 1/256, so σ_t = √(1−ᾱ_t) would be 0 or at least 0.06 at Stable
+    Diffusion's first timesteps.
     """
 
     clean: Tensor  # z, (B, 4, h, w)
@@ -186,10 +187,10 @@ class Generator:
                 width=self.image_size,
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
-                cross_attention_kwargs={"keys_values": {}} if ours else None,
+                cross_attention_kwargs={"keys_values": {}} if caches_text else None,
             ).images
 
-        with sampling(self.pipeline.unet) as ours:
+        with fast_unet(self.pipeline.unet) as caches_text:
             split = partial(side_by_side, generate, self.pipeline.device)
             return render_distinct(keys, seeds, split, batch_size, progress)
 

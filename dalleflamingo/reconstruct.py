@@ -382,7 +382,7 @@ def load_captioner(profile: Profile, name: str | None = None) -> Captioner:
     """A captioner by its name in the registry (None: the profile's), for the profile's device; errors as `locate`."""
     name = name or profile.captioner
     source = registry.source_of(name, profile.device) | {"dtype": profile.torch_dtype}
-    return (registry.class_of(name) or Captioner).from_pretrained(**source)
+    return Captioner.from_pretrained(**source)
 
 
 def load_generator(profile: Profile, name: str | None = None, scheduler: str | None = None) -> Generator:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dalleflamingo import generator, profiles, reconstruct, registry
+from dalleflamingo import profiles, reconstruct, registry
 
 
 def test_profile_is_mini_unless_the_environment_names_another(monkeypatch):
@@ -64,14 +64,6 @@ def test_the_real_models_are_used_as_the_paper_uses_them(monkeypatch):
     assert asked["Generator"]["scheduler"] == "DDIM"
     reconstruct.load_models(profiles.PROFILES["mini"])
     assert asked["Generator"]["scheduler"] is asked["Dino"]["image_size"] is None and not asked["Captioner"]["prompt"]
-
-
-def test_a_captioner_is_opened_by_the_class_that_its_entry_names(monkeypatch):
-    entry = registry.ENTRIES["miniature/blip"]
-    theirs = dataclasses.replace(entry, opened_by="dalleflamingo.generator:Generator")
-    monkeypatch.setitem(registry.ENTRIES, entry.name, theirs)
-    monkeypatch.setattr(generator.Generator, "from_pretrained", lambda **how: how["prompt"])
-    assert reconstruct.load_captioner(profiles.PROFILES["mini"]) == entry.prompt
 
 
 @pytest.mark.parametrize(

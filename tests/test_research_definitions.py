@@ -205,7 +205,8 @@ def test_the_gain_of_ranking_is_taken_under_both_noises(tmp_path, monkeypatch):
     models = SimpleNamespace(
         captioner=None, generator=None, similarities=[SimpleNamespace(name=n) for n in ("clip", "dino")]
     )
-    for effect in effects_of.noise_effects(models, dataset, tmp_path):
+    settings = effects_of.settings_of(profiles.PROFILES["smoke"])
+    for effect in effects_of.noise_effects(models, dataset, tmp_path, settings):
         assert effect.ours.value > 0 > effect.theirs.value and effect.difference.high < 0
         assert effect.ours.value == pytest.approx(-4 * effect.theirs.value)  # 1 − 1/5 against 0 − 1/5 of the same
 

@@ -215,17 +215,19 @@ def _embedded(encoder: Encoder[str], texts: Sequence[str]) -> Iterator[tuple[Ten
 
     M ≤ `EMBEDDED_AT_ONCE`. Texts of like length come together, so that a batch has little padding.
     """
-    places: dict[str, list[int]] = {}
-    for place, text in enumerate(texts):
-        places.setdefault(text, []).append(place)
-    distinct = sorted(places, key=lambda text: (len(text), text))
+    positions_of: dict[str, list[int]] = {}
+    for position, text in enumerate(texts):
+        positions_of.setdefault(text, []).append(position)
+    distinct = sorted(positions_of, key=lambda text: (len(text), text))
     for start in range(0, len(distinct), EMBEDDED_AT_ONCE):
         part = distinct[start : start + EMBEDDED_AT_ONCE]
         embeddings = F.normalize(encoder.embed(part).double(), dim=-1)
-        rows = torch.tensor([place for text in part for place in places[text]])
-        which = torch.tensor([number for number, text in enumerate(part) for _ in places[text]])
-        for some, of in zip(rows.split(EMBEDDED_AT_ONCE), which.split(EMBEDDED_AT_ONCE), strict=True):
-            yield some, embeddings[of]
+        positions = torch.tensor([position for text in part for position in positions_of[text]])
+        rows = torch.tensor([row for row, text in enumerate(part) for _ in positions_of[text]])
+        for some_positions, some_rows in zip(
+            positions.split(EMBEDDED_AT_ONCE), rows.split(EMBEDDED_AT_ONCE), strict=True
+        ):
+            yield some_positions, embeddings[some_rows]
 
 
 def clip_score(images: Tensor, captions: Tensor, weight: float = 2.5) -> Tensor:

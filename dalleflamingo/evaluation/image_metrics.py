@@ -32,7 +32,7 @@ def fid(real: Tensor, generated: Tensor) -> float:
 def inception_score(logits: Tensor, splits: int = 1) -> float:
     """Inception Score (Salimans et al. 2016): exp of the mean KL divergence of p(y | x) from p(y); higher is better.
 
-    One split: published figures take the mean over ten, which needs ten times as many images.
+    One split by default. Published figures take the mean over ten, which needs ten times as many images.
 
     Args:
         logits: (N, C) of generated images.

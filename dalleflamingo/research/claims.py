@@ -15,7 +15,7 @@ from dalleflamingo.runs import write_whole
 
 RULE = (
     "The rule was declared before any run: a claim holds where the interval of its effect lies above 0, does not hold "
-    "where it lies below 0, and is undecided else. Effects are signed so that positive ones support the paper."
+    "where it lies below 0, and is undecided otherwise. Effects are signed so that positive ones support the paper."
 )
 
 

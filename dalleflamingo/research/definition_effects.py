@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from dalleflamingo import profiles
 from dalleflamingo.captioner import Captioner, describe_dataset
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.datasets import Dataset, ImageFiles, clean_caption
@@ -83,6 +82,7 @@ def paired(
     n: int,
     both: Callable[[np.ndarray], tuple[float, float]],
     of_sets: bool = False,
+    recentred: bool = False,
 ) -> Effect:
     """An effect with intervals by the paired bootstrap over n images.
 
@@ -92,7 +92,8 @@ def paired(
         digits: after the decimal point.
         n: images.
         both: (n,) indices of images -> the value under our definition and under theirs.
-        of_sets: a metric of sets of images, which resampling biases: its intervals are recentred.
+        of_sets: a metric of sets of images, which takes long: fewer resamples, and recentred intervals.
+        recentred: the metric is biased by resampling, see `metrics.Metric.biased`.
     """
 
     def statistics(images: np.ndarray) -> np.ndarray:
@@ -100,7 +101,9 @@ def paired(
         return np.array([ours, theirs, theirs - ours])
 
     resamples = RESAMPLES_OF_SETS if of_sets else RESAMPLES
-    return Effect(definition, what, digits, *paired_bootstraps(statistics, n, resamples, recentred=[of_sets] * 3))
+    return Effect(
+        definition, what, digits, *paired_bootstraps(statistics, n, resamples, recentred=[of_sets or recentred] * 3)
+    )
 
 
 def paired_means(definition: str, what: str, digits: int, ours: np.ndarray, theirs: np.ndarray) -> Effect:
@@ -197,15 +200,15 @@ class Rendered:
         return (images[:, None] * PER_CAPTION + np.arange(PER_CAPTION)).ravel()
 
 
-def render(models: Models, dataset: Dataset, folder: Path) -> Rendered:
+def render(models: Models, dataset: Dataset, folder: Path, settings: JourneySettings) -> Rendered:
     """Generate `PER_CAPTION` images of one caption of each image and describe them; resumed.
 
     Args:
         models: captioner and generator.
         dataset: with human captions.
         folder: of the run.
+        settings: of the journey.
     """
-    settings = settings_of(profiles.current())
     table = text_image_text(dataset, models.captioner, models.generator, [], folder, settings)
     real = [dataset.open(example) for example in dataset]
     return Rendered(dataset, table, real, list(ImageFiles(folder / path for path in table["image"])))
@@ -294,7 +297,8 @@ def sampling_effects(dataset: Dataset, captioner: Captioner) -> list[Effect]:
         for metric in quality(ours):
             both = partial(_both_means, ours, theirs, metric)
             what = f"{METRICS[metric].label} of a sampled caption"
-            found.append(paired(key, what, METRICS[metric].digits, len(dataset), both))
+            is_biased = METRICS[metric].biased
+            found.append(paired(key, what, METRICS[metric].digits, len(dataset), both, recentred=is_biased))
     return found
 
 
@@ -392,9 +396,9 @@ def _generation_losses(generator: Generator, latents: Sequence[Tensor], hidden: 
     return torch.stack(found).mean(0).cpu().numpy()
 
 
-def noise_effects(models: Models, dataset: Dataset, folder: Path) -> list[Effect]:
+def noise_effects(models: Models, dataset: Dataset, folder: Path, settings: JourneySettings) -> list[Effect]:
     """What ranking by CLIP gains over a random caption, candidates rendered from shared noise and each from its own."""
-    settings, evaluated = settings_of(profiles.current()), []
+    evaluated = []
     clip = [one for one in models.similarities if one.name == "clip"]
     for name, shared in (("shared", True), ("own", False)):
         table = image_text_image(
@@ -410,7 +414,8 @@ def noise_effects(models: Models, dataset: Dataset, folder: Path) -> list[Effect
     for metric in quality(evaluated[0]):
         what = f"{METRICS[metric].label}: the caption ranked first of {PER_CAPTION} by CLIP − a random one"
         both = partial(lambda metric, images: tuple(gain(one, metric, images) for one in evaluated), metric)
-        found.append(paired("shared-noise", what, METRICS[metric].digits, len(dataset), both))
+        is_biased = METRICS[metric].biased
+        found.append(paired("shared-noise", what, METRICS[metric].digits, len(dataset), both, recentred=is_biased))
     return found
 
 

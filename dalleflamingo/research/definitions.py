@@ -29,17 +29,19 @@ from dalleflamingo.similarity import ClipImage, ClipText
 
 COMMAND = "python -m dalleflamingo research definitions"
 SCHEDULER = "DPMSolverMultistep"
-IMAGES, RANKED = 200, 100  # of all measurements; of that of shared noise, which needs two sets of candidates
+IMAGES = 200  # development images of every measurement but that of shared noise
+RANKED = 100  # of shared noise, which needs two sets of candidates
 TRAINING_STEPS, SEEDS = 80, 3
 
 
 @dataclass(frozen=True)
 class Definition:
-    """What a number depends on.
+    """A definition that a number depends on.
 
     Attributes:
-        name: of it.
-        theirs: as the paper or the authors' code has it. ours: the default here.
+        name: what is defined.
+        theirs: in the authors' code, or in the paper where the code says nothing.
+        ours: our default.
         switch: the exact setting that gives theirs, or "none".
     """
 
@@ -84,7 +86,8 @@ DEFINITIONS = {
         "Sampling: length",
         "5 to 20 tokens, the prompt's included",
         "5 to 30 words (the paper's text)",
-        "`ReleasedSampling(min_length=5, max_length=20, end_id=captioner.end_id)` with `max_words=ANY_WORDS`",
+        "`captioner.sample(…, strategy=ReleasedSampling(repetition_penalty=1.0, min_length=5, max_length=20, "
+        "end_id=captioner.end_id), min_words=0, max_words=ANY_WORDS)`",
     ),
     "is-splits": Definition(
         "Inception Score", "mean of 10 splits", "one split", "`inception_score(logits, splits=10)`"
@@ -96,7 +99,10 @@ DEFINITIONS = {
         "`extractor.extract([image.resize((384, 384)) for image in images])`",
     ),
     "clean-labels": Definition(
-        "Labels", "cleaned by BLIP's `pre_caption`", "cleaned likewise", "none: both clean, and metrics tokenize"
+        "Labels (theirs is ours; shown is what labels cost that are not cleaned)",
+        "cleaned by BLIP's `pre_caption`",
+        "the same",
+        "none",
     ),
     "resize": Definition(
         "Images that the generator learns from",
@@ -146,7 +152,8 @@ def measure(profile: Profile, dataset: Dataset, runs: Path, steps: int, seeds: i
         seeds: of cycle finetuning.
     """
     models = load_models(profile, SCHEDULER)
-    clip = ClipImage.from_pretrained(**registry.source_of(profile.clip, profile.device))
+    settings = effects_of.settings_of(profile)
+    [clip] = [one for one in models.similarities if isinstance(one, ClipImage)]
     text = ClipText.from_pretrained(**registry.source_of(profile.clip, profile.device))
     extractor = FeatureExtractor.from_registry(profile.inception, profile.device)
     parts: list[Callable[[], list[Effect]]] = [
@@ -155,14 +162,14 @@ def measure(profile: Profile, dataset: Dataset, runs: Path, steps: int, seeds: i
         lambda: effects_of.label_effects(dataset, models.captioner),
         lambda: effects_of.latent_effects(dataset, models.generator),
         lambda: effects_of.training_effects(profile, dataset, runs / "training", steps, seeds),
-        lambda: effects_of.noise_effects(models, dataset.subset(min(RANKED, len(dataset))), runs),
+        lambda: effects_of.noise_effects(models, dataset.subset(min(RANKED, len(dataset))), runs, settings),
     ]
     found = []
     with tqdm(total=len(parts) + 1, desc="definitions") as bar:
         for part in parts:
             found += part()
             bar.update()
-        rendered = effects_of.render(models, dataset, runs / "images")
+        rendered = effects_of.render(models, dataset, runs / "images", settings)
         found += effects_of.clip_effects(rendered, clip, text) + effects_of.inception_effects(rendered, extractor)
         found.append(effects_of.five_images_effect(rendered, clip))
         bar.update()
@@ -252,7 +259,8 @@ def main(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     profile = profiles.current()
     dataset = development_sets(profile)[CORPUS].subset(options.images)
-    effects = measure(profile, dataset, options.runs / "definitions", options.steps, options.seeds)
+    folder = options.runs / f"definitions-{profile.name}-{options.steps}-{options.images}"  # other settings, other runs
+    effects = measure(profile, dataset, folder, options.steps, options.seeds)
     settings = {"images": options.images, "steps": options.steps, "seeds": options.seeds}
     write(options.docs, effects, profile, settings)
     print(f"{options.docs}/definitions.md")

@@ -42,7 +42,7 @@ class EpsilonUNet(UNet2DConditionModel):
         own = cls.from_config(unet.config)
         own.load_state_dict(unet.state_dict())
         nn.Module.to(own.eval(), unet.device, unet.dtype)  # diffusers' own warns of a cast to float32, too
-        # no weight, so not in a checkpoint; float32 whatever the weights are, as half of it is 0 before the last steps
+        # not a weight, so not in a checkpoint; float32 whatever the weights are, as in NoisyLatents
         own.register_buffer("alphas_cumprod", alphas_cumprod.to(unet.device, copy=True), persistent=False)
         return own
 

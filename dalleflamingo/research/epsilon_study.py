@@ -250,7 +250,7 @@ def decided(runs: pd.DataFrame) -> str:
     apart = runs[runs["what"] == "ε − v"]
     beyond = apart[(apart["low"] > 0) | (apart["high"] < 0)]
     named = [f"{METRICS[row.metric].label} of {row.losses}" for row in beyond.itertuples()]
-    return f"The forms differ, with an interval beyond 0, in {'; '.join(named) or 'nothing'}."
+    return f"The interval of the difference excludes 0 for {'; '.join(named) or 'nothing'}."
 
 
 def measure(profile: Profile, folder: Path, images: int, seeds: int, steps: int) -> Comparison:
@@ -315,7 +315,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=positive, default=3, help="of training; default: %(default)s")
     parser.add_argument("--steps", type=positive, default=120, help="of training; default: %(default)s")
     options = parse(parser, arguments)
-    found = measure(profiles.current(), options.runs / "epsilon", options.images, options.seeds, options.steps)
+    profile = profiles.current()
+    folder = options.runs / f"epsilon-{profile.name}-{options.steps}-{options.images}"  # other settings, other runs
+    found = measure(profile, folder, options.images, options.seeds, options.steps)
     write(options.docs, found)
     print(f"{options.docs}/results/epsilon.md")
     return 0

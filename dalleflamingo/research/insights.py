@@ -309,7 +309,7 @@ def rescore_insight_1(
             f"set DALLEFLAMINGO_PROFILE={made.profile}"
         )
     dataset = everything.filter(set(table["image_id"]))
-    beam = _beam_captions(lambda: load_captioner(profile, profile.captioner), dataset, table, run_folder / "beam.json")
+    beam = _beam_captions(lambda: load_captioner(profile), dataset, table, run_folder / "beam.json")
     clip_text, vectors, sbert = text_models(profile)
     evaluated = evaluate_captions(table, dataset, beam, vectors, _text_encoders(clip_text, sbert)).limit(made.ranked)
     commit = f"{made.commit.partition(RESCORED)[0]}{RESCORED}{current_commit()}"
@@ -440,6 +440,8 @@ def _options(name: str, about: str, arguments: list[str]) -> tuple[argparse.Name
             help="score the captions of results/insight-1.parquet again, with the metrics of today; generate nothing",
         )
     options = parse(parser, arguments)
+    if getattr(options, "rescore", False) and (options.images, options.candidates, options.seed) != (200, RANKED, 0):
+        parser.error("--rescore scores the captions that are there: leave --images, --candidates and --seed out")
     settings = JourneySettings.of(profiles.current(), candidates=options.candidates, seed=options.seed)
     command = f"{parser.prog} --images {options.images} --candidates {options.candidates}"
     return options, settings, command + (f" --seed {options.seed}" if options.seed else "")

@@ -77,7 +77,8 @@ class ReleasedSampling:
         p: of the nucleus.
         repetition_penalty: the score of a token that occurred already is divided by it where it is positive, multiplied
             where it is negative (Keskar et al. 2019); 1: none.
-        min_length, max_length: in tokens, the prompt's included, beside the limits in words: give `sample` the words 0
+        min_length, max_length: in tokens, the prompt's included (for BLIP only: BLIP-2's query tokens would count,
+            too), beside the limits in words: give `sample` the words 0
             to `ANY_WORDS`. A caption is cut off wherever max_length falls, in the middle of a word too. None: no limit.
         end_id: of the token that ends a caption, which the limits need.
     Raises:
