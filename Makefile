@@ -60,6 +60,8 @@ reproduce: data
 	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/cycle.py
 	$(DALLEFLAMINGO) research cycle-report
+	$(DALLEFLAMINGO) research epsilon
+	$(DALLEFLAMINGO) research definitions
 
 gates: data
 	$(DALLEFLAMINGO) research gates

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from dalleflamingo.datasets import Dataset
+    from dalleflamingo.generator import Generator
     from dalleflamingo.profiles import Profile
 
 # `profiles.VARIABLE`, spelled again because importing it would import torch, without which --help answers at once
@@ -69,6 +70,12 @@ RESEARCH = {
         "dalleflamingo.research.cycle_report:main",
         "tables and claims 9 to 12 and 14 from these runs",
         "the runs are kept, and the same command starts the report again",
+    ),
+    "epsilon": Command(
+        "dalleflamingo.research.epsilon_study:main", "the generator predicts ε instead of v (Eqs. 2 to 4)"
+    ),
+    "definitions": Command(
+        "dalleflamingo.research.definitions:main", "what the authors' definitions do to the numbers"
     ),
     "gates": Command(
         "dalleflamingo.research.gates:main",
@@ -174,7 +181,8 @@ def reconstruct(arguments: list[str]) -> int:
     parser.add_argument(
         "--candidates", type=_positive, metavar="K", help="captions of an image, or images of a caption"
     )
-    parser.add_argument("--scheduler", help="of the generator: DDIM, DPMSolverMultistep or another of diffusers")
+    schedulers = "DDPM, DDIM, PNDM, Euler, EulerAncestral, DPMSolverMultistep or UniPCMultistep"
+    parser.add_argument("--scheduler", help=f"of the generator: {schedulers}")
     parser.add_argument("--size", type=_positive, metavar="PIXELS", help="side of a generated image, a multiple of 8")
     _add_shared(parser, steps="denoising steps of the generator", batch_size="images at once; fewer need less memory")
     options = parser.parse_args(arguments)
@@ -204,7 +212,9 @@ def _image_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[Dat
 
     profile = _sized_profile(options)
     settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
-    table = image_text_image(source, *load_models(profile, options.scheduler), options.out, settings)
+    models = load_models(profile, options.scheduler)
+    _check_steps(models.generator, options, settings.steps)
+    table = image_text_image(source, *models, options.out, settings)
     return table, {image.image_id: image.path.name for image in source}
 
 
@@ -216,9 +226,16 @@ def _text_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[Data
     profile = _sized_profile(options)
     settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
     captioner, generator = load_captioner(profile), load_generator(profile, scheduler=options.scheduler)
+    _check_steps(generator, options, settings.steps)
     similarities = load_text_similarities(profile, {text.image_id: text.references for text in source})
     table = text_image_text(source, captioner, generator, similarities, options.out, settings)
     return table, {text.image_id: text.references[0] for text in source}
+
+
+def _check_steps(generator: "Generator", options: argparse.Namespace, steps: int) -> None:
+    """Refuse too few steps that the user chose; the profile `smoke` has too few, to be quick."""
+    if options.steps or options.scheduler:
+        generator.check_steps(steps)
 
 
 def _print_best(table: "DataFrame", names: Mapping[int, str], column: str) -> None:

@@ -50,8 +50,8 @@ def relax(
     soft = (logits / temperature).softmax(-1)
     if mode == "soft":
         return soft
-    hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
-    return hard + soft - soft.detach()
+    hard = F.one_hot(logits.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the bracket is exactly 0, so a row is exactly one-hot
 
 
 @contextmanager
@@ -94,9 +94,9 @@ class Bridge:
         if tokenizer_style(source).byte_level:
             self.end_ids.add(source.convert_tokens_to_ids("Ċ"))  # the line break that ends BLIP-2's captions
         precise = torch.promote_types(embeddings.dtype, torch.float32)
-        matrix = vocabulary_map.matrix.to(embeddings.device, precise)
-        mapped = torch.sparse.mm(matrix, embeddings.detach().to(precise))
-        self.mapped_embeddings = mapped.to(embeddings.dtype)  # M·E, (|V_source|, D)
+        # on the CPU, as not every device multiplies sparse matrices
+        mapped = torch.sparse.mm(vocabulary_map.matrix.to(precise), embeddings.detach().to("cpu", precise))
+        self.mapped_embeddings = mapped.to(embeddings)  # M·E, (|V_source|, D)
 
     def __call__(self, distributions: Tensor, ids: Tensor, texts: Sequence[str] | None = None) -> Tensor:
         """τ(Q·E), the hidden states of soft captions.

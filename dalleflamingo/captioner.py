@@ -4,19 +4,27 @@ A candidate is a function of its image and its seed, not of the batch it was sam
 
     w_t = argmax_v  log p(v | w_<t, x) + g_v,    g_v ~ Gumbel(0, 1) from the candidate's own generator,
 
-which is stock greedy search with noise added by a logits processor (`decoding.py`). An image is encoded once,
-whatever K is: BLIP's text decoder attends to its features, BLIP-2's OPT reads the vectors that a Q-Former makes of
-them. (In float16 a GPU may round differently in another batch, and a rare near-tie falls the other way.)
+which writes what stock greedy search with this noise would write (`decoding.py`). `_sample` is that loop, and drops
+captions that have ended. An image is encoded once, whatever K is: BLIP's text decoder attends to its features, while
+BLIP-2's OPT reads the vectors that a Q-Former makes of them. (In float16 a GPU may round differently in another batch,
+and a rare near-tie falls the other way.)
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LogitsProcessorList, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    ProcessorMixin,
+)
 
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import PAPER_SAMPLING, GumbelNoise, Strategy, WordLimits, decoding_threads
@@ -31,18 +39,21 @@ class Captioner(ABC):
         model: BLIP or BLIP-2.
         processor: its image processor and tokenizer.
         prompt: what every caption begins with, unseen. BLIP was finetuned behind "a picture of", BLIP-2 behind "a
-            photo of", and the paper cuts that off; transformers' own default is none.
+            photo of", and the paper cuts that off; transformers' own default is none. Spaces around it are dropped.
+        decoding: how `describe` searches, as arguments of transformers' `generate`; None: 3 beams, as BLIP does.
     """
 
     _TEXT_MODEL: str  # names in transformers: of the part that writes, and of the token that ends a caption
     _END: str
+    _SPACE = ""  # between the prompt and a caption, where a token holds it
 
-    def __init__(self, model: nn.Module, processor: ProcessorMixin, prompt: str = ""):
-        self.model, self.processor, self.prompt = model.eval(), processor, prompt
+    def __init__(self, model: nn.Module, processor: ProcessorMixin, prompt: str = "", decoding: Mapping | None = None):
+        self.model, self.processor, self.prompt = model.eval(), processor, prompt.strip()
+        self.decoding = {"num_beams": 3, **(decoding or {})}
         config = model.config.text_config
         self.end_id: int = getattr(config, self._END)  # ends a caption
         self.pad_id: int = config.pad_token_id  # fills a batch behind the ends of its captions
-        self.prompt_ids = torch.tensor(self._prompt_ids(prompt))  # (P,) tokens before a caption
+        self.prompt_ids = torch.tensor(self._prompt_ids(self.prompt))  # (P,) tokens before a caption
 
     @staticmethod
     def from_pretrained(
@@ -51,8 +62,9 @@ class Captioner(ABC):
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
         prompt: str = "",
+        decoding: Mapping | None = None,
     ) -> "Captioner":
-        """A captioner from a folder or a hub, in `dtype` on `device`, with `prompt` as in the class.
+        """A captioner from a folder or a hub, in `dtype` on `device`, with `prompt` and `decoding` as in the class.
 
         `revision` is the commit, tag or branch of a hub's model; None is its main branch.
 
@@ -65,7 +77,7 @@ class Captioner(ABC):
         if kind not in _KINDS:
             raise ValueError(f"{name_or_path} holds a model of type {kind!r}: expected one of {', '.join(_KINDS)}")
         model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype, use_safetensors=True)
-        return _KINDS[kind](model.to(device), AutoProcessor.from_pretrained(**source), prompt)
+        return _KINDS[kind](model.to(device), AutoProcessor.from_pretrained(**source), prompt, decoding)
 
     @torch.no_grad()
     def sample(
@@ -96,20 +108,21 @@ class Captioner(ABC):
             return [[] for _ in images]
         features = self.encode_images(self._pixel_values(images))  # (B, P, D)
         counts = torch.tensor([len(row) for row in seeds], device=features.device)
-        rules = LogitsProcessorList([self._word_limits(min_words, max_words), strategy.warper(), GumbelNoise(flat)])
-        captions = iter(self._generate(features.repeat_interleave(counts, dim=0), rules))
+        rules = [self._word_limits(min_words, max_words), strategy.warper(), GumbelNoise(flat)]
+        captions = iter(self._sample(features.repeat_interleave(counts, dim=0), *rules))
         return [[next(captions) for _ in row] for row in seeds]
 
     @torch.no_grad()
-    def describe(self, images: Sequence[Image], beams: int = 3, min_words: int = 5, max_words: int = 30) -> list[str]:
-        """The likeliest caption of each image that a search with so many beams finds; deterministic.
+    def describe(self, images: Sequence[Image], min_words: int = 5, max_words: int = 30, **decoding: int) -> list[str]:
+        """The likeliest caption of each image that beam search finds; deterministic.
 
-        Word limits and errors as in `sample`.
+        Word limits and errors as in `sample`; `decoding` changes the captioner's own, as in `num_beams=1`.
         """
         if not images:
             return []
         features = self.encode_images(self._pixel_values(images))  # (B, P, D)
-        return self._generate(features, LogitsProcessorList([self._word_limits(min_words, max_words)]), beams)
+        rules = LogitsProcessorList([self._word_limits(min_words, max_words)])
+        return self._generate(features, rules, **self.decoding | decoding)
 
     def token_logits(self, images: Sequence[Image] | Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The captioner's logits at each position of given captions (teacher forcing, Eq. 1); gradients pass.
@@ -125,7 +138,7 @@ class Captioner(ABC):
         """
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images but {len(captions)} captions: give each image one")
-        ids = self._tokenize(list(captions)).to(self.model.device)  # (B, T) words, end, padding
+        ids = self._tokenize(self.behind_prompt(captions)).to(self.model.device)  # (B, T) words, end, padding
         prompt = self.prompt_ids.to(ids.device).expand(len(ids), -1)  # (B, P)
         inputs = torch.cat([prompt, ids[:, :-1]], dim=1)
         mask = torch.cat([torch.ones_like(prompt), (ids[:, :-1] != self.pad_id).long()], dim=1)
@@ -137,13 +150,22 @@ class Captioner(ABC):
 
     def count_tokens(self, captions: Sequence[str]) -> Tensor:
         """(B,) number of tokens of each caption, its end included."""
-        return (self._tokenize(list(captions)) != self.pad_id).sum(1)
+        return (self._tokenize(self.behind_prompt(captions)) != self.pad_id).sum(1)
+
+    def behind_prompt(self, captions: Sequence[str]) -> list[str]:
+        """The texts whose tokens `token_logits` predicts: without spare whitespace, BLIP-2's with a space before them.
+
+        To a byte-level tokenizer the space between the prompt and a caption belongs to the caption's first token, and a
+        line break inside a caption is the token that ends it.
+        """
+        return [f"{self._SPACE if self.prompt else ''}{' '.join(caption.split())}".rstrip() for caption in captions]
 
     def fingerprint(self) -> str:
-        """A text that changes with weights, number format, prompt, vocabulary and preprocessing."""
+        """A text that changes with weights, number format, prompt, decoding, vocabulary and preprocessing."""
         settings = {
             "dtype": str(self.model.dtype),
             "prompt": self.prompt,
+            "decoding": self.decoding,
             "vocabulary": self.processor.tokenizer.get_vocab(),
             "image_processor": self.processor.image_processor.to_dict(),
         }
@@ -170,8 +192,43 @@ class Captioner(ABC):
             images = self.processor(images=list(images), return_tensors="pt").pixel_values
         return images.to(self.model.device, self.model.dtype)  # (B, 3, H, W)
 
-    def _generate(self, features: Tensor, rules: LogitsProcessorList, beams: int = 1) -> list[str]:
+    def _sample(self, features: Tensor, *rules: LogitsProcessor) -> list[str]:
+        """Greedy search over the ruled scores of (N, P, D) features, of which the last rule is the noise.
+
+        It writes the captions of stock greedy search. A caption that has ended leaves the batch, and the model computes
+        no more of it.
+        """
+        ids = self.prompt_ids.to(features.device).repeat(len(features), 1)  # (N, P), then growing
+        given, cache = self._given(features, ids), None
+        inputs = given if "inputs_embeds" in given else given | {"input_ids": ids}
+        rows, written = torch.arange(len(ids)), [ids[0]] * len(ids)  # rows: the captions that `ids` are
+        with decoding_threads(self.model):
+            while len(rows):
+                output = getattr(self.model, self._TEXT_MODEL)(
+                    attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, **inputs
+                )
+                scores, cache = output.logits[:, -1].to(torch.float32, copy=True), output.past_key_values
+                for rule in rules:
+                    scores = rule(ids, scores)
+                ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+                ended = (ids[:, -1] == self.end_id).cpu()
+                if ids.shape[1] == self.model.config.text_config.max_position_embeddings:
+                    ended[:] = True  # the rules limit words, not tokens
+                for row in torch.nonzero(ended).flatten().tolist():
+                    written[rows[row]] = ids[row]
+                if ended.any():
+                    left = torch.nonzero(~ended).flatten()
+                    rows, ids = rows[left], ids[left]
+                    given = {name: tensor[left] for name, tensor in given.items()}
+                    cache.batch_select_indices(left.to(ids.device))
+                    rules[-1].keep(left)
+                inputs = given | {"input_ids": ids[:, -1:]}
+                inputs.pop("inputs_embeds", None)  # in the cache
+        return self._texts(written)
+
+    def _generate(self, features: Tensor, rules: LogitsProcessorList, **decoding: int) -> list[str]:
         prompt = self.prompt_ids.to(features.device).repeat(len(features), 1)  # (N, P)
+        positions = self.model.config.text_config.max_position_embeddings
         with decoding_threads(self.model):
             ids = getattr(self.model, self._TEXT_MODEL).generate(
                 input_ids=prompt,
@@ -179,13 +236,16 @@ class Captioner(ABC):
                 **self._given(features, prompt),
                 logits_processor=rules,
                 do_sample=False,
-                num_beams=beams,
-                max_length=self.model.config.text_config.max_position_embeddings,  # the rules limit words, not tokens
                 eos_token_id=self.end_id,
                 pad_token_id=self.pad_id,
+                **{"max_new_tokens": positions - prompt.shape[1], **decoding},  # else the rules limit words alone
             )
-        texts = self.processor.tokenizer.batch_decode(ids[:, prompt.shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return self._texts(ids)
+
+    def _texts(self, ids: Iterable[Tensor]) -> list[str]:
+        """Captions from their ids, prompt included."""
+        ids = [row[len(self.prompt_ids) :] for row in ids]
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def _word_limits(self, min_words: int, max_words: int) -> WordLimits:
         size = self.model.config.text_config.vocab_size
@@ -219,20 +279,20 @@ class Blip2Captioner(Captioner):
     OPT reads a vector for each query, </s>, the prompt and the caption, which a line break ends.
     """
 
-    _TEXT_MODEL, _END = "language_model", "eos_token_id"
+    _TEXT_MODEL, _END, _SPACE = "language_model", "eos_token_id", " "
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         return self.model.get_image_features(pixel_values).pooler_output
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         config = self.model.config
-        queries = [config.image_token_index] * config.num_query_tokens
+        # only their number counts; folders from before transformers 4.47 have no token that stands for an image
+        queries = [config.image_token_index or self.pad_id] * config.num_query_tokens
         words = self.processor.tokenizer(prompt, add_special_tokens=False).input_ids
         return [*queries, config.text_config.bos_token_id, *words]
 
     def _tokenize(self, captions: list[str]) -> Tensor:
-        space = " " * bool(self.prompt)
-        words = self.processor.tokenizer([space + caption for caption in captions], add_special_tokens=False).input_ids
+        words = self.processor.tokenizer(captions, add_special_tokens=False).input_ids
         rows = [torch.tensor([*row, self.end_id]) for row in words]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
 

@@ -10,6 +10,7 @@ several processes, or accumulated parts of a batch, compute what one process wou
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,10 +26,10 @@ from dalleflamingo import cycle_losses, registry
 from dalleflamingo.bridge import Bridge
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle_losses import LOSS_NAMES, Batch, Cycle, Losses, captioner_parameters, generator_parameters
-from dalleflamingo.datasets import Dataset, Example
-from dalleflamingo.generator import Generator
+from dalleflamingo.datasets import Dataset, Example, clean_caption
+from dalleflamingo.generator import FITS, Generator
 from dalleflamingo.intervals import derive_seed
-from dalleflamingo.profiles import Profile
+from dalleflamingo.profiles import Profile, find_device
 from dalleflamingo.runs import Checkpoint, differences
 from dalleflamingo.vocabulary import VocabularyMap
 
@@ -44,13 +45,14 @@ class CycleConfig:
         captioner, generator, dataset: names in the registry. split: which split of the data set.
         scheduler: name of a diffusers scheduler, for images generated in validation; None: the generator's own.
         images: how many labelled images, chosen by seed 0; None: all.
+        fit: how the generator's images are made square: "resize" or "crop", see `Generator.encode_images`.
         losses: weights and settings of the four losses.
         schedule: "alternating", (1) + (2) at one step and (3) + (4) at the next, or "joint", all at every step.
         steps: optimizer steps. batch_size: pairs in a step, over all processes and parts.
         accumulation: parts of a batch that a process computes one after another, to save memory.
         warmup: steps in which the learning rate grows to `learning_rate`; then it stays constant.
         checkpointing: recompute activations in the backward pass, to save memory.
-        precision: "no" (float32), "bf16" or "fp16" autocasting.
+        precision: "no" (float32), "bf16" or "fp16" autocasting; a CPU has no fp16, see `make_accelerator`.
         vocabulary_map: kind of the bridge's map, learned from the labelled captions.
         ema_decay: decay, in [0, 1), of a moving average of the trained parameters, which is then the result; 0: none.
         checkpoint_every: in steps; only the last checkpoint is kept. validate_every: in steps; 0: never.
@@ -64,6 +66,7 @@ class CycleConfig:
     split: str = "train"
     scheduler: str | None = None
     images: int | None = None
+    fit: str = "resize"
     losses: Losses = field(default_factory=Losses)
     schedule: str = "alternating"
     steps: int = 1000
@@ -89,7 +92,7 @@ class CycleConfig:
         return cls(**{**models, "scheduler": profile.scheduler, **profile.cycle, **changes, "losses": Losses(**losses)})
 
     def __post_init__(self):
-        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("fit", FITS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if not 0 <= self.ema_decay < 1:
@@ -113,8 +116,11 @@ class CycleConfig:
 class CaptionedBatches:
     """Batches of `batch_size` labelled images; order and captions change from epoch to epoch.
 
+    A label is a human caption as BLIP reads it in training (`datasets.clean_caption`), for both models.
+
     Attributes:
         captioner, generator: the models whose pixel values and latents the batches hold.
+        fit: how the generator's images are made square.
         memory: bytes in which pixel values and latents are cached.
     Raises:
         ValueError: an image has no caption, or there are fewer images than a batch has.
@@ -125,6 +131,7 @@ class CaptionedBatches:
     generator: Generator
     batch_size: int
     seed: int = 0
+    fit: str = "resize"
     memory: int = 2**30
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -136,14 +143,14 @@ class CaptionedBatches:
             raise ValueError(f"{len(self.dataset)} images, but {self.batch_size} in a batch: take a smaller batch_size")
 
     def choose(self, step: int) -> list[tuple[Example, str]]:
-        """The pairs of a step."""
+        """The images of a step, each with its label."""
         chosen = []
         for position in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, i = divmod(position, len(self.dataset))
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
             example = self.dataset[int(order[i])]
             number = derive_seed(self.seed, "caption", epoch, example.image_id) % len(example.references)
-            chosen.append((example, example.references[number]))
+            chosen.append((example, clean_caption(example.references[number])))
         return chosen
 
     @torch.no_grad()
@@ -172,7 +179,8 @@ class CaptionedBatches:
             return self._kept[example.image_id]
         image = self.dataset.open(example)
         pixel_values = self.captioner.processor(images=[image], return_tensors="pt").pixel_values[0]
-        latents = self.generator.encode_images([image], next(self.generator.pipeline.unet.parameters()))[0]
+        like = next(self.generator.pipeline.unet.parameters())
+        latents = self.generator.encode_images([image], like, self.fit)[0]
         encoded = pixel_values, latents.cpu()
         if (len(self._kept) + 1) * sum(tensor.nbytes for tensor in encoded) <= self.memory:
             self._kept[example.image_id] = encoded
@@ -218,13 +226,14 @@ def build_cycle(
         pipeline.unet.train().enable_gradient_checkpointing()  # diffusers wants training mode for it; nothing drops out
     pipeline.vae.disable_slicing()  # one image at a time is slower, and saves nothing where gradients keep all
     if bridge is None:
-        captions = [caption for example in dataset for caption in example.references]
+        labels = [clean_caption(caption) for example in dataset for caption in example.references]
+        captions = captioner.behind_prompt(labels)
         tokenizers = captioner.processor.tokenizer, pipeline.tokenizer
         vocabulary_map = VocabularyMap.learn(*tokenizers, captions, config.vocabulary_map)
         bridge = Bridge(vocabulary_map.resize(captioner.model.config.text_config.vocab_size), pipeline.text_encoder)
     parameters = (list(own.values()) for own in trainable.values())
     cycle = cycle_class(captioner, generator, bridge, *parameters, config.losses)
-    batches = CaptionedBatches(dataset, captioner, generator, config.batch_size, config.seed)
+    batches = CaptionedBatches(dataset, captioner, generator, config.batch_size, config.seed, config.fit)
     return cycle, batches, TrainableParameters(trainable, config.ema_decay)
 
 
@@ -232,8 +241,7 @@ def load_cycle(
     config: CycleConfig, device: torch.device, build: Callable[..., tuple] = build_cycle
 ) -> tuple[Cycle, CaptionedBatches, TrainableParameters]:
     """Load what a configuration names onto a device, and `build` the cycle from it."""
-    prompt = registry.entry_of(config.captioner).prompt
-    captioner = Captioner.from_pretrained(**registry.source_of(config.captioner, str(device)), prompt=prompt)
+    captioner = Captioner.from_pretrained(**registry.source_of(config.captioner, str(device)))
     if registry.class_of(config.generator):
         raise ValueError(f"{config.generator} has no U-Net to finetune: name a Stable Diffusion as generator")
     source = registry.source_of(config.generator, str(device))
@@ -241,6 +249,20 @@ def load_cycle(
     dataset = registry.load_dataset(config.dataset, config.split)
     dataset = dataset.subset(config.images) if config.images else dataset
     return build(config, captioner, generator, dataset)
+
+
+def make_accelerator(config: CycleConfig, **options) -> Accelerator:
+    """An accelerator on this machine's device with the configuration's precision; in place of fp16 a CPU has float32.
+
+    Args:
+        config: settings of the run.
+        options: other arguments of `Accelerator`.
+    """
+    on_cpu, precision = find_device() == "cpu", config.precision
+    if on_cpu and precision == "fp16":
+        warnings.warn("a CPU has no fp16: this run trains in float32; bf16 would work", stacklevel=2)
+        precision = "no"
+    return Accelerator(mixed_precision=precision, cpu=on_cpu, **options)  # `cpu`, so that processes find each other
 
 
 def train_cycle(
@@ -260,7 +282,8 @@ def train_cycle(
         batches: likewise.
         trainable: likewise.
         run_folder: gets config.json, state.safetensors and log.jsonl with the losses of every step.
-        accelerator: its processes share every batch; its trackers, if any were started, log the losses too.
+        accelerator: from `make_accelerator`; its processes share every batch; its trackers, if any were started, log
+            the losses too.
         validate: called by the main process every `config.validate_every` steps; what it returns is logged.
     Raises:
         FloatingPointError: a loss is not finite; the last checkpoint is kept.
@@ -273,7 +296,7 @@ def train_cycle(
     parameters, began = list(trainable.parameters()), time.monotonic()
     groups = [{"params": parameters, "initial_lr": config.learning_rate}]  # "initial_lr": a schedule that is continued
     optimizer = torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay)
-    checkpoint = Checkpoint(run_folder, trainable, optimizer)
+    checkpoint = Checkpoint(run_folder, trainable, optimizer, accelerator.scaler)
     first, minutes = checkpoint.load()
     schedule = get_constant_schedule_with_warmup(optimizer, config.warmup, last_epoch=first)
     optimizer = accelerator.prepare(optimizer)
@@ -281,9 +304,10 @@ def train_cycle(
     for step in progress:
         torch.manual_seed(derive_seed(config.seed, "dropout", step, accelerator.process_index))
         report = _backward(config, cycle, batches, step, accelerator)
-        _average_gradients(parameters, accelerator)
-        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
+        if report:
+            _average_gradients(parameters, accelerator)
+            accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         checkpoint.follow()
@@ -304,15 +328,15 @@ def train_cycle(
 def _backward(
     config: CycleConfig, cycle: Cycle, batches: CaptionedBatches, step: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Accumulate this process's gradients of a step; returns the losses, averaged over all processes."""
+    """Accumulate this process's gradients of a step; returns its losses, averaged over all processes, or no losses."""
     means: dict[str, Tensor] = {}
     parts = accelerator.num_processes * config.accumulation
     for i in range(config.accumulation):
         part = accelerator.process_index * config.accumulation + i
         with accelerator.accumulate(), accelerator.autocast():
             losses = step_losses(config, cycle, batches, step, part, parts)
-        # backward divides by the number of accumulated parts
-        accelerator.backward(cycle_losses.total_loss(losses, config.losses))
+        if losses:  # backward divides by the number of accumulated parts
+            accelerator.backward(cycle_losses.total_loss(losses, config.losses))
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.detach() / config.accumulation
     return {name: accelerator.reduce(value, "mean").item() for name, value in means.items()}

@@ -66,6 +66,7 @@ class Losses:
         max_timestep: a share of all timesteps in (0, 1]: (4) leaves out images noised to later ones, because x̂ decoded
             from late timesteps shows little but the error in ε.
         decoded_size: side in pixels at which x̂ is decoded; None: the generator's own.
+        label_smoothing: a share in [0, 1) of (1)'s and (4)'s targets, spread over the vocabulary; the authors' is 0.1.
     Raises:
         ValueError: a weight is negative, or a value is not one of those allowed here.
     """
@@ -80,6 +81,7 @@ class Losses:
     temperature: float = 1.0
     max_timestep: float = 1.0
     decoded_size: int | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self):
         for name in ("image_updates", "caption_updates"):
@@ -89,9 +91,9 @@ class Losses:
             raise ValueError(f"max_timestep = {self.max_timestep}: it is a share of all, above 0 and at most 1")
         if any(getattr(self, name) < 0 for name in LOSS_NAMES):
             raise ValueError(f"weights {[getattr(self, name) for name in LOSS_NAMES]}: none may be below 0")
-        relax(
-            torch.zeros(1), self.mode, self.temperature
-        )  # refuses an unknown mode or temperature now, not in training
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing = {self.label_smoothing}: it is a share, at least 0 and below 1")
+        relax(torch.zeros(1), self.mode, self.temperature)  # refuses an unknown mode or temperature here
 
 
 @dataclass(frozen=True)
@@ -148,32 +150,37 @@ class Cycle:
         losses, found = self.losses, {}
         logits, ids = self.captioner.token_logits(batch.pixel_values, batch.captions)
         if losses.caption:
-            found["caption"] = caption_loss(logits, ids, self.captioner.pad_id, batch.token_counts.sum() * batch.share)
+            count = batch.token_counts.sum() * batch.share
+            found["caption"] = caption_loss(logits, ids, self.captioner.pad_id, count, losses.label_smoothing)
         if losses.image_reconstruction:
             found["image_reconstruction"] = self.image_reconstruction(logits, ids, batch, draw)
         return found
 
     def text_losses(self, batch: Batch, draw: torch.Generator) -> dict[str, Tensor]:
-        """(3) and (4), in the same form as `image_losses`."""
+        """(3) and (4), in the same form as `image_losses`; no (4) where the whole batch has no early timestep."""
         losses, found = self.losses, {}
         noisy = self.noisy_latents(batch, draw)
         model_output = self.generator.predict(noisy, batch.encoder_hidden_states)
         if losses.generation:
             found["generation"] = noisy.loss(model_output)
-        if losses.caption_reconstruction:
+        if losses.caption_reconstruction and (noisy.batch_timesteps < self._limit).any():
             found["caption_reconstruction"] = self.caption_reconstruction(model_output, noisy, batch)
         return found
 
+    @property
+    def _limit(self) -> float:
+        return self.losses.max_timestep * len(self.generator.pipeline.scheduler.alphas_cumprod)
+
     def noisy_latents(self, batch: Batch, draw: torch.Generator) -> NoisyLatents:
         """z_t of the batch, at timesteps drawn uniformly."""
-        scheduler = self.generator.pipeline.scheduler
-        return add_noise(batch.latents, scheduler, draw, batch.first, len(batch.token_counts))
+        return add_noise(batch.latents, self.generator.pipeline.scheduler, draw, batch.first, len(batch.token_counts))
 
     def image_reconstruction(self, logits: Tensor, ids: Tensor, batch: Batch, draw: torch.Generator) -> Tensor:
         """Eq. 2 from the captioner's (B, T, V) logits along (B, T) ids; a scalar."""
         logits = logits if self.losses.image_updates != "generator" else logits.detach()
         noisy = self.noisy_latents(batch, draw)
-        encoder_hidden_states = self.bridge(self._distributions(logits, batch, draw), ids, batch.captions)
+        texts = self.captioner.behind_prompt(batch.captions)
+        encoder_hidden_states = self.bridge(self._distributions(logits, batch, draw), ids, texts)
         with frozen(self.trainable["generator"] if self.losses.image_updates == "captioner" else []):
             return noisy.loss(self.generator.predict(noisy, encoder_hidden_states))
 
@@ -188,18 +195,17 @@ class Cycle:
 
     def caption_reconstruction(self, model_output: Tensor, noisy: NoisyLatents, batch: Batch) -> Tensor:
         """Eq. 4 from the U-Net's (B, 4, h, w) output; a scalar, 0 where every timestep is above `max_timestep`."""
-        limit = self.losses.max_timestep * len(self.generator.pipeline.scheduler.alphas_cumprod)
-        early = noisy.timesteps < limit
+        early = noisy.timesteps < self._limit
         if not early.any():
             return model_output.sum() * 0  # with a gradient, so that every process has one
-        token_count = batch.token_counts[noisy.batch_timesteps < limit].sum() * batch.share
+        token_count = batch.token_counts[noisy.batch_timesteps < self._limit].sum() * batch.share
         model_output = model_output if self.losses.caption_updates != "captioner" else model_output.detach()
         latents = self.one_step_latents(noisy.select(early), model_output[early])
         captions = [caption for caption, is_early in zip(batch.captions, early.tolist(), strict=True) if is_early]
         with frozen(self.trainable["captioner"] if self.losses.caption_updates == "generator" else []):
             images = self.captioner_pixels(self.generator.decode(self._resized(latents)))
             logits, ids = self.captioner.token_logits(images, captions)
-            return caption_loss(logits, ids, self.captioner.pad_id, token_count)
+            return caption_loss(logits, ids, self.captioner.pad_id, token_count, self.losses.label_smoothing)
 
     def one_step_latents(self, noisy: NoisyLatents, model_output: Tensor) -> Tensor:
         """(B, 4, h, w) latents of x̂: ẑ_0."""
@@ -221,19 +227,21 @@ def total_loss(found: dict[str, Tensor], losses: Losses) -> Tensor:
     return sum(getattr(losses, name) * loss for name, loss in found.items())
 
 
-def caption_loss(logits: Tensor, ids: Tensor, pad_id: int, token_count: Tensor | float) -> Tensor:
-    """Eqs. 1 and 4: −log p of the captions' tokens and end tokens; padding does not count.
+def caption_loss(
+    logits: Tensor, ids: Tensor, pad_id: int, token_count: Tensor | float, label_smoothing: float = 0.0
+) -> Tensor:
+    """Eqs. 1 and 4: −log p of the captions' tokens and end tokens, without padding; a scalar, in float32 at least.
 
     Args:
         logits: (B, T, V) from `Captioner.token_logits`, which leaves the prompt out.
         ids: (B, T), likewise.
         pad_id: id of padding.
         token_count: number of tokens to divide by; for a part of a batch, the mean over all parts.
-    Returns:
-        scalar, in float32 at least.
+        label_smoothing: as in `Losses`.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=pad_id, reduction="sum") / token_count
+    options = dict(ignore_index=pad_id, reduction="sum", label_smoothing=label_smoothing)
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), **options) / token_count
 
 
 def captioner_pixels(captioner: Captioner, images: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from transformers import (
 from dalleflamingo.tokens import token_bytes, tokenizer_style
 
 SMALL_MODEL = 20_000_000  # parameters; the miniature's captioners have 2 million, BLIP base 224 million
+_DRAWN_AHEAD = 8192  # random numbers that a caption draws at once, of 32 steps at most
 
 
 def count_words(text: str) -> int:
@@ -73,10 +74,19 @@ class GumbelNoise(LogitsProcessor):
     def __init__(self, seeds: Sequence[int]):
         # on the CPU whatever the model's device, so that one seed is one caption everywhere
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.ahead = torch.empty(0)  # (steps, B, V) random numbers of the next steps
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        uniform = torch.stack([torch.rand(scores.shape[-1], generator=g) for g in self.generators])  # (B, V) in [0, 1)
+        if not len(self.ahead):  # a call for many steps draws the numbers of a call for each
+            size = (min(32, max(1, _DRAWN_AHEAD // scores.shape[-1])), scores.shape[-1])
+            self.ahead = torch.stack([torch.rand(size, generator=g) for g in self.generators], dim=1)
+        uniform, self.ahead = self.ahead[0], self.ahead[1:]  # (B, V) in [0, 1)
         return scores + gumbel_noise(uniform).to(scores.device)
+
+    def keep(self, rows: Tensor) -> None:
+        """Leaves only these rows of the batch, given by their (n,) positions."""
+        self.generators = [self.generators[row] for row in rows.tolist()]
+        self.ahead = self.ahead[:, rows.cpu()]
 
 
 def gumbel_noise(uniform: Tensor) -> Tensor:
@@ -138,8 +148,7 @@ def decoding_threads(model: nn.Module) -> Iterator[None]:
 
     A decoding step is hundreds of tiny operations, and after each the threads wait for each other: for about 8 ms where
     another process has one of their cores. Sampling 160 captions with 1.7 million parameters on two cores took 0.46 s
-    with two threads and 0.66 s with one; beside two busy processes 1.3 to 4.3 s and 1.0 s. Rendering keeps its threads:
-    64 images took 8.8 s with two and 15.3 s with one, busy 38 s and 25 s (`benchmarks/threads.py`).
+    with two threads and 0.66 s with one; beside two busy processes 1.3 to 4.3 s and 1.0 s (`benchmarks/threads.py`).
 
     Args:
         model: large models, `SMALL_MODEL` parameters or more, and models on other devices keep all threads.

@@ -11,7 +11,9 @@ v = √ᾱ_t ε − √(1−ᾱ_t) z instead of ε has v as its target.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import SchedulerMixin, StableDiffusionPipeline
@@ -20,15 +22,21 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalleflamingo.denoising import fast_unet, load_scheduler, require_steps, side_by_side, spread_steps
 from dalleflamingo.registry import check_weights
 from dalleflamingo.runs import fingerprint
 
 PREDICTIONS = ("epsilon", "v_prediction")
+FITS = {"resize": Image.resize, "crop": ImageOps.fit}  # how an image is made square
 
 
 @dataclass(frozen=True)
 class NoisyLatents:
-    """A batch of latents with noise, and what the U-Net should predict of it."""
+    """A batch of latents with noise, and what the U-Net should predict of it, in float32 at least.
+
+    In bfloat16 ᾱ_t near 1 is rounded to steps of 1/256, so σ_t = √(1−ᾱ_t) would be 0 or at least 0.06 at Stable
+    Diffusion's first timesteps.
+    """
 
     clean: Tensor  # z, (B, 4, h, w)
     noise: Tensor  # ε, (B, 4, h, w)
@@ -56,9 +64,8 @@ class NoisyLatents:
         return self.alphas_cumprod.sqrt() * self.latents - (1 - self.alphas_cumprod).sqrt() * model_output
 
     def loss(self, model_output: Tensor) -> Tensor:
-        """Eqs. 2 and 3: the mean squared error of the U-Net's prediction, in float32 at least."""
-        dtype = torch.promote_types(model_output.dtype, torch.float32)
-        return F.mse_loss(model_output.to(dtype), self.target.to(dtype))
+        """Eqs. 2 and 3: the mean squared error of the U-Net's prediction."""
+        return F.mse_loss(model_output.to(self.target), self.target)
 
     def select(self, mask: Tensor) -> "NoisyLatents":
         """The part of the batch where the (B,) mask is true."""
@@ -89,6 +96,7 @@ def add_noise(
     whole, own = whole or len(latents), slice(first, first + len(latents))
     batch_timesteps = torch.randint(len(schedule), (whole,), generator=draw)
     timesteps = batch_timesteps[own]
+    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
     noise = torch.randn((whole, *latents.shape[1:]), generator=draw)[own].to(latents)
     alphas_cumprod = schedule[timesteps].view(-1, 1, 1, 1).to(latents)
     return NoisyLatents(latents, noise, timesteps.to(latents.device), alphas_cumprod, prediction_type, batch_timesteps)
@@ -106,7 +114,8 @@ class Generator:
         self.pipeline = pipeline
         self.image_size: int = image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.vae.enable_slicing()  # decoding a whole batch at 512 pixels is what overflows a small GPU
+        if self.image_size >= 256:
+            pipeline.vae.enable_slicing()  # decoding a whole batch at 512 pixels is what overflows a small GPU
 
     @classmethod
     def from_pretrained(
@@ -122,18 +131,17 @@ class Generator:
         Args:
             name_or_path: a folder, or the id of a model on the hub.
             device: where it computes.
-            scheduler: a diffusers scheduler by name, "DDIM", "Euler" or "DDIMScheduler"; None keeps the model's own.
+            scheduler: one of `denoising.SCHEDULERS`, such as "DDIM" or "DDIMScheduler"; None: of the model's own kind.
             image_size: as in the class, a multiple of 8.
             options: the stock pipeline's, such as dtype (default: float32) or a hub's `revision` and `variant`.
         Raises:
             RegistryError: the folder's weights are missing or cut short.
-            ValueError: no scheduler of that name fits.
+            ValueError: the scheduler is not one of `denoising.SCHEDULERS`.
         """
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         options = {"dtype": torch.float32, "use_safetensors": True} | unchecked | options
         pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
-        if scheduler is not None:
-            pipeline.scheduler = _scheduler(scheduler, pipeline.scheduler)
+        pipeline.scheduler = load_scheduler(scheduler or type(pipeline.scheduler).__name__, pipeline.scheduler)
         return cls(pipeline.to(device), image_size)
 
     def render(
@@ -158,7 +166,7 @@ class Generator:
         Returns:
             N RGB images.
         Raises:
-            ValueError: there are not as many seeds as captions.
+            ValueError: there are not as many seeds as captions, or the scheduler cannot spread so many steps.
         """
         captions = list(captions)  # of a stacked tensor too: rows that stay, so that each has an id of its own
         texts = dict.fromkeys([*(caption for caption in captions if isinstance(caption, str)), ""])
@@ -166,33 +174,57 @@ class Generator:
         keys = [caption if isinstance(caption, str) else id(caption) for caption in captions]
         hidden = {key: encoded[key] if isinstance(key, str) else c for key, c in zip(keys, captions, strict=True)}
 
-        def generate(batch: list[tuple[Hashable, int]]) -> list[Image]:
-            return self.pipeline(
-                prompt_embeds=torch.stack([hidden[key] for key, _ in batch]),  # (B, T, D)
-                negative_prompt_embeds=torch.stack([encoded[""]] * len(batch)),
-                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+        scheduler = spread_steps(self.pipeline.scheduler, steps)
+
+        def generate(part: list[tuple[Hashable, int]]) -> list[Image]:
+            pipeline = copy(self.pipeline)  # a scheduler counts its steps: each thread has one of its own
+            pipeline.scheduler = deepcopy(scheduler)
+            return pipeline(
+                prompt_embeds=torch.stack([hidden[key] for key, _ in part]),  # (B, T, D)
+                negative_prompt_embeds=torch.stack([encoded[""]] * len(part)),
+                generator=[torch.Generator().manual_seed(seed) for _, seed in part],
                 height=self.image_size,
                 width=self.image_size,
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
+                cross_attention_kwargs={"keys_values": {}} if caches_text else None,
             ).images
 
-        return render_distinct(keys, seeds, generate, batch_size, progress)
+        with fast_unet(self.pipeline.unet) as caches_text:
+            split = partial(side_by_side, generate, self.pipeline.device)
+            return render_distinct(keys, seeds, split, batch_size, progress)
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse fewer steps than the scheduler needs; see `denoising.require_steps`."""
+        require_steps(self.pipeline.scheduler, steps)
 
     def predict(self, noisy: NoisyLatents, encoder_hidden_states: Tensor) -> Tensor:
         """The U-Net's prediction (B, 4, h, w) for noisy latents, given text (B, T, D); gradients pass."""
-        return self.pipeline.unet(noisy.latents, noisy.timesteps, encoder_hidden_states=encoder_hidden_states).sample
+        unet = self.pipeline.unet
+        return unet(noisy.latents.to(unet.dtype), noisy.timesteps, encoder_hidden_states=encoder_hidden_states).sample
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 4, h, w) scaled latents to images (B, 3, H, W), about in [-1, 1]; gradients pass."""
         vae = self.pipeline.vae
-        return vae.decode(latents / vae.config.scaling_factor).sample
+        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image], like: Tensor) -> Tensor:
-        """(B, 4, h, w) scaled latents of the images' middle squares, with the device and type of `like`."""
+    def encode_images(self, images: Sequence[Image], like: Tensor, fit: str = "resize") -> Tensor:
+        """(B, 4, h, w) scaled latents of B images made square, with the device and type of `like`.
+
+        Args:
+            images: of any size.
+            like: a tensor of the U-Net's, such as a parameter.
+            fit: "resize" takes the whole image, distorted where it is not square, as the authors' code does; "crop"
+                takes its middle square, undistorted, though its caption tells of the whole (27 % of the pixels of
+                NoCaps validation are lost, mean over images).
+        Raises:
+            ValueError: no other way to make an image square is known.
+        """
+        if fit not in FITS:
+            raise ValueError(f"fit = {fit!r}: choose one of {', '.join(FITS)}")
         pipeline, size = self.pipeline, (self.image_size, self.image_size)
-        squares = [ImageOps.fit(image.convert("RGB"), size, Resampling.BICUBIC) for image in images]
+        squares = [FITS[fit](image.convert("RGB"), size, Resampling.BICUBIC) for image in images]
         pixels = pipeline.image_processor.preprocess(squares).to(like)  # (B, 3, H, W) in [-1, 1]
         return pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
 
@@ -248,13 +280,3 @@ def render_distinct(
         if progress is not None:
             progress(sum(wanted[pair] for pair in batch))
     return [images[pair] for pair in pairs]
-
-
-def _scheduler(name: str, shipped):
-    """The scheduler of that name, with the noise schedule and the settings that the model was shipped with."""
-    kinds = {kind.__name__: kind for kind in shipped.compatibles}
-    kinds.pop("DPMSolverSDEScheduler", None)  # takes its noise from no generator of ours: not a function of the seed
-    for full_name in (name, f"{name}Scheduler", f"{name}DiscreteScheduler"):
-        if full_name in kinds:
-            return kinds[full_name].from_config(shipped.config)
-    raise ValueError(f"no scheduler named {name!r} fits this model; choose one of {', '.join(sorted(kinds))}")

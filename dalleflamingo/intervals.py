@@ -91,9 +91,9 @@ def paired_bootstrap(
         n: how many items there are.
         resamples: how often n items are drawn with replacement.
         seed: of the draws.
-        recentred: shift the interval so that the mean of the resamples lies on the sample's value. For FID and the
-            Inception Score: a resample repeats some images, so it holds fewer different ones, which raises FID and
-            lowers IS in every resample. The bootstrap then tells the spread, but not the location.
+        recentred: shift the interval so that the mean of the resamples lies on the sample's value. For FID, Inception
+            Score and CIDEr: a resample repeats some images, so it holds fewer different ones, which raises FID, lowers
+            IS and makes rare n-grams seem common. The bootstrap then tells the spread, but not the location.
     Raises:
         ValueError: there are no items, or the statistic is not finite on the sample or on a resample.
     """

@@ -14,6 +14,13 @@ import torch
 VARIABLE = "DALLEFLAMINGO_PROFILE"
 
 
+def find_device() -> str:
+    """The first that this machine has of "cuda", "mps" (Apple's GPU) and "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 @dataclass(frozen=True)
 class Profile:
     """The size of one run.
@@ -28,7 +35,7 @@ class Profile:
         guidance_scale: of classifier-free guidance; 1 turns it off.
         image_size: side of a generated image, in pixels.
         dino_size: side of DINO's input, in pixels (App. A: 384); None: the model's own.
-        dtype: "float32" or "float16", the type of the weights on a GPU; see `torch_dtype`.
+        dtype: "float32" or "float16", the type of the weights where there is CUDA; see `torch_dtype`.
         captioner, generator, clip, dino, inception, dataset: names in `registry.ENTRIES`.
         judge: likewise; the recogniser that knows what an image of `dataset` shows. None: nobody knows.
         coco: likewise; the data set that Table 1 has beside `dataset`; its split "test" is used.
@@ -64,20 +71,18 @@ class Profile:
     cycle: Mapping[str, object] = field(hash=False)
 
     def __post_init__(self):
-        """Makes `cycle` read-only, and float32 ("no") its precision on a CPU, which has no half precision."""
+        """Makes `cycle` read-only."""
         cycle = {name: MappingProxyType(dict(v)) if isinstance(v, Mapping) else v for name, v in self.cycle.items()}
-        if "precision" in cycle and self.device == "cpu":
-            cycle["precision"] = "no"
         object.__setattr__(self, "cycle", MappingProxyType(cycle))
 
     @property
     def device(self) -> str:
-        """ "cuda" where this machine has it, else "cpu"."""
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        """This machine's, see `find_device`."""
+        return find_device()
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` for `from_pretrained`; float32 on a CPU, which is slow at half precision or lacks it."""
+        """`dtype` for `from_pretrained`; float32 without CUDA: a CPU is slow at half precision or lacks it."""
         return getattr(torch, self.dtype) if self.device == "cuda" else torch.float32
 
 
@@ -115,8 +120,8 @@ _REAL = dict(
     judge=None,
     dataset="nocaps",
     coco="coco",
-    captioners=("blip-large", "blip-base", "blip2-opt-2.7b"),
-    other_captioner="blip2-opt-2.7b",
+    captioners=("blip-large", "blip-base", "blip2-opt-2.7b-coco"),
+    other_captioner="blip2-opt-2.7b-coco",
     other_generator=None,
     # fits into the 15 GB of a free GPU
     cycle=dict(accumulation=8, checkpointing=True, precision="fp16", losses=dict(max_timestep=0.4, decoded_size=256)),

@@ -381,8 +381,8 @@ def load_models(profile: Profile, scheduler: str | None = None) -> Models:
 def load_captioner(profile: Profile, name: str | None = None) -> Captioner:
     """A captioner by its name in the registry (None: the profile's), for the profile's device; errors as `locate`."""
     name = name or profile.captioner
-    settings = {"dtype": profile.torch_dtype, "prompt": registry.entry_of(name).prompt}
-    return Captioner.from_pretrained(**registry.source_of(name, profile.device), **settings)
+    source = registry.source_of(name, profile.device) | {"dtype": profile.torch_dtype}
+    return Captioner.from_pretrained(**source)
 
 
 def load_generator(profile: Profile, name: str | None = None, scheduler: str | None = None) -> Generator:

@@ -14,7 +14,7 @@ import json
 import os
 import pkgutil
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class Entry:
         sha256: {file: digest} of the weight files; None if unknown.
         shipped: it comes with the repository, and belongs to the miniature.
         prompt: of a captioner: the words that preceded its captions in finetuning.
+        decoding: of a captioner: the beam search of its published scores, as `Captioner` takes it.
         opened_by: "module:Class" of a subpackage whose `from_pretrained` loads it; "" for a class of the core.
         splits: of a data set; empty if it has only one.
         annotations: of a data set: the name of its annotation file, with "{split}" where it depends on the split.
@@ -68,6 +69,7 @@ class Entry:
     sha256: dict[str, str] | None = None
     shipped: bool = False
     prompt: str = ""
+    decoding: Mapping[str, int] | None = None
     opened_by: str = ""
     splits: Sequence[str] = ()
     annotations: str = ""
@@ -132,14 +134,16 @@ def class_of(name: str) -> type | None:
     return pkgutil.resolve_name(opened_by) if opened_by else None
 
 
-def source_of(name: str, device: str = "cpu") -> dict[str, str | None]:
-    """The keyword arguments with which `from_pretrained` loads a model: name_or_path, revision and device.
+def source_of(name: str, device: str = "cpu") -> dict[str, object]:
+    """The arguments with which `from_pretrained` loads a model: name_or_path, revision, device, a captioner's settings.
 
     Args:
         name: in `ENTRIES`; errors as `locate`.
-        device: "cpu" or "cuda"; `Profile.device`.
+        device: as `Profile.device`.
     """
-    return dict(name_or_path=locate(name), revision=entry_of(name).revision, device=device)
+    entry = entry_of(name)
+    settings = {"prompt": entry.prompt, "decoding": entry.decoding} if entry.kind == "captioner" else {}
+    return dict(name_or_path=locate(name), revision=entry.revision, device=device, **settings)
 
 
 def locate(name: str) -> str:

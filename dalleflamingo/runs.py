@@ -194,12 +194,20 @@ class Checkpoint:
         recipe: has `modules` {name: module}, `parameters()` (those that are trained) and `average` (the decay of their
             moving average; 0: none).
         optimizer: of `recipe.parameters()`; None to read weights only.
+        scaler: of the loss in half precision, if there is one; its scale and its count of good steps are kept too.
     """
 
-    def __init__(self, run: Path, recipe, optimizer: torch.optim.Optimizer | None = None):
+    def __init__(
+        self,
+        run: Path,
+        recipe,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
         from diffusers.training_utils import EMAModel  # slow to import, and only training needs it
 
-        self.file, self.modules, self.optimizer = run / "state.safetensors", recipe.modules, optimizer
+        self.file, self.modules = run / "state.safetensors", recipe.modules
+        self.optimizer, self.scaler = optimizer, scaler
         self.parameters = list(recipe.parameters())
         self.average = EMAModel(self.parameters, decay=recipe.average, foreach=True) if recipe.average else None
 
@@ -226,6 +234,7 @@ class Checkpoint:
         }
         followed = self.average.optimization_step if self.average else 0
         done = {"step": str(step), "minutes": str(minutes), "followed": str(followed)}
+        done |= {"scaler": json.dumps(self.scaler.state_dict())} if self.scaler else {}
         write_whole(self.file, lambda path: save_file(tensors, path, metadata=done))
 
     def load(self) -> tuple[int, float]:
@@ -244,6 +253,8 @@ class Checkpoint:
                 self.optimizer.state[parameter] = moments
         with safe_open(self.file, "pt") as file:
             done = file.metadata()
+        if self.scaler and "scaler" in done:
+            self.scaler.load_state_dict(json.loads(done["scaler"]))
         if self.average:
             values = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
             self.average.load_state_dict({"shadow_params": values, "optimization_step": int(done["followed"])})

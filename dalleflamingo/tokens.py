@@ -24,9 +24,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from dalleflamingo import registry
 
 END_OF_WORD = "</w>"
-_BYTE_OF = {
-    letter: byte for byte, letter in bytes_to_unicode().items()
-}  # byte-level vocabularies write bytes as letters
+# byte-level vocabularies write bytes as letters
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class TokenizerStyle(NamedTuple):

@@ -135,6 +135,7 @@ class VocabularyMap:
         Args:
             ids: rows of source tokens without special tokens.
             texts: the captions as written, where known. They hold what tokens alone do not (accents, spaces in `. "`).
+                A byte-level row begins with a space behind a prompt; its text may have or lack it.
         Raises:
             ValueError: the numbers of texts and rows differ, or a text's tokens are not those of its row.
         """
@@ -142,6 +143,8 @@ class VocabularyMap:
             return align_token_ids(self.source, self.target, ids)
         if len(ids) != len(texts):
             raise ValueError(f"{len(ids)} rows of tokens and {len(texts)} texts: give each row its own text")
+        spaced = zip([self.source.decode(list(row[:1]))[:1] == " " for row in ids], texts, strict=True)
+        texts = [text if (text[:1] == " ") == space else " " * space + text.lstrip() for space, text in spaced]
         alignments = align_texts(self.source, self.target, texts)
         for row, text, alignment in zip(ids, texts, alignments, strict=True):
             if tuple(map(int, row)) != alignment.source:

@@ -57,6 +57,10 @@ class Generator:
     def fingerprint(self):
         return "Generator"
 
+    def check_steps(self, steps):
+        if steps < 10:
+            raise ValueError(f"steps = {steps}: too few")
+
     def render(self, captions, seeds, steps=50, guidance_scale=7.5, batch_size=16, progress=None):
         self.calls.append(dict(captions=captions, seeds=seeds, steps=steps, guidance=guidance_scale, batch=batch_size))
         return [self._draw(caption, seed, progress) for caption, seed in zip(captions, seeds, strict=True)]

@@ -226,6 +226,17 @@ def test_straight_through_is_the_argmax_and_learns_as_soft():
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("mode", ["straight-through", "gumbel"])
+def test_rows_of_the_hard_modes_are_one_hot_to_the_bit(mode, dtype):
+    """(1 + s) − s is not 1 in every fifth row of float32; 1 + (s − s) is."""
+    logits = torch.randn(2000, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
+    P = relax(logits, mode, 0.7, torch.Generator().manual_seed(0))
+    assert torch.equal(P, torch.nn.functional.one_hot(P.argmax(-1), 30).to(dtype))
+    if mode == "straight-through":
+        assert torch.equal(P.argmax(-1), logits.argmax(-1))
+
+
 def test_gumbel_samples_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0]).expand(40_000, 3)
     share = relax(logits, "gumbel", 0.5, torch.Generator().manual_seed(0)).mean(0)

@@ -2,6 +2,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LogitsProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.decoding import (
@@ -23,6 +24,7 @@ from dalleflamingo.decoding import (
     WordLimits,
     count_words,
     decoding_threads,
+    gumbel_noise,
 )
 from dalleflamingo.miniature.training.tokenizers import train_opt_bpe
 
@@ -128,7 +130,57 @@ def test_first_token_is_distributed_as_the_models_nucleus(captioner, stock):
     expected = np.zeros_like(probability)
     expected[nucleus] = probability[nucleus] / probability[nucleus].sum()
     assert 5 < len(nucleus) < len(probability) - 5
-    assert _p_value(first.noted, expected) > 1e-3
+    ended = torch.full([4_000 - len(first.noted)], captioner.end_id)  # at once; the others are asked for a second token
+    assert _p_value(torch.cat([first.noted, ended]), expected) > 1e-3
+
+
+@pytest.mark.parametrize("prompt", ["", "a bird of"])
+@pytest.mark.parametrize("strategy", [Nucleus(0.9), TopK(10), Temperature(2.0)], ids=str)
+def test_sampled_captions_are_those_of_stock_greedy_search_with_the_same_rules(folder, strategy, prompt):
+    captioner, seeds = (
+        Captioner.from_pretrained(folder, prompt=prompt),
+        [[10 * b + k for k in range(4)] for b in range(7)],
+    )
+    features = captioner.encode_images(captioner._pixel_values(PHOTOS)).repeat_interleave(4, dim=0)
+    rules = [captioner._word_limits(3, 9), strategy.warper(), GumbelNoise([seed for row in seeds for seed in row])]
+    with torch.no_grad():
+        expected = captioner._generate(features, LogitsProcessorList(rules))
+    captions = [text for row in captioner.sample(PHOTOS, seeds, strategy, 3, 9) for text in row]
+    assert captions == expected and len(set(captions)) > 20
+
+
+def test_a_caption_that_has_ended_is_computed_no_further(captioner):
+    rows, text_model = [], getattr(captioner.model, captioner._TEXT_MODEL)
+    hook = text_model.register_forward_hook(lambda _, args, output: rows.append(len(output.logits)))
+    try:
+        captions = captioner.sample(PHOTOS, [range(10)] * 7, Temperature(2.0), 1, 12)
+    finally:
+        hook.remove()
+    assert rows == sorted(rows, reverse=True) and rows[0] == 70 > 4 * rows[-1]
+    tokens = sum(map(len, captioner._tokenize([text for row in captions for text in row]).tolist()))
+    assert sum(rows) < tokens, "padding to the longest caption would be as many rows in every step"
+
+
+def test_a_caption_ends_with_the_models_positions(captioner):
+    lengths, end = [], captioner.end_id
+
+    def never_ends(input_ids, scores):
+        lengths.append(input_ids.shape[1])
+        return scores.index_fill(1, torch.tensor(end), -1e9)
+
+    captioner.sample(PHOTOS[:2], [[1], [2]], SimpleNamespace(warper=lambda: never_ends), max_words=10_000)
+    assert lengths[-1] == captioner.model.config.text_config.max_position_embeddings - 1
+
+
+def test_numbers_drawn_ahead_are_those_of_a_draw_a_step_for_the_rows_that_are_left():
+    noise, steps = GumbelNoise([3, 4, 5]), 70
+    for step in range(steps):
+        if step == 40:
+            noise.keep(torch.tensor([0, 2]))
+        left = [3, 4, 5] if step < 40 else [3, 5]
+        generators = [torch.Generator().manual_seed(seed) for seed in left]
+        uniform = torch.stack([[torch.rand(203, generator=g) for _ in range(step + 1)][-1] for g in generators])
+        assert torch.equal(noise(None, torch.zeros(len(left), 203)), gumbel_noise(uniform))
 
 
 def _p_value(drawn, expected):
@@ -225,7 +277,42 @@ def test_describe_equals_stock_generate_where_limits_do_not_bite(folder, stock, 
     ids = stock.generate(**inputs, num_beams=beams, do_sample=False, max_length=64)
     expected = [text.removeprefix(prompt).strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
     assert len(set(expected)) > 3
-    assert captioner.describe(PHOTOS, beams=beams, min_words=0, max_words=64) == expected
+    assert captioner.describe(PHOTOS, num_beams=beams, min_words=0, max_words=64) == expected
+
+
+@pytest.mark.parametrize("prompt", ["", "a bird of"])
+def test_settings_of_decoding_are_those_of_stock_generate(folder, stock, prompt):
+    """Numbers of beams and of new tokens, the prompt's not among them, as a checkpoint's publication states them."""
+    decoding = {"num_beams": 5, "min_new_tokens": 6, "max_new_tokens": 9}
+    captioner = Captioner.from_pretrained(folder, prompt=prompt, decoding=decoding)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=PHOTOS, **({"text": [prompt] * 7} if prompt else {}), return_tensors="pt")
+    ids = stock.generate(**inputs, do_sample=False, **decoding)
+    expected = [text.removeprefix(prompt).strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    limits = dict(min_words=0, max_words=64)
+    assert captioner.describe(PHOTOS, **limits) == expected
+    assert Captioner.from_pretrained(folder, prompt=prompt).describe(PHOTOS, **limits) != expected
+    assert captioner.describe(PHOTOS, num_beams=3, min_new_tokens=0, max_new_tokens=40, **limits) == (
+        Captioner.from_pretrained(folder, prompt=prompt).describe(PHOTOS, max_new_tokens=40, **limits)
+    )
+
+
+@pytest.mark.parametrize("prompt", ["", "a bird of"])
+def test_a_blip2_from_before_the_image_token_writes_the_same(tmp_path, prompt):
+    """The hub's COCO-finetuned BLIP-2 was saved before transformers had a token that stands for an image."""
+    folder = tiny.blip2(tmp_path)
+    now = Captioner.from_pretrained(str(folder), prompt=prompt)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("image_token_index")
+    (folder / "config.json").write_text(json.dumps(config))
+    before = Captioner.from_pretrained(str(folder), prompt=prompt)
+    assert before.model.config.image_token_index is None
+    assert before.describe(PHOTOS) == now.describe(PHOTOS)
+    assert before.sample(PHOTOS[:2], [[1, 2], [3]]) == now.sample(PHOTOS[:2], [[1, 2], [3]])
+    with torch.no_grad():
+        captions = ["a bird", "a red bird"]
+        for ours, theirs in zip(*(one.token_logits(PHOTOS[:2], captions) for one in (before, now)), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 # Errors teach
@@ -278,11 +365,12 @@ def test_token_logits_want_a_caption_for_each_picture(captioner):
 # What a run notes
 
 
-def test_fingerprint_changes_with_weights_prompt_number_format_and_preprocessing(folder, captioner):
+def test_fingerprint_changes_with_weights_prompt_decoding_number_format_and_preprocessing(folder, captioner):
     before = captioner.fingerprint()
     assert Captioner.from_pretrained(folder).fingerprint() == before
     assert Captioner.from_pretrained(folder, prompt="a bird of").fingerprint() != before
     assert Captioner.from_pretrained(folder, dtype=torch.bfloat16).fingerprint() != before
+    assert Captioner.from_pretrained(folder, decoding={"num_beams": 5}).fingerprint() != before
     other = Captioner.from_pretrained(folder)
     other.processor.image_processor.size = {"height": 16, "width": 16}
     assert other.fingerprint() != before

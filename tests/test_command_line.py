@@ -147,7 +147,16 @@ def test_a_file_of_captions_needs_no_similarity_of_images(models, monkeypatch, t
     monkeypatch.setattr(reconstruct, "load_models", None)  # would load CLIP and DINO
     (tmp_path / "mine.txt").write_text("a red thing\n")
     arguments = ["reconstruct", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts"), "--scheduler", "DDIM"]
-    assert command_line.main(arguments) == 0 and models[1] == [("DDIM", 64)]
+    assert command_line.main([*arguments, "--steps", "20"]) == 0 and models[1] == [("DDIM", 64)]
+
+
+@pytest.mark.parametrize("options", [["--steps", "9"], ["--scheduler", "DDIM"]])  # the profile smoke has 4 steps
+@pytest.mark.parametrize("source", ["mine", "mine.txt"])
+def test_too_few_steps_for_the_scheduler_are_told_in_one_line(models, tmp_path, capsys, source, options):
+    (tmp_path / "mine.txt").write_text("a red thing\n")
+    status, error = run("reconstruct", tmp_path / source, "--out", tmp_path / "run", *options, capsys=capsys)
+    assert status == 2 and "too few" in error and len(error.splitlines()) == 1
+    assert not models[0].generator.calls
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +25,9 @@ from tiny_cycle import MAX_TIMESTEPS, SMALL, build, dataset, models, run
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from dalleflamingo import cycle, profiles, registry
-from dalleflamingo.cycle import CaptionedBatches, CycleConfig
+from dalleflamingo.cycle import CaptionedBatches, CycleConfig, build_cycle
 from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle, Losses
+from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.evaluation import caption_metrics, cycle_reporting
 from dalleflamingo.evaluation.cycle_validation import Validation
 
@@ -138,6 +140,55 @@ def test_every_epoch_has_every_image_once_in_another_order_with_other_captions(f
     assert [pair[1] for pair in batches.choose(4)] == [caption for _, caption in epochs[2][:3]]
 
 
+def as_people_write(folder: Path) -> Dataset:
+    """The images with captions as COCO has them."""
+    return Dataset("tiny", [replace_captions(example) for example in dataset(folder)])
+
+
+def replace_captions(example: Example) -> Example:
+    told = tuple(f' {text[0].upper()}{text[1:]}  ("{text}")!.\n' for text in example.references)
+    return dataclasses.replace(example, references=told)
+
+
+def test_both_models_learn_from_labels_as_blip_cleans_them(folder, monkeypatch):
+    """(1) and (4) score the label's tokens, (2) bridges them, (3) is conditioned on them; references stay."""
+    config, told, map_of = dataclasses.replace(SMALL, schedule="joint"), as_people_write(folder), []
+    learn = cycle.VocabularyMap.learn
+    monkeypatch.setattr(cycle.VocabularyMap, "learn", lambda *how: map_of.append(how) or learn(*how))
+    made, batches, _ = build_cycle(config, *models(folder), told)
+    batch = batches.batch(0)
+    written = {f"{text} {text}" for text in tiny_cycle.TEXTS}
+    assert set(batch.captions) <= written
+    pipeline, captioner = made.generator.pipeline, made.captioner
+    expected, _ = pipeline.encode_prompt(list(batch.captions), "cpu", 1, False)
+    assert torch.equal(batch.encoder_hidden_states, expected)
+    assert batch.token_counts.tolist() == captioner.count_tokens(batch.captions).tolist()
+    scored, token_logits = [], captioner.token_logits
+    captioner.token_logits = lambda images, captions: scored.append(list(captions)) or token_logits(images, captions)
+    cycle.step_losses(config, made, batches, 0)
+    assert scored == [list(batch.captions)] * 2  # of (1) with (2), and of (4)
+    assert all(example.references[0].endswith(")!.\n") for example in batches.dataset)
+    [learned] = {tuple(captions) for _, _, captions, *_ in map_of}
+    assert set(learned) == written and len(learned) == 12
+
+
+@pytest.mark.parametrize("fit", ["resize", "crop"])
+def test_the_configuration_says_how_the_generators_images_are_made_square(folder, tmp_path, fit):
+    captioner, generator = models(folder)
+    examples = []
+    for i in range(4):
+        path = tmp_path / f"{i}.png"
+        tiny.pictures(4)[i].resize((64, 24)).save(path)
+        examples.append(Example(i, path, ("a red bird",)))
+    config = dataclasses.replace(SMALL, fit=fit)
+    _, batches, _ = build_cycle(config, captioner, generator, Dataset("wide", examples))
+    images = [batches.dataset.open(example) for example, _ in batches.choose(0)]
+    expected = generator.encode_images(images, torch.zeros(1), fit)
+    torch.testing.assert_close(batches.batch(0).latents, expected)
+    other = generator.encode_images(images, torch.zeros(1), {"resize": "crop", "crop": "resize"}[fit])
+    assert (expected - other).abs().max() > 0.01
+
+
 def test_a_half_that_has_no_loss_has_no_steps():
     labels = dataclasses.replace(SMALL, losses=Losses(generation=0.0, caption_reconstruction=0.0))
     assert [labels.halves(step) for step in range(3)] == [("image",)] * 3
@@ -196,7 +247,7 @@ def test_what_is_exported_opens_in_the_stock_libraries(whole, tmp_path):
     assert f"* generation: {losses[0]:.3f} at first, {losses[-1]:.3f} in the end" in text and "cider" not in text
 
 
-@pytest.mark.parametrize(("base", "licence"), [("blip2-opt-2.7b", "other"), ("sd-v1-4", "creativeml-openrail-m")])
+@pytest.mark.parametrize(("base", "licence"), [("blip2-opt-2.7b-coco", "other"), ("sd-v1-4", "creativeml-openrail-m")])
 def test_the_card_of_a_real_model_is_one_that_the_hub_reads(base, licence):
     card = ModelCard(cycle_reporting.card(SMALL, base, [{"step": 0, "caption": 1.0}]))
     assert card.data.license == licence and card.data.base_model == registry.ENTRIES[base].source
@@ -206,7 +257,7 @@ def test_the_card_of_a_real_model_is_one_that_the_hub_reads(base, licence):
 def test_images_are_encoded_once_up_to_a_limit_of_memory(folder):
     captioner, generator = models(folder)
     encode, encoded = generator.encode_images, []
-    generator.encode_images = lambda images, like: encoded.append(images) or encode(images, like)
+    generator.encode_images = lambda images, *how: encoded.append(images) or encode(images, *how)
     free = CaptionedBatches(dataset(folder), captioner, generator, batch_size=6)
     first = free.batch(0)
     each = (first.pixel_values.nbytes + first.latents.nbytes) // 6
@@ -229,6 +280,85 @@ def test_half_precision_computes_and_trained_parameters_stay_whole(folder, whole
     assert all(parameter.dtype == torch.float32 for parameter in trainable.parameters())
     first, expected = cycle.read_log(tmp_path)[0], cycle.read_log(whole[1])[0]
     assert first == pytest.approx(expected, rel=0.03) and first != pytest.approx(expected, rel=1e-4)
+
+
+class Scaled(Accelerator):
+    """Scales the loss as fp16 does on a GPU, though it computes in float32."""
+
+    def __init__(self):
+        super().__init__(cpu=True)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+
+
+def test_a_run_in_half_precision_that_was_interrupted_goes_on_with_its_scale(folder, whole, tmp_path):
+    config = dataclasses.replace(
+        SMALL, max_grad_norm=1e9
+    )  # clips the scaled gradients, which only fp16 unscales before
+    uninterrupted = Scaled()
+    expected = weights(run(config, folder, tmp_path / "whole", uninterrupted))
+    assert uninterrupted.scaler.get_scale() == 8.0 * 2**3
+    for steps in (3, 6):
+        accelerator = Scaled()
+        again = run(dataclasses.replace(config, steps=steps), folder, tmp_path / "resumed", accelerator)
+    assert accelerator.scaler.state_dict() == uninterrupted.scaler.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in weights(again).items())
+
+
+def test_fp16_on_a_cpu_says_that_it_trains_in_float32(monkeypatch):
+    monkeypatch.setattr(cycle, "find_device", lambda: "cpu")
+    with pytest.warns(UserWarning, match="a CPU has no fp16: this run trains in float32"):
+        accelerator = cycle.make_accelerator(dataclasses.replace(SMALL, precision="fp16"))
+    assert (accelerator.mixed_precision, accelerator.device.type) == ("no", "cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with warnings.catch_warnings(action="error"):
+        assert cycle.make_accelerator(dataclasses.replace(SMALL, precision="bf16")).mixed_precision == "bf16"
+    assert CycleConfig.of(profiles.PROFILES["colab"]).precision == "fp16"  # on every machine
+
+
+@pytest.mark.parametrize("generation", [1.0, 0.0])
+def test_a_step_without_an_early_timestep_logs_no_reconstruction(folder, tmp_path, generation):
+    """Its weights stay as they are if nothing else is trained, and a mean over steps does not count it as 0."""
+    losses = Losses(caption=0.0, image_reconstruction=0.0, generation=generation, max_timestep=0.2)
+    config = dataclasses.replace(SMALL, steps=8, batch_size=2, accumulation=2, losses=losses)
+    made, batches, trainable = build(config, folder)
+    early = []
+    noisy_latents = made.noisy_latents
+
+    def noticed(batch, draw):
+        noisy = noisy_latents(batch, draw)
+        early.append(bool((noisy.batch_timesteps < 200).any()))
+        return noisy
+
+    made.noisy_latents = noticed
+    cycle.train_cycle(config, made, batches, trainable, tmp_path, Accelerator(cpu=True))
+    rows, expected = cycle.read_log(tmp_path), early[::2]  # two parts of one batch agree
+    assert early[1::2] == expected and set(expected) == {True, False}
+    assert ["caption_reconstruction" in row for row in rows] == expected
+    assert all(row["caption_reconstruction"] > 0 for row in rows if "caption_reconstruction" in row)
+    assert all(("generation" in row) == bool(generation) for row in rows)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "DDPM"])
+def test_validation_renders_with_the_profiles_scheduler(folder, monkeypatch, tmp_path, scheduler):
+    """From the profile to the pipeline that draws validation's images, with the profile's steps and guidance."""
+    profile = dataclasses.replace(profiles.PROFILES["smoke"], scheduler=scheduler)
+    config = cycle_reporting.read_config(_written(tmp_path / "config.json", {"images": 6, "batch_size": 3}), profile)
+    monkeypatch.setattr(registry, "load_dataset", lambda name, split: dataset(folder))
+    kinds = {config.captioner: "blip", config.generator: "sd"}
+    monkeypatch.setattr(registry, "locate", lambda name: str(folder / kinds[name]))
+    made, *_ = cycle.load_cycle(config, torch.device("cpu"))
+    used, pipeline = [], made.generator.pipeline
+    step = type(pipeline.scheduler).step
+    monkeypatch.setattr(
+        type(pipeline.scheduler), "step", lambda self, *a, **k: used.append(type(self).__name__) or step(self, *a, **k)
+    )
+    Validation(made, dataset(folder), tmp_path, steps=3, guidance_scale=3.0, batch_size=16, rendered=2)(1)
+    assert used == [f"{scheduler}Scheduler"] * 3
+
+
+def _written(path: Path, settings: dict) -> Path:
+    path.write_text(json.dumps(settings))
+    return path
 
 
 def test_checkpointing_changes_nothing(folder, whole, tmp_path):
@@ -305,6 +435,8 @@ def test_a_configuration_is_read_from_json_and_wrong_fields_are_named(tmp_path):
         file.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=r"config.json: .*'step'; a configuration is .* captioner, generator"):
             cycle_reporting.read_config(file, mini)
+    with pytest.raises(ValueError, match="fit = 'pad': choose one of resize, crop"):
+        dataclasses.replace(SMALL, fit="pad")
     with pytest.raises(ValueError, match="schedule = 'odd': choose one of alternating, joint"):
         dataclasses.replace(SMALL, schedule="odd")
     with pytest.raises(ValueError, match="set checkpointing false"):

@@ -286,6 +286,47 @@ def test_images_open_as_rgb_upright_and_over_white(tmp_path):
         assert opened.mode == "RGB" and opened.getpixel((1, 1)) == (255, 255, 255)
 
 
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("caption", "label"),
+    [
+        ("A man, in a Red hat.", "a man, in a red hat"),
+        ("  Two   dogs\n", "two dogs"),
+        ('A sign: "STOP!" (#2)', "a sign stop 2"),
+        ("cats;dogs~and*birds", "cats dogs and birds"),
+        ("Is it a well-lit dog's bed?", "is it a well-lit dog's bed?"),  # other punctuation stays
+        ("U.S.A. flag . ", "u s a flag"),
+        ("...", ""),
+        ("Word " * 31, " ".join(["word"] * 30)),
+    ],
+)
+def test_a_label_is_a_caption_as_blip_cleans_it(caption, label):
+    assert datasets.clean_caption(caption) == label
+
+
+@given(st.text())
+@and_also("A. " * 40)
+@and_also("İ ǅ ẞ. \t\x1f\u3000x")
+def test_a_label_is_lower_case_without_ten_marks_of_at_most_30_words_and_clean_already(caption):
+    label = datasets.clean_caption(caption)
+    words = label.split(" ")
+    assert label == label.lower() and not set('.!"()*#:;~') & set(label) and len(words) <= 30
+    assert label == "" or all(words) and label == " ".join(label.split())
+    assert datasets.clean_caption(label) == label
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_three_in_four_real_captions_end_in_a_full_stop_and_no_label_does(real_data, split):
+    found = datasets.read_coco(real_data / "coco-karpathy" / f"coco_karpathy_{split}_gt.json", real_data)
+    captions = [caption for example in found for caption in example.references]
+    assert sum(caption.rstrip().endswith(".") for caption in captions) / len(captions) == pytest.approx(0.75, abs=0.01)
+    labels = list(map(datasets.clean_caption, captions))
+    assert all(labels) and not any(label.endswith(".") for label in labels)
+    assert max(len(label.split()) for label in labels) == 30
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_real_karpathy_ground_truth_equals_what_pycocotools_finds(real_data, split):
     path = real_data / "coco-karpathy" / f"coco_karpathy_{split}_gt.json"

@@ -1,8 +1,14 @@
 """Caption metrics against pycocoevalcap, published scores and hand-made cases."""
 
+import importlib
 import json
 import os
 import subprocess
+import zipfile
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,9 +21,11 @@ from pycocoevalcap.bleu.bleu import Bleu as StockBleu
 from pycocoevalcap.cider.cider import Cider as StockCider
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+from dalleflamingo import registry
 from dalleflamingo.evaluation import caption_metrics, caption_tokenizer, ngrams
+from dalleflamingo.evaluation.caption_metrics import SPICE_FOLDER
 from dalleflamingo.miniature import scene_graph
-from dalleflamingo.similarity import ClipImage, ClipText
+from dalleflamingo.similarity import ClipImage, ClipText, Encoder, Sbert
 
 needs_java = pytest.mark.skipif(caption_tokenizer.default_tokenizer() != caption_tokenizer.PTB, reason="no Java")
 
@@ -221,9 +229,9 @@ def corenlp(monkeypatch, tmp_path):
     monkeypatch.setattr(caption_metrics, "SPICE_FOLDER", tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
-    def install(version: str) -> None:
-        java = tmp_path / "java"
-        java.write_text(f"#!/bin/sh\necho 'openjdk version \"{version}\"' >&2\n")
+    def install(version: str, modules: str = "java.base jdk.scripting.nashorn") -> None:
+        java, printed = tmp_path / "java", f'openjdk version "{version}"'
+        java.write_text(f"#!/bin/sh\n[ $1 = -version ] && echo '{printed}' >&2 || echo {modules}\n")
         java.chmod(0o755)
 
     return tmp_path, install
@@ -232,20 +240,71 @@ def corenlp(monkeypatch, tmp_path):
 def test_spice_without_its_files_or_its_java_says_what_to_install(corenlp):
     folder, install = corenlp
     install("11.0.2")
-    needed = r"corenlp-3.6.0.jar and .*models.jar in .*download http.*2015-12-09.zip.*scene_graph_f1"
+    needed = r"corenlp-3.6.0.jar and .*models.jar in .*: run `python -m .*get_stanford_models.*scene_graph_f1"
     with pytest.raises(caption_metrics.MetricUnavailable, match=needed):
         caption_metrics.spice(REFERENCES, PREDICTIONS)
     for file in caption_metrics.CORENLP:
         assert not caption_metrics.spice_available()
         (folder / file).touch()
-    for version, message in (("1.7.0_80", "Java 7 is here"), ("17.0.15", "Java 17 is here")):
-        install(version)
+    trimmed = "java.base java.scripting"
+    for java, message in (
+        (("1.7.0_80",), "Java 7 is here: install"),
+        (("15.0.1",), "Java 15 is here: install"),
+        (("17.0.15", trimmed), "Java 17 is here: install"),
+        (("11.0.13", trimmed), "Java 11 is here, without jdk.scripting.nashorn: install"),
+    ):
+        install(*java)
         assert not caption_metrics.spice_available()
-        with pytest.raises(caption_metrics.MetricUnavailable, match=f"Java 8 or 11; {message}: install .*openjdk-11"):
+        with pytest.raises(caption_metrics.MetricUnavailable, match=f"Java 8 to 14.*; {message} .*openjdk=11"):
             caption_metrics.spice(REFERENCES, PREDICTIONS)
-    for version in ("1.8.0_392", "11.0.2"):
-        install(version)
+    for java in (("1.8.0_392", "no such option"), ("11.0.2",), ("14.0.2",)):
+        install(*java)
         assert caption_metrics.spice_available()
+
+
+def test_the_command_that_spices_error_names_puts_its_files_where_it_looks_for_them(monkeypatch, corenlp):
+    """pycocoevalcap's own command, with a small file in the place of Stanford's."""
+    stanford = importlib.import_module("pycocoevalcap.spice.get_stanford_models")
+    folder, _ = corenlp
+    parts = SPICE_FOLDER.relative_to(Path(stanford.__file__).parent)  # read before the fixture moved it
+    monkeypatch.setattr(caption_metrics, "SPICE_FOLDER", folder / parts)
+    monkeypatch.setattr(stanford, "SPICEDIR", str(folder))
+    (folder / parts).mkdir()
+
+    def download(url, reporthook):
+        assert url.endswith("stanford-corenlp-full-2015-12-09.zip")
+        with zipfile.ZipFile(folder / "it.zip", "w") as file:
+            for name in caption_metrics.CORENLP:
+                file.writestr(f"stanford-corenlp-full-2015-12-09/{name}", "")
+        return folder / "it.zip", {}
+
+    monkeypatch.setattr(stanford, "urlretrieve", download)
+    stanford.get_stanford_models()
+    assert "corenlp" not in caption_metrics.missing_for_spice()
+    (folder / parts / caption_metrics.CORENLP[1]).unlink()  # where one file is there, the command does nothing
+    stanford.get_stanford_models()
+    assert f"delete {caption_metrics.CORENLP[0]} there and run" in caption_metrics.missing_for_spice()
+
+
+@pytest.mark.parametrize(
+    "failure", [subprocess.CalledProcessError(1, "java"), PermissionError("cache"), json.JSONDecodeError("no", "", 0)]
+)
+def test_a_spice_that_fails_is_unavailable_and_says_why(monkeypatch, failure):
+    def compute(self, gold, guess):
+        raise failure
+
+    monkeypatch.setattr(caption_metrics, "missing_for_spice", lambda: "")
+    monkeypatch.setattr(caption_metrics.stock_spice.Spice, "__init__", lambda self: None)
+    monkeypatch.setattr(caption_metrics.stock_spice.Spice, "compute_score", compute)
+    with pytest.raises(caption_metrics.MetricUnavailable, match=f"failed on 3 .*{type(failure).__name__}.*8 GiB"):
+        caption_metrics.spice(REFERENCES, PREDICTIONS)
+
+
+@pytest.mark.skipif(not caption_metrics.spice_available(), reason=caption_metrics.missing_for_spice())
+def test_spice_of_a_reference_is_1_and_of_other_things_0():
+    same = caption_metrics.spice({1: ["a red bird sits on a boat"]}, {1: "a red bird sits on a boat"})
+    other = caption_metrics.spice({1: ["a red bird sits on a boat"]}, {1: "two dogs"})
+    assert (same.value, other.value) == (1, 0)
 
 
 def test_spice_hands_its_scores_back_under_the_callers_ids(monkeypatch):
@@ -253,11 +312,59 @@ def test_spice_hands_its_scores_back_under_the_callers_ids(monkeypatch):
         assert sorted(gold) == sorted(guess) == [0, 1, 2]
         return 0.5, [{"All": {"f": len(guess[i][0].split()) / 10}} for i in sorted(gold)]
 
-    monkeypatch.setattr(caption_metrics, "_missing_for_spice", lambda folder: "")
+    monkeypatch.setattr(caption_metrics, "missing_for_spice", lambda: "")
     monkeypatch.setattr(caption_metrics.stock_spice.Spice, "__init__", lambda self: None)
     monkeypatch.setattr(caption_metrics.stock_spice.Spice, "compute_score", compute)
     score = caption_metrics.spice(REFERENCES, PREDICTIONS)
     assert score.value == 0.5 and score.per_item == {9: 0.6, 7: 0.6, "b": 0.2}
+
+
+class Letters(Encoder):
+    """A text's vector: how often it has each of five letters. Logs what it embeds."""
+
+    def __init__(self):
+        self.embedded = []
+
+    def embed(self, items):
+        self.embedded.append(list(items))
+        return torch.tensor([[float(text.count(letter)) for letter in "abort"] for text in items])
+
+
+@given(
+    references=st.lists(st.lists(st.text("abort", min_size=1, max_size=4), min_size=1, max_size=4), min_size=1),
+    at_once=st.integers(1, 5),
+    data=st.data(),
+)
+def test_reference_similarity_is_the_mean_cosine_and_embeds_a_text_once(references, at_once, data):
+    written = data.draw(st.lists(st.tuples(st.integers(0, len(references) - 1), st.text("abort", min_size=1))))
+    written = [(0, "rat"), *written]
+    encoder = Letters()
+    with mock.patch.object(caption_metrics, "EMBEDDED_AT_ONCE", at_once):
+        found = caption_metrics.reference_similarity(encoder, dict(enumerate(references)), *zip(*written, strict=True))
+    vectors = Letters()
+    expected = [
+        torch.cosine_similarity(vectors.embed([caption]), vectors.embed(references[i]).double()).mean().item()
+        for i, caption in written
+    ]
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert max(map(len, encoder.embedded)) <= at_once
+    named = {i for i, _ in written}
+    once = Counter(chain.from_iterable(encoder.embedded))
+    assert once == Counter({text for i in named for text in references[i]}) + Counter({text for _, text in written})
+
+
+def test_reference_similarity_by_sbert_is_1_of_the_reference_and_falls_with_the_meaning():
+    sbert = Sbert.from_pretrained(**registry.source_of("sbert", "cpu"))
+    captions = ["a kite above the trees", "a kite flies over a forest", "two cats near a house"]
+    same, near, far = caption_metrics.reference_similarity(sbert, REFERENCES, [9, 9, 9], captions)
+    assert same == pytest.approx(1, abs=1e-6) and same > near > 0.6 > 0.3 > far
+
+
+def test_reference_similarity_needs_references_of_every_image():
+    with pytest.raises(ValueError, match=r"no references for 1 of the images, such as \[2\]"):
+        caption_metrics.reference_similarity(Letters(), {1: ["a bat"], 2: []}, [1, 2], ["a bat", "a rat"])
+    with pytest.raises(ValueError, match="1 image ids for 2 captions"):
+        caption_metrics.reference_similarity(Letters(), {1: ["a bat"]}, [1], ["a bat", "a rat"])
 
 
 def test_clip_score_of_given_features():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_isc import isc_features_to_metric
 
 from dalleflamingo import registry
 from dalleflamingo.evaluation import image_metrics
@@ -38,6 +39,16 @@ def test_inception_score_of_certain_and_of_clueless_classifiers():
     assert image_metrics.inception_score(certain) == pytest.approx(8)  # sure of each, all classes equally often
     assert image_metrics.inception_score(certain[:1].repeat(40, 1)) == pytest.approx(1)
     assert image_metrics.inception_score(torch.zeros(40, 8)) == pytest.approx(1)
+
+
+def test_an_inception_score_of_splits_is_torch_fidelitys_published_default():
+    logits = torch.randn(60, 8, generator=torch.Generator().manual_seed(0)) * 4
+    assert image_metrics.inception_score(logits, splits=10) == isc_features_to_metric(logits)["inception_score_mean"]
+    certain = 100.0 * torch.eye(8).repeat(5, 1)
+    assert image_metrics.inception_score(certain, splits=40) == pytest.approx(1)  # an image alone differs from none
+    assert image_metrics.inception_score(certain, splits=20) <= 2 + 1e-9
+    with pytest.raises(ValueError, match="40 images in 41 splits: give at least one image a split"):
+        image_metrics.inception_score(certain, splits=41)
 
 
 @pytest.mark.parametrize("other", [torch.zeros(5, 3), torch.zeros(1, 2)], ids=["another Inception", "one picture"])

@@ -21,7 +21,7 @@ def scheduler(prediction_type: str = "epsilon", **options) -> DDPMScheduler:
     return DDPMScheduler(prediction_type=prediction_type, beta_schedule="scaled_linear", **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler, PNDMScheduler])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_noisy_latents_and_target_equal_diffusers_to_the_bit(kind, prediction_type, dtype):
@@ -32,6 +32,34 @@ def test_noisy_latents_and_target_equal_diffusers_to_the_bit(kind, prediction_ty
         assert torch.equal(noisy.target, noisy.noise)
     elif kind is not PNDMScheduler:
         assert torch.equal(noisy.target, own.get_velocity(latents, noisy.noise, noisy.timesteps))
+
+
+SCHEDULES = {  # of Stable Diffusion v1-4 and of the miniature
+    "SD v1-4": dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    "miniature": dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
+}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_half_precision_of_the_latents_does_not_touch_the_schedule(monkeypatch, schedule, dtype, prediction_type):
+    """At every timestep z_t, the target and ẑ_0 are those of float64; in bfloat16 σ_t was 0 at t ≤ 1 in v1-4."""
+    own = DDPMScheduler(prediction_type=prediction_type, **SCHEDULES[schedule])
+    clean = LATENTS[:1, :, :1, :1].expand(1000, -1, -1, -1).to(dtype)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.arange(1000))
+    noisy = add_noise(clean, own, torch.Generator().manual_seed(3))
+    assert {part.dtype for part in (noisy.latents, noisy.target, noisy.alphas_cumprod)} == {torch.float32}
+    a = own.alphas_cumprod.double().view(-1, 1, 1, 1)
+    z, noise = clean.double(), torch.randn(clean.shape, generator=torch.Generator().manual_seed(3)).double()
+    z_t, velocity = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
+    near = dict(atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(noisy.latents.double(), z_t, **near)
+    torch.testing.assert_close(noisy.target.double(), noise if prediction_type == "epsilon" else velocity, **near)
+    output = noisy.target.to(dtype)  # as a U-Net in half precision gives it
+    exact = (z_t - (1 - a).sqrt() * output.double()) / a.sqrt()
+    exact = exact if prediction_type == "epsilon" else a.sqrt() * z_t - (1 - a).sqrt() * output.double()
+    torch.testing.assert_close(noisy.original_sample(output).double(), exact, atol=3e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])

@@ -103,6 +103,6 @@ def test_exported_folder_opens_in_float32_and_writes_the_same_captions(recipe, t
     captioner = Captioner.from_pretrained(str(tmp_path))
     ids = model.generate(seen, max_length=60, do_sample=False, eos_token_id=captioner.end_id)
     stock = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    said = captioner.describe(images, beams=1, min_words=0, max_words=60)
+    said = captioner.describe(images, num_beams=1, min_words=0, max_words=60)
     # untrained, it goes on until it is stopped, there by tokens and here by words
     assert all(text and ours.startswith(text[:40]) for ours, text in zip(said, stock, strict=True))

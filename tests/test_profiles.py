@@ -1,6 +1,8 @@
 """Profiles: the word in the environment decides, and every profile can be served by the registry."""
 
 import dataclasses
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,21 +56,44 @@ def test_the_real_models_are_used_as_the_paper_uses_them(monkeypatch):
     monkeypatch.setattr(registry, "locate", lambda name: name)
     reconstruct.load_models(profiles.PROFILES["paper"])
     assert asked["Generator"]["scheduler"] == "DDPM" and asked["Dino"]["image_size"] == 384
-    assert asked["Captioner"]["prompt"] == "a picture of"
+    assert asked["Captioner"]["prompt"] == "a picture of" and asked["Captioner"]["decoding"]["num_beams"] == 3
     assert all(asked[kind]["revision"] for kind in asked)
+    reconstruct.load_captioner(profiles.PROFILES["paper"], profiles.PROFILES["paper"].other_captioner)
+    assert asked["Captioner"]["prompt"] == "a photo of" and asked["Captioner"]["decoding"]["num_beams"] == 5
     reconstruct.load_models(profiles.PROFILES["paper"], "DDIM")
     assert asked["Generator"]["scheduler"] == "DDIM"
     reconstruct.load_models(profiles.PROFILES["mini"])
     assert asked["Generator"]["scheduler"] is asked["Dino"]["image_size"] is None and not asked["Captioner"]["prompt"]
 
 
-def test_half_precision_is_for_the_gpu_only(monkeypatch):
-    for there, dtype, precision in ((False, torch.float32, "no"), (True, torch.float16, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        colab = dataclasses.replace(profiles.PROFILES["colab"], cycle={"precision": "fp16"})
-        assert colab.device == ("cuda" if there else "cpu")
-        assert colab.torch_dtype == dtype and colab.cycle["precision"] == precision
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device", "dtype"),
+    [
+        (False, False, "cpu", torch.float32),
+        (False, True, "mps", torch.float32),
+        (True, False, "cuda", torch.float16),
+        (True, True, "cuda", torch.float16),
+    ],
+)
+def test_half_precision_is_for_cuda_only(monkeypatch, cuda, mps, device, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    colab = profiles.PROFILES["colab"]
+    assert (profiles.find_device(), colab.device, colab.torch_dtype) == (device, device, dtype)
     assert profiles.PROFILES["mini"].torch_dtype == torch.float32 and "precision" not in profiles.PROFILES["mini"].cycle
+
+
+def test_only_one_place_chooses_the_device():
+    """`find_device`; what else asks torch would disagree with it on some machine."""
+    asks = re.compile(r"(cuda|mps|accelerator)\.is_available|current_accelerator|Accelerator\((?!cpu=find_device)")
+    package, found = Path(profiles.__file__).parent, []
+    for path in package.rglob("*.py"):
+        found += [(path.name, match.group()) for match in asks.finditer(path.read_text(encoding="utf-8"))]
+    assert sorted(found) == [
+        ("cycle.py", "Accelerator("),
+        ("profiles.py", "cuda.is_available"),
+        ("profiles.py", "mps.is_available"),
+    ]
 
 
 def test_a_profile_cannot_be_changed_in_place_but_can_be_copied_with_a_change():

@@ -11,12 +11,14 @@ from coco_files import write_coco
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from dalleflamingo import datasets, registry
 from dalleflamingo.miniature.inception import MiniatureInception
 from dalleflamingo.miniature.lafite import LafiteGenerator
 from dalleflamingo.miniature.recogniser import Recogniser
 from dalleflamingo.registry import ENTRIES, RegistryError
+from dalleflamingo.tokens import wordpiece_tokenizer
 
 UNET = "sd/unet/diffusion_pytorch_model.safetensors"
 
@@ -76,7 +78,24 @@ def test_a_real_model_is_located_by_its_hub_id_and_a_miniature_one_by_its_folder
         "device": "cuda",
     }
     blip = ENTRIES["blip-large"]
-    assert registry.source_of(blip.name) == {"name_or_path": blip.source, "revision": blip.revision, "device": "cpu"}
+    assert registry.source_of(blip.name) == {
+        "name_or_path": blip.source,
+        "revision": blip.revision,
+        "device": "cpu",
+        "prompt": "a picture of",
+        "decoding": blip.decoding,
+    }
+
+
+def test_a_captioner_is_decoded_by_settings_that_transformers_knows_within_the_published_number_of_tokens():
+    """BLIP's configuration counts [DEC] and the prompt among its 20 tokens."""
+    captioners = [entry for entry in ENTRIES.values() if entry.kind == "captioner"]
+    assert {key for entry in captioners for key in entry.decoding or ()} <= GenerationConfig().to_dict().keys()
+    assert all(entry.decoding and entry.prompt for entry in captioners if not entry.shipped)
+    tokenizer = wordpiece_tokenizer()
+    for entry in (ENTRIES["blip-base"], ENTRIES["blip-large"]):
+        prompt = ["[DEC]", *tokenizer.tokenize(entry.prompt)]
+        assert len(prompt) + entry.decoding["max_new_tokens"] == 20
 
 
 def test_a_model_that_the_core_does_not_open_is_opened_by_the_class_that_its_entry_names():

@@ -18,6 +18,7 @@ from dalleflamingo.course import cycle_figures
 from dalleflamingo.cycle import read_log
 from dalleflamingo.cycle_losses import LOSS_NAMES
 from dalleflamingo.datasets import Dataset, Example
+from dalleflamingo.intervals import paired_bootstrap
 from dalleflamingo.research import cycle_claims, cycle_comparison, cycle_report, cycle_study
 from dalleflamingo.research.cycle_arms import ARMS, START, TABLE_3, TABLE_9, Run, label_of, queue, run_of, trials
 from dalleflamingo.research.cycle_comparison import EvaluatedRuns, StudyResults
@@ -236,6 +237,20 @@ def test_captions_are_evaluated_run_by_run(tmp_path):
     alone = cycle_comparison.evaluated_captions(pd.DataFrame(worse), dataset).value("cider", "cycle").value
     best = cycle_comparison.evaluated_captions(pd.DataFrame(rows[:12]), dataset).value("cider", "cycle").value
     assert runs.value("cider", "cycle").value == pytest.approx((alone + best) / 2)
+
+
+def test_intervals_of_cider_are_recentred_over_images_and_runs(tmp_path):
+    texts = ["a red bird on a boat", "two cats by a house", "a green tree at night", "a blue kite in the snow"]
+    dataset = Dataset("some", tuple(Example(i, tmp_path, (texts[i % 4],)) for i in range(12)))
+    rows = [{"arm": "cycle", "seed": 0, "image_id": i, "caption": texts[i % 4][: 9 + i]} for i in range(12)]
+    runs = cycle_comparison.evaluated_captions(pd.DataFrame(rows), dataset, resamples=60)
+
+    def score(images: np.ndarray) -> float:
+        return runs.scores["cider"](np.array([0]), images)[0]
+
+    found, moved = runs.value("cider", "cycle"), paired_bootstrap(score, 12, 60, recentred=True)
+    assert (found.low, found.high) == pytest.approx((moved.low, moved.high))
+    assert abs(moved.low - paired_bootstrap(score, 12, 60).low) > 0.5
 
 
 def drawn(shifts: list[float], real: torch.Tensor, own: torch.Tensor) -> pd.DataFrame:

@@ -20,10 +20,10 @@ from worlds import NAME, ThreeColours, candidates, world
 from dalleflamingo import registry
 from dalleflamingo.datasets import DOMAINS, Dataset, Example
 from dalleflamingo.evaluation import caption_metrics
-from dalleflamingo.intervals import Interval
+from dalleflamingo.intervals import Interval, resample
 from dalleflamingo.profiles import PROFILES
 from dalleflamingo.reconstruct import JourneySettings, Models, select
-from dalleflamingo.research import claims, insights, pages, ranking, report
+from dalleflamingo.research import claims, insights, metrics, pages, ranking, report
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.image_ranking import ImageEvaluators
 from dalleflamingo.research.provenance import Provenance
@@ -84,7 +84,8 @@ def stock(evaluated: ranking.EvaluatedCandidates, dataset: Dataset, chosen: pd.D
     references = {example.image_id: list(example.references) for example in dataset}
     predictions = dict(zip(chosen["image_id"], chosen["caption"], strict=True))
     found = caption_metrics.evaluate({i: references[i] for i in predictions}, predictions)
-    return {"cider": 100 * found["CIDEr"].value, "bleu4": 100 * found["BLEU-4"].value}
+    names = {"cider": "CIDEr", "bleu3": "BLEU-3", "bleu4": "BLEU-4"}
+    return {metric: 100 * found[name].value for metric, name in names.items()}
 
 
 def test_the_caption_ranked_first_scores_as_pycocoevalcap_says_overall_and_in_each_domain(evaluated):
@@ -110,6 +111,7 @@ def test_a_resample_scores_as_pycocoevalcap_says_of_that_corpus(evaluated):
     references = {place: list(dataset[int(i)].references) for place, i in enumerate(rows["image_id"])}
     found = caption_metrics.evaluate(references, dict(enumerate(rows["caption"])))
     assert evaluated.metrics["cider"](corpus) == pytest.approx(100 * found["CIDEr"].value, abs=1e-6)
+    assert evaluated.metrics["bleu3"](corpus) == pytest.approx(100 * found["BLEU-3"].value, abs=1e-6)
     assert evaluated.metrics["bleu4"](corpus) == pytest.approx(100 * found["BLEU-4"].value, abs=1e-6)
     assert evaluated.metrics["f1"](corpus) == pytest.approx(rows["f1"].mean())
 
@@ -210,7 +212,73 @@ def test_images_without_human_captions_cannot_be_evaluated():
         evaluate_captions(table, Dataset("mine", examples))
 
 
-@pytest.mark.skipif(not caption_metrics.spice_available(), reason="SPICE's Java and files are not here")
+def test_intervals_of_metrics_that_resampling_biases_lie_around_their_values(evaluated):
+    """CIDEr's levels and gains; BLEU's and F1's stay where the resamples are."""
+    effects, first = ranking.measure(evaluated, resamples=200), evaluated.ranked_at("clip")
+    for metric, shifted in (("cider", True), ("bleu4", False), ("f1", False)):
+        score = evaluated.metrics[metric]
+        value, drawn = resample(lambda images, score=score: score(first[:, images]), 24, 200)
+        assert (abs(drawn.mean() - value) > 1) == shifted  # two words in three are the same in all of 24 images
+        low, high = np.quantile(drawn + (value - drawn.mean() if shifted else 0), [0.025, 0.975])
+        found = ranking.scores(effects, metric, "clip")["all"]
+        assert (found.low, found.high) == pytest.approx((low, high))
+    gain = ranking.gains(ranking.measure(ranked_by(evaluated, evaluated.table["f1"]), resamples=200), "cider", "clip")
+    assert gain["all"].low < gain["all"].value < gain["all"].high
+
+
+def test_texts_are_compared_with_the_references_by_each_encoder(evaluated):
+    dataset = world()
+    beam = {example.image_id: example.references[1] for example in dataset}
+    encoders = {"clip_text": ClipText(), "sbert": fakes_sbert()}
+    again = evaluate_captions(candidates(dataset), dataset, beam, encoders=encoders)
+    row = again.table.iloc[7]
+    for name, encoder in encoders.items():
+        gold = encoder.embed(dataset[int(row["image_id"])].references).double()
+        cosine = torch.cosine_similarity(encoder.embed([row["caption"]]).double(), gold).mean()
+        assert row[name] == pytest.approx(cosine.item())
+        assert again.metrics[name](again.rows[:, :1].T) == pytest.approx(again.table[name][again.rows[:, 0]].mean())
+        assert len(again.metrics[name](again.beam[None])) == 1  # captions by beam search have it, too
+    assert ranking.similarities(again.table) == ["clip", "dino"]  # scores of captions rank nothing
+
+
+def test_a_spice_that_fails_loses_nothing_else(monkeypatch, evaluated):
+    def fails(references, predictions):
+        raise caption_metrics.MetricUnavailable("SPICE failed on 24 captions")
+
+    monkeypatch.setattr(caption_metrics, "spice_available", lambda: True)
+    monkeypatch.setattr(caption_metrics, "spice", fails)
+    with pytest.warns(UserWarning, match="without SPICE: SPICE failed on 24"):
+        again = evaluate_captions(candidates(world()), world())
+    assert again.metrics.keys() == evaluated.metrics.keys() and "spice" not in again.table
+
+
+def test_spice_is_asked_for_one_caption_an_image_at_a_time_and_once_for_each(monkeypatch):
+    calls = []
+
+    def spice(references, predictions):
+        calls.append(predictions)
+        assert references.keys() == predictions.keys() and all(len(texts) == 3 for texts in references.values())
+        return SimpleNamespace(per_item={i: len(caption) / 100 + i for i, caption in predictions.items()})
+
+    monkeypatch.setattr(caption_metrics, "spice_available", lambda: True)
+    monkeypatch.setattr(caption_metrics, "spice", spice)
+    dataset, table = world(4), candidates(world(4))
+    table.loc[table["candidate"] == 3, "caption"] = table.loc[table["candidate"] == 0, "caption"].to_numpy()
+    found = evaluate_captions(table, dataset).table
+    assert [len(call) for call in calls] == [4, 4, 4]
+    assert found["spice"].to_numpy() == pytest.approx(found["caption"].str.len() + 100 * found["image_id"])
+
+
+def test_photographs_without_spice_say_what_to_install(monkeypatch):
+    monkeypatch.setattr(caption_metrics, "spice_available", lambda: False)
+    photographs = Dataset("mine", tuple(dataclasses.replace(example, extra={}) for example in world(4)))
+    with pytest.warns(UserWarning, match="without SPICE: SPICE "):
+        evaluated = evaluate_captions(candidates(world(4)), photographs)
+    [claim] = insights.claim_1(ranking.correlate(evaluated.table, resamples=5))
+    assert "mean over 4 of the 12 primary pairs" in claim.text  # CLIP and DINO, CIDEr and BLEU-4
+
+
+@pytest.mark.skipif(not caption_metrics.spice_available(), reason=caption_metrics.missing_for_spice())
 def test_spice_is_that_of_pycocoevalcap_and_f1_takes_its_part_in_claim_1():
     dataset = world(4)
     evaluated = evaluate_captions(candidates(dataset), dataset)
@@ -285,6 +353,12 @@ class ClipText(Encoder):
         return torch.tensor([[float(len(item)), item.count("e"), 1.0] for item in items])
 
 
+def fakes_sbert() -> Encoder:
+    sbert = ClipText()
+    sbert.embed = lambda items: torch.tensor([[float(item.count(letter)) for letter in "aeionst"] for item in items])
+    return sbert
+
+
 SETTINGS = JourneySettings(candidates=3, steps=2, guidance_scale=4.0)
 
 
@@ -311,7 +385,8 @@ def test_insight_1_leaves_table_page_figures_and_claims_and_again_the_same(tmp_p
 
     report.write(docs, measured())
     made = files(docs)
-    figures, tables = {"rank_curve.png", "gains.png"}, {"insight-1.parquet", "insight-1-intervals.csv", "claims.json"}
+    figures = {f"{sort}{end}.png" for sort in ("rank_curve", "gains") for end in ("", "_clip_text")}
+    tables = {"insight-1.parquet", "insight-1-intervals.csv", "claims.json"}
     assert {path.name for path in made} == figures | tables | {"insight-1.md"}
     rows = json.loads(made[Path("results/claims.json")])["claims"]
     assert [row["claim"] for row in rows] == [1, 2, 2, 13] and rows[3] == other
@@ -325,6 +400,35 @@ def test_insight_1_leaves_table_page_figures_and_claims_and_again_the_same(tmp_p
 
     report.write(docs, measured())
     assert files(docs) == made
+
+
+def test_candidates_are_scored_again_without_being_generated(tmp_path, monkeypatch, colours):
+    monkeypatch.setenv("DALLEFLAMINGO_PROFILE", "smoke")
+    models = insights.ImageJourneyModels(Captioner(), Generator(), [Clip(), Fidelity()], Clip(), ClipText(), None)
+    insight = insights.insight_1(colours, models, SETTINGS, tmp_path / "run", "make it", resamples=20)
+    old = insight.table.drop(columns=["bleu3", "clip_text"])
+    old.attrs = dataclasses.replace(insight.provenance, commit="abc").as_attrs()
+
+    def none(*_):
+        raise AssertionError("captions by beam search are kept in the run's folder")
+
+    vectors = SimpleNamespace(name="words", distance=lambda a, b: float(a != b))
+    monkeypatch.setattr(insights, "load_captioner", none)
+    monkeypatch.setattr(insights, "text_models", lambda profile: (ClipText(), vectors, fakes_sbert()))
+    smoke = PROFILES["smoke"]
+    again = insights.rescore_insight_1(old, colours, smoke, tmp_path / "run", resamples=20)
+    assert {"bleu3", "clip_text", "sbert", "wmd"} <= set(again.effects["metric"])
+    shared = insight.effects["metric"].unique()
+    pd.testing.assert_frame_equal(
+        again.effects[again.effects["metric"].isin(shared)].reset_index(drop=True), insight.effects
+    )
+    pd.testing.assert_frame_equal(again.table[old.columns], old)
+    made = again.provenance
+    assert made.commit.startswith("abc; scored again at commit ") and made.features == "words"
+    old.attrs = made.as_attrs()
+    assert insights.rescore_insight_1(old, colours, smoke, tmp_path / "run", 2).provenance.commit == made.commit
+    with pytest.raises(ValueError, match="under the profile smoke, the current one is mini: set .*PROFILE=smoke"):
+        insights.rescore_insight_1(old, colours, PROFILES["mini"], tmp_path / "run")
 
 
 def test_insight_2_evaluates_images_and_decides_claims_3_and_4(tmp_path, colours):
@@ -441,11 +545,38 @@ def test_where_all_must_hold_an_undecided_effect_decides_before_a_small_one():
     assert claims.weakest_of({"sure": sure, "small": small}, one_unit=False) == "small"
 
 
-def test_claim_1_takes_the_mean_over_all_pairs(evaluated):
-    correlations = ranking.correlate(ranked_by(evaluated, evaluated.table["f1"]).table, resamples=50)
+def test_claim_1_is_decided_by_the_primary_pairs_alone(evaluated):
+    table = ranked_by(evaluated, evaluated.table["f1"]).table.assign(sbert=-evaluated.table["f1"])
+    correlations = ranking.correlate(table, resamples=50)
     [claim] = insights.claim_1(correlations)
-    pairs = correlations[correlations["metric"] != "all"]
-    assert len(pairs) == 6 and claim.effect.value == pytest.approx(pairs["rho"].mean(), abs=0.02)
+    pairs = correlations[correlations["metric"] != "all"].groupby("part")["rho"]
+    assert pairs.size().to_dict() == {"primary": 6, "secondary": 4}
+    assert claim.effect.value == pytest.approx(pairs.mean()["primary"], abs=0.02)
+    assert claim.text.endswith("mean over 6 of the 12 primary pairs")
+    [(what, others)] = claim.secondary.items()
+    assert what == "ρ, mean over 4 of the 9 secondary pairs"
+    assert others.value == pytest.approx(pairs.mean()["secondary"], abs=0.02)
+    alone = insights.claim_1(ranking.correlate(table.drop(columns=["sbert", "bleu3"]), resamples=50))[0]
+    assert (alone.effect, alone.secondary) == (claim.effect, {})
+
+
+def test_the_protocol_holds_the_pairs_and_the_rule_that_the_code_follows():
+    protocol = (pages.ROOT / "docs/protocol.md").read_text(encoding="utf-8")
+    assert claims.pairs_table() in protocol and claims.RULE in protocol
+    pairs = metrics.pairs_of_claim("caption")
+    primary = {(by, metric) for by, metric, part in pairs if part == "primary"}
+    similarities, four = ("clip", "dino", "fidelity"), ("cider", "bleu4", "spice", "wmd")
+    assert primary == {(by, metric) for by in similarities for metric in four}  # as before the first measurement
+    assert {pair.metric for pair in pairs if pair.part == "secondary"} == {"bleu3", "clip_text", "sbert"}
+    assert len(pairs) == 21
+
+
+def test_f1_takes_the_part_of_spice_where_both_were_measured():
+    every = {*metrics.METRICS, *metrics.SIMILARITIES}
+    ours, declared = metrics.pairs_of_claim("caption", every), metrics.pairs_of_claim("caption")
+    assert [pair._replace(metric="spice") if pair.metric == "f1" else pair for pair in ours] == declared
+    assert metrics.pairs_of_claim("caption", every - {"f1"}) == declared
+    assert len(metrics.pairs_of_claim("image", every)) == 8  # four similarities of texts, CLIP and DINO distance
 
 
 @pytest.mark.skipif(not (report.SHIPPED / "insight-1.parquet").exists(), reason="insight I is not measured here yet")

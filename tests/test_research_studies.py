@@ -100,7 +100,7 @@ def test_claim_7_holds_for_a_ranking_by_the_truth_and_grows(evaluated):
 def test_growth_counts_n_grams_anew_on_every_draw(evaluated):
     row = growth(evaluated, (4,), ["cider"], resamples=50).set_index("ranked_by").loc["clip"]
     first = evaluated.ranked_at("clip")
-    anew = paired_bootstrap(lambda images: evaluated.metrics["cider"](first[:, images])[0], 24, 50)
+    anew = paired_bootstrap(lambda images: evaluated.metrics["cider"](first[:, images])[0], 24, 50, recentred=True)
     kept = mean_interval(evaluated.table["cider"].to_numpy()[first[0]], 50)
     assert (row.value, row.low, row.high) == pytest.approx((anew.value, anew.low, anew.high))
     assert row.value == pytest.approx(kept.value) and row.low != pytest.approx(kept.low)
@@ -129,6 +129,21 @@ def test_claim_5_is_signed_so_that_falling_with_p_holds(lost, word):
     references = {example.image_id: list(example.references) for example in world()}
     expected = caption_metrics.cider(references, dict(enumerate(captions_by_p(lost)[3]))).value
     assert by_p.value[3] == pytest.approx(100 * expected, abs=1e-6)
+
+
+def test_intervals_of_cider_are_recentred_at_every_p_and_for_every_number_of_candidates(evaluated):
+    captions, ids = captions_by_p(1), [example.image_id for example in world()]
+    table = ngrams.Cider({example.image_id: example.references for example in world()}).table(ids, list(captions[2]))
+    score, p = lambda images: 100 * table.corpus(images), studies.NUCLEUS[2]
+    found = studies.cider_by_p(captions, world(), studies.NUCLEUS, resamples=50).set_index("p").loc[p]
+    moved, left = (paired_bootstrap(score, 24, 50, recentred=recentred) for recentred in (True, False))
+    assert (found.low, found.high) == pytest.approx((moved.low, moved.high)) and moved.low > left.low + 1
+    one = replace(evaluated, rows=np.repeat(evaluated.rows, 3, axis=1))  # so that there are more than ten candidates
+    wide = first_of_any(one, "cider", (2, 10))
+    step = paired_bootstrap(lambda images: np.diff(wide(images))[0, 0], 24, 50, recentred=True)
+    claim = studies.claim_7(one, growth(one, (12,), ["cider"], resamples=2), resamples=50)[0]
+    [grows, _] = claim.secondary.values()
+    assert (grows.low, grows.high) == pytest.approx((step.low, step.high))
 
 
 def test_a_sweep_keeps_what_is_sampled(tmp_path):

@@ -155,6 +155,37 @@ def test_a_training_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
     assert torch.equal(trained.net[0].weight, kept)
 
 
+def test_the_scale_of_half_precision_goes_on_where_it_was(tmp_path):
+    """GradScaler doubles its scale after so many good steps and halves it at an overflow; both counts are its state."""
+
+    def scaler() -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=8.1, growth_factor=2.1, backoff_factor=0.3, growth_interval=3)
+
+    def steps(own, optimizer, scaler, gradients):
+        for gradient in gradients:
+            scaler.scale(own.net.weight.sum() * gradient).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+    gradients, net = [1.0, 1.0, 1.0, float("inf"), 1.0, 1.0, 1.0], nn.Linear(3, 1, bias=False)
+    own = SimpleNamespace(modules={"net": net}, parameters=net.parameters, average=0.0, net=net)
+    whole, first, second = scaler(), scaler(), scaler()
+    optimizer = torch.optim.AdamW(net.parameters(), 0.05)
+    steps(own, optimizer, whole, gradients)
+    steps(own, optimizer, first, gradients[:5])
+    Checkpoint(tmp_path, own, optimizer, first).save(5, 1.0)
+    assert first.state_dict() != second.state_dict()
+    assert Checkpoint(tmp_path, own, optimizer, second).load() == (5, 1.0)
+    assert second.state_dict() == first.state_dict()
+    steps(own, optimizer, second, gradients[5:])
+    assert second.state_dict() == whole.state_dict() and whole.get_scale() == pytest.approx(8.1 * 2.1 * 0.3 * 2.1)
+    Checkpoint(tmp_path, own, optimizer).save(7, 1.0)  # in float32
+    untouched = scaler()
+    assert Checkpoint(tmp_path, own, optimizer, untouched).load() == (7, 1.0)
+    assert untouched.state_dict() == scaler().state_dict()
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.floats(0.05, 0.999), st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=40))
 def test_the_moving_average_is_that_of_its_formula(tmp_path_factory, decay, weights):

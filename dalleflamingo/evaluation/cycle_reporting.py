@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from huggingface_hub import HfApi
 
 from dalleflamingo import registry
-from dalleflamingo.cycle import CycleConfig, read_log
+from dalleflamingo.cycle import CycleConfig, make_accelerator, read_log
 from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle
 from dalleflamingo.profiles import Profile
 
@@ -51,12 +50,8 @@ def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
             f"no tracker {tracker!r} is installed, only {', '.join(installed) or 'none'}: `pip install {tracker}`, or "
             "--tracker none"
         )
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        cpu=not torch.accelerator.is_available(),  # else processes on a CPU would not find each other
-        log_with=None if tracker == "none" else tracker,
-        project_dir=run_folder,
-    )
+    log_with = None if tracker == "none" else tracker
+    accelerator = make_accelerator(config, log_with=log_with, project_dir=run_folder)
     if tracker != "none":
         accelerator.init_trackers("cycle")
     return accelerator

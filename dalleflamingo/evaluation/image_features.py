@@ -92,7 +92,7 @@ class FeatureExtractor:
 
         Args:
             name: "inception-v3", or an entry whose `opened_by` names its class.
-            device: "cpu" or "cuda".
+            device: as `Profile.device`.
         Raises:
             RegistryError: unknown name, or weights that are missing or cut short.
         """

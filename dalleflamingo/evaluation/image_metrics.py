@@ -29,14 +29,19 @@ def fid(real: Tensor, generated: Tensor) -> float:
     return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
 
 
-def inception_score(logits: Tensor) -> float:
+def inception_score(logits: Tensor, splits: int = 1) -> float:
     """Inception Score (Salimans et al. 2016): exp of the mean KL divergence of p(y | x) from p(y); higher is better.
 
-    One split: published figures take the mean over ten, which needs ten times as many images.
+    One split by default. Published figures take the mean over ten, which needs ten times as many images.
 
     Args:
         logits: (N, C) of generated images.
+        splits: parts, of which the mean is taken, divided by torch-fidelity's own seed; 10 in published figures.
     Returns:
-        1 … C.
+        1 … C, and no more than N / splits.
+    Raises:
+        ValueError: there are fewer images than splits.
     """
-    return isc_features_to_metric(logits, splits=1, shuffle=False)["inception_score_mean"]
+    if len(logits) < splits:
+        raise ValueError(f"{len(logits)} images in {splits} splits: give at least one image a split")
+    return isc_features_to_metric(logits, splits=splits, shuffle=splits > 1)["inception_score_mean"]

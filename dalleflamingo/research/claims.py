@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from dalleflamingo.intervals import Interval
-from dalleflamingo.research.metrics import ranking_label
+from dalleflamingo.research.metrics import METRICS, pairs_of_claim, ranking_label
 from dalleflamingo.research.pages import cell, table
 from dalleflamingo.research.ranking import ALL
 from dalleflamingo.runs import write_whole
 
 RULE = (
     "The rule was declared before any run: a claim holds where the interval of its effect lies above 0, does not hold "
-    "where it lies below 0, and is undecided else. Effects are signed so that positive ones support the paper."
+    "where it lies below 0, and is undecided otherwise. Effects are signed so that positive ones support the paper."
 )
 
 
@@ -128,6 +128,18 @@ def secondary_table(claims: Sequence[Claim], others: Sequence[Sequence[str]] = (
         by = "" if claim.ranked_by == ALL else ranking_label(claim.ranked_by)
         rows += [[by, what, cell(found, claim.digits, signed=True)] for what, found in claim.secondary.items()]
     return table(["ranked by", "effect", ""], [*rows, *others]) if rows else ""
+
+
+def pairs_table() -> str:
+    """The pairs of claim 1 as a table in Markdown, which docs/protocol.md holds: a row for each caption metric."""
+    pairs = pairs_of_claim("caption")
+    stand_ins = {one.stands_in_for: one.label for one in METRICS.values() if one.stands_in_for}
+    rows = []
+    for metric in dict.fromkeys(pair.metric for pair in pairs):
+        label = METRICS[metric].label.removesuffix(" × 100")
+        label += f" (in the miniature {stand_ins[metric]})" if metric in stand_ins else ""
+        rows.append([label, *(pair.part for pair in pairs if pair.metric == metric)])
+    return table(["caption metric", *(ranking_label(by) for by in dict.fromkeys(p.ranked_by for p in pairs))], rows)
 
 
 def print_claims(claims: Sequence[Claim]) -> None:

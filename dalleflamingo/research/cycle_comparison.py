@@ -93,7 +93,7 @@ class EvaluatedRuns:
             return function(lambda arm: float(scores[columns[arm][chosen]].mean()))
 
         sample, drawn, n = self._resampled(metric, domain)
-        return bootstrap_of_runs(statistic, len(shared), sample, drawn, n, recentred=METRICS[metric].of_sets)
+        return bootstrap_of_runs(statistic, len(shared), sample, drawn, n, recentred=METRICS[metric].biased)
 
     def _resampled(self, metric: str, domain: str) -> tuple[np.ndarray, np.ndarray, int]:
         """Every run's score, its scores on resampled images, computed once, and the number of images."""

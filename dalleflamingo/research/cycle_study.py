@@ -8,20 +8,19 @@ each image that the finetuned generator renders is from the real one. `cycle_com
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
 from dalleflamingo.captioner import describe_dataset
-from dalleflamingo.cycle import CycleConfig, build_cycle, load_cycle, train_cycle
+from dalleflamingo.cycle import CycleConfig, build_cycle, load_cycle, make_accelerator, train_cycle
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.cycle_validation import render_captions
@@ -75,6 +74,7 @@ def train_and_evaluate(
     datasets: Mapping[str, Dataset],
     generated: Collection[str],
     profile: Profile,
+    build: Callable[..., tuple] | None = None,
 ) -> dict:
     """Train, going on where the folder's run was, evaluate, and write `result.json`; a run that is done is only read.
 
@@ -85,16 +85,16 @@ def train_and_evaluate(
         datasets: test images by name.
         generated: names of those on which the generator is evaluated.
         profile: names the models that evaluate.
+        build: makes the cycle of the models, as `cycle.build_cycle`; None: that, or with the run's deviations.
     """
     result = folder / "result.json"
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))
-    build = partial(build_released_cycle, deviations=run.deviations) if run.deviations else build_cycle
+    build = build or (partial(build_released_cycle, deviations=run.deviations) if run.deviations else build_cycle)
     cycle, batches, trainable = load_cycle(config, torch.device(profile.device), build)
     folder.mkdir(parents=True, exist_ok=True)
     if run.arm != START:
-        accelerator = Accelerator(mixed_precision=config.precision)
-        train_cycle(config, cycle, batches, trainable, folder, accelerator)
+        train_cycle(config, cycle, batches, trainable, folder, make_accelerator(config))
     found = {"arm": run.arm, "captioner": run.captioner, "seed": run.seed}
     found |= evaluate(cycle, folder, datasets, generated, profile)
     write_whole(result, lambda path: path.write_text(json.dumps(found) + "\n", encoding="utf-8"))

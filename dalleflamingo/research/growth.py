@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from dalleflamingo.intervals import paired_bootstraps
+from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.ranking import RESAMPLES, EvaluatedCandidates, Selection, effects_table, similarities
 
 
@@ -20,7 +21,7 @@ def first_of_any(
 
     Args:
         evaluated: the candidates.
-        metric: a mean over the images of a corpus, so not BLEU.
+        metric: a mean over the images of a corpus, so no metric of counts such as BLEU.
         numbers: the values of k.
     Returns:
         a function of images, as positions -> (similarities, numbers), the scores on the corpus that they make.
@@ -69,7 +70,8 @@ def growth(
             values = np.concatenate([np.full(len(numbers), random), scores[:, 1:].ravel()])
             return np.concatenate([values, values - random])
 
-        intervals = paired_bootstraps(statistics, len(evaluated.rows), resamples)
+        recentred = 2 * len(selections) * [METRICS[metric].biased]
+        intervals = paired_bootstraps(statistics, len(evaluated.rows), resamples, recentred=recentred)
         together = zip(selections, intervals[: len(selections)], intervals[len(selections) :], strict=True)
         found += [(metric, *row) for row in together]
     return effects_table(found)

@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,13 +30,30 @@ from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.generator import Generator
 from dalleflamingo.intervals import Interval, mean_interval, within_group_spearman
 from dalleflamingo.profiles import Profile
-from dalleflamingo.reconstruct import JourneySettings, image_text_image, load_models, text_image_text
+from dalleflamingo.reconstruct import (
+    JourneySettings,
+    image_text_image,
+    load_captioner,
+    load_models,
+    text_image_text,
+)
 from dalleflamingo.research import baselines, report
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.claims import Claim, print_claims, weakest_of
 from dalleflamingo.research.image_ranking import ImageEvaluators, evaluate_images
-from dalleflamingo.research.metrics import EMBEDDINGS, METRICS, OF_IMAGES, OVERLAPS, check_similarities, ranking_label
+from dalleflamingo.research.metrics import (
+    EMBEDDINGS,
+    METRICS,
+    OF_IMAGES,
+    OVERLAPS,
+    PRIMARY,
+    SECONDARY,
+    check_similarities,
+    pairs_of_claim,
+    ranking_label,
+)
 from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.pages import current_commit
 from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import (
     ALL,
@@ -48,10 +66,11 @@ from dalleflamingo.research.ranking import (
     measure,
     similarities,
 )
-from dalleflamingo.similarity import ClipText, Encoder, Similarity
+from dalleflamingo.similarity import ClipText, Encoder, Sbert, Similarity
 
 _OUT = "out-domain"
 RANKED = 10  # candidates, as in the paper; more are made for Fig. 9, and these are the first ten of them
+RESCORED = "; scored again at commit "  # in a provenance, behind the commit that made the candidates
 TABLE_2 = ("clip_distance", "fid", "is")  # the columns of the paper's Table 2
 
 
@@ -59,9 +78,22 @@ TABLE_2 = ("clip_distance", "fid", "is")  # the columns of the paper's Table 2
 
 
 def claim_1(correlations: pd.DataFrame) -> list[Claim]:
-    """Better reconstruction goes with better captions: ρ within an image, mean over similarities and metrics."""
-    text = "better reconstruction goes with better captions: Spearman's ρ within an image, mean over all pairs"
-    return [Claim(1, text, ALL, _mean_rho(correlations), 3)]
+    """Better reconstruction goes with better captions: ρ within an image, mean over the primary pairs.
+
+    The pairs are those of `metrics.pairs_of_claim`; where some could not be measured, the claim says of how many it is.
+    """
+    of = {part: _pairs_measured(correlations, part) for part in (PRIMARY, SECONDARY)}
+    text = f"better reconstruction goes with better captions: Spearman's ρ within an image, mean over {of[PRIMARY]}"
+    others = _mean_rho(correlations, SECONDARY)
+    secondary = {f"ρ, mean over {of[SECONDARY]}": others} if others else {}
+    return [Claim(1, text, ALL, _mean_rho(correlations), 3, secondary)]
+
+
+def _pairs_measured(correlations: pd.DataFrame, part: str) -> str:
+    """The pairs of claim 1 that a mean is over, in words: "the 12 primary pairs", "9 of the 12 primary pairs"."""
+    measured = int(((correlations["part"] == part) & (correlations["metric"] != ALL)).sum())
+    declared = sum(pair.part == part for pair in pairs_of_claim("caption"))
+    return f"{'' if measured == declared else f'{measured} of '}the {declared} {part} pairs"
 
 
 def claim_2(effects: pd.DataFrame) -> list[Claim]:
@@ -108,9 +140,10 @@ def claim_4(effects: pd.DataFrame) -> list[Claim]:
     return found
 
 
-def _mean_rho(correlations: pd.DataFrame) -> Interval:
-    row = correlations[correlations["metric"] == ALL].iloc[0]
-    return Interval(row["rho"], row["low"], row["high"], int(row["n"]), 0)
+def _mean_rho(correlations: pd.DataFrame, part: str = PRIMARY) -> Interval | None:
+    """The mean over the pairs of a part; None where it has none."""
+    rows = correlations[(correlations["metric"] == ALL) & (correlations["part"] == part)].to_dict("records")
+    return Interval(*(rows[0][name] for name in ("rho", "low", "high", "n")), 0) if rows else None
 
 
 def _difference_of_rho(table: pd.DataFrame, ours: Sequence[str], theirs: Sequence[str]) -> Interval:
@@ -157,7 +190,10 @@ def difference(a: Interval, b: Interval) -> Interval:
 
 
 class ImageJourneyModels(NamedTuple):
-    """What Insight I needs: the journey's models, CLIP's encoders for a baseline, and word vectors for WMD."""
+    """What Insight I needs: the journey's models, CLIP's encoders for a baseline, and what scores captions.
+
+    CLIP's text encoder and SBERT compare them with the human ones, `vectors` are for WMD; None leaves that metric out.
+    """
 
     captioner: Captioner
     generator: Generator
@@ -165,6 +201,7 @@ class ImageJourneyModels(NamedTuple):
     clip_image: Encoder
     clip_text: Encoder
     vectors: WordVectors | None
+    sbert: Encoder | None = None
 
     @classmethod
     def load(cls, profile: Profile) -> "ImageJourneyModels":
@@ -172,8 +209,18 @@ class ImageJourneyModels(NamedTuple):
         captioner, generator, encoders = load_models(profile)
         [clip] = (one for one in encoders if one.name == "clip")
         fidelity = Fidelity(FeatureExtractor.from_registry(profile.inception, profile.device))
-        clip_text = ClipText.from_pretrained(**registry.source_of(profile.clip, profile.device))
-        return cls(captioner, generator, [*encoders, fidelity], clip, clip_text, WordVectors.at_hand())
+        encoders = [*encoders, fidelity]
+        return cls(captioner, generator, encoders, clip, *text_models(profile))
+
+
+def text_models(profile: Profile) -> tuple[Encoder, WordVectors, Encoder]:
+    """What scores captions against human ones: CLIP's text encoder, word vectors, SBERT; errors as `registry.locate`.
+
+    Args:
+        profile: names CLIP and the device.
+    """
+    clip_text = ClipText.from_pretrained(**registry.source_of(profile.clip, profile.device))
+    return clip_text, WordVectors.at_hand(), Sbert.from_pretrained(**registry.source_of("sbert", profile.device))
 
 
 class TextJourneyModels(NamedTuple):
@@ -221,12 +268,12 @@ def insight_1(
         ValueError: `metrics.SIMILARITIES` lacks one of the similarities.
     """
     check_similarities(models.similarities, "image")
-    captioner, generator, encoders, clip_image, clip_text, vectors = models
+    captioner, generator, encoders, clip_image, clip_text, vectors, sbert = models
     table = image_text_image(dataset, captioner, generator, encoders, run_folder, settings)
-    beam = _beam_captions(captioner, dataset, table, run_folder / "beam.json")
+    beam = _beam_captions(lambda: captioner, dataset, table, run_folder / "beam.json")
     few = baselines.add(table[table["candidate"] < RANKED], dataset, captioner, clip_image, clip_text)
     table = table.assign(**{name: few[name] for name in BASELINES})  # NaN behind the candidates that are ranked
-    evaluated = evaluate_captions(table, dataset, beam, vectors).limit(RANKED)
+    evaluated = evaluate_captions(table, dataset, beam, vectors, _text_encoders(clip_text, sbert)).limit(RANKED)
     provenance = Provenance.of(
         command,
         dataset,
@@ -238,7 +285,45 @@ def insight_1(
         features=vectors.name if vectors else "",
         resamples=resamples,
     )
-    return _measured("insight-1", evaluated, provenance, lambda effects, rho: [*claim_1(rho), *claim_2(effects)])
+    return _measured("insight-1", evaluated, provenance, _claims_1_and_2)
+
+
+def rescore_insight_1(
+    table: pd.DataFrame, everything: Dataset, profile: Profile, run_folder: Path, resamples: int = RESAMPLES
+) -> report.Insight:
+    """Insight I's candidates, scored by the metrics of today; nothing is generated but missing captions by beam search.
+
+    Args:
+        table: of the measured insight, as `report.load` reads it: its similarities and baselines stay.
+        everything: the data set that it was measured on.
+        profile: names the text encoders and the captioner.
+        run_folder: of the journey, where captions by beam search are kept.
+        resamples: of the bootstrap.
+    Raises:
+        ValueError: the profile is not that of the table.
+    """
+    made = Provenance.from_attrs(table.attrs)
+    if made.profile != profile.name:
+        raise ValueError(
+            f"the candidates were made under the profile {made.profile}, the current one is {profile.name}: "
+            f"set DALLEFLAMINGO_PROFILE={made.profile}"
+        )
+    dataset = everything.filter(set(table["image_id"]))
+    beam = _beam_captions(lambda: load_captioner(profile), dataset, table, run_folder / "beam.json")
+    clip_text, vectors, sbert = text_models(profile)
+    evaluated = evaluate_captions(table, dataset, beam, vectors, _text_encoders(clip_text, sbert)).limit(made.ranked)
+    commit = f"{made.commit.partition(RESCORED)[0]}{RESCORED}{current_commit()}"
+    scored = {"commit": commit, "tokenizer": evaluated.tokenizer, "features": vectors.name, "resamples": resamples}
+    return _measured("insight-1", evaluated, replace(made, **scored), _claims_1_and_2)
+
+
+def _text_encoders(clip_text: Encoder, sbert: Encoder | None) -> dict[str, Encoder]:
+    """By the metrics that they make."""
+    return {"clip_text": clip_text} | ({"sbert": sbert} if sbert else {})
+
+
+def _claims_1_and_2(effects: pd.DataFrame, correlations: pd.DataFrame) -> list[Claim]:
+    return [*claim_1(correlations), *claim_2(effects)]
 
 
 def insight_2(
@@ -292,12 +377,14 @@ def _measured(
     return report.Insight(name, evaluated.table, effects, correlations, decided, chance, provenance)
 
 
-def _beam_captions(captioner: Captioner, dataset: Dataset, table: pd.DataFrame, path: Path) -> dict[int, str]:
-    """Image id -> caption by beam search, kept as COCO results."""
+def _beam_captions(
+    captioner: Callable[[], Captioner], dataset: Dataset, table: pd.DataFrame, path: Path
+) -> dict[int, str]:
+    """Image id -> caption by beam search, kept as COCO results; the captioner is loaded where they are not."""
     ids = set(table["image_id"])
     if path.exists() and ids <= (kept := read_results(path)).keys():
         return kept
-    beam = describe_dataset(captioner, dataset.filter(ids))
+    beam = describe_dataset(captioner(), dataset.filter(ids))
     write_results(path, beam)
     return beam
 
@@ -314,6 +401,9 @@ def main_1(arguments: list[str]) -> int:
     options, settings, command = _options("insight-1", main_1.__doc__, arguments)
 
     def measured(dataset: Dataset) -> report.Insight:
+        if options.rescore:
+            table, _ = report.load("insight-1", options.docs / "results")
+            return rescore_insight_1(table, dataset, profiles.current(), options.runs / "insight-1")
         models = ImageJourneyModels.load(profiles.current())
         return insight_1(dataset.subset(options.images), models, settings, options.runs / "insight-1", command)
 
@@ -343,7 +433,15 @@ def _options(name: str, about: str, arguments: list[str]) -> tuple[argparse.Name
         "--candidates", type=positive, default=RANKED, help=f"of each image; default: {RANKED}, as in the paper"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling and noise; default: 0")
+    if name == "insight-1":
+        parser.add_argument(
+            "--rescore",
+            action="store_true",
+            help="score the captions of results/insight-1.parquet again, with the metrics of today; generate nothing",
+        )
     options = parse(parser, arguments)
+    if getattr(options, "rescore", False) and (options.images, options.candidates, options.seed) != (200, RANKED, 0):
+        parser.error("--rescore scores the captions that are there: leave --images, --candidates and --seed out")
     settings = JourneySettings.of(profiles.current(), candidates=options.candidates, seed=options.seed)
     command = f"{parser.prog} --images {options.images} --candidates {options.candidates}"
     return options, settings, command + (f" --seed {options.seed}" if options.seed else "")

@@ -20,7 +20,7 @@ import pandas as pd
 
 from dalleflamingo.datasets import DOMAINS
 from dalleflamingo.intervals import Interval, mean_interval, paired_bootstrap, paired_bootstraps, within_group_spearman
-from dalleflamingo.research.metrics import METRICS, OF_CAPTIONS, OF_IMAGES, SIMILARITIES
+from dalleflamingo.research.metrics import METRICS, PRIMARY, SECONDARY, SIMILARITIES, Pair, pairs_of_claim
 
 # other rankings of captions, which need no generated image; columns of `baselines.add`
 BASELINES = ("length", "likelihood", "consensus", "clip_score")
@@ -217,7 +217,7 @@ def _measure_corpus(
         return np.stack([scores, scores - scores[:, :1]]).ravel()
 
     names = [(metric, selection) for metric in evaluated.metrics for selection in selections]
-    recentred = 2 * [METRICS[metric].of_sets for metric, _ in names]
+    recentred = 2 * [METRICS[metric].biased for metric, _ in names]
     intervals = paired_bootstraps(statistics, len(images), resamples, seed, recentred=recentred)
     together = zip(names, intervals[: len(names)], intervals[len(names) :], strict=True)
     return effects_table([(metric, selection, score, gain) for (metric, selection), score, gain in together])
@@ -256,7 +256,7 @@ def contrast(
         means = [part.mean() for part in np.split(values, ends)]
         return sum(means[: len(plus)]) - sum(means[len(plus) :])
 
-    return paired_bootstrap(statistic, len(evaluated.rows), resamples, recentred=METRICS[metric].of_sets)
+    return paired_bootstrap(statistic, len(evaluated.rows), resamples, recentred=METRICS[metric].biased)
 
 
 def gain_of_chance(evaluated: EvaluatedCandidates, by: str, metric: str) -> Interval:
@@ -281,28 +281,31 @@ def correlate(table: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
     """Claims 1 and 3: Spearman's correlation of similarity and metric among the candidates of an image, averaged.
 
     Metrics that are better when lower are negated, so that ρ > 0 supports the paper. An image whose candidates all
-    score the same has no ρ for that pair; it is left out and counted. The last row is the mean over the pairs that an
-    image has. In the miniature scene-graph F1 takes the part of SPICE.
+    score the same has no ρ for that pair; it is left out and counted. The last rows are the means over the primary
+    pairs, and over the secondary ones where there are such, that an image has.
 
     Args:
         table: evaluated candidates, with columns of similarities and metrics.
         resamples: of the bootstrap.
     Returns:
-        columns ranked_by, metric ("all" in the last row), rho, low, high, n (images), undefined (images).
+        columns ranked_by, metric (both "all" in the rows of means), part ("primary" or "secondary"), rho, low, high,
+        n (images), undefined (images).
     """
-    replaced = {"spice"} if "f1" in table else set()
-    measured = [metric for metric in (*OF_CAPTIONS, *OF_IMAGES) if metric in table and metric not in replaced]
-    pairs = [(by, metric) for by in similarities(table) for metric in measured]
-    signed = table.assign(**{metric: -table[metric] for metric in measured if METRICS[metric].lower_is_better})
-    per_image = pd.DataFrame({pair: within_group_spearman(signed, "image_id", *pair) for pair in pairs})
-    columns = [*((pair, per_image[pair]) for pair in pairs), ((ALL, ALL), per_image.mean(axis=1))]
+    pairs = pairs_of_claim("caption", table) + pairs_of_claim("image", table)
+    lower = {pair.metric for pair in pairs if METRICS[pair.metric].lower_is_better}
+    signed = table.assign(**{metric: -table[metric] for metric in lower})
+    per_image = {pair: within_group_spearman(signed, "image_id", pair.ranked_by, pair.metric) for pair in pairs}
+    columns = list(per_image.items())
+    for part in (PRIMARY, SECONDARY):
+        if own := [rho for pair, rho in per_image.items() if pair.part == part]:
+            columns.append((Pair(ALL, ALL, part), pd.concat(own, axis=1).mean(axis=1)))
     rows = []
-    for (by, metric), rho in columns:
+    for pair, rho in columns:
         known = rho.dropna().to_numpy()
         nothing = Interval(np.nan, np.nan, np.nan, 0, 0)
         found = mean_interval(known, resamples) if len(known) else nothing
         bounds = {"rho": found.value, "low": found.low, "high": found.high}
-        rows.append({"ranked_by": by, "metric": metric} | bounds | {"n": found.n, "undefined": len(rho) - found.n})
+        rows.append(pair._asdict() | bounds | {"n": found.n, "undefined": len(rho) - found.n})
     return pd.DataFrame(rows)
 
 

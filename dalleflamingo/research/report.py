@@ -31,7 +31,8 @@ _TEXTS = {
         "table": "Ranked first against random (Table 1)",
         "oracle": "the candidate with the best scene-graph F1",
         "rho": "Rank correlation within an image (claim 1)",
-        "pairs": "In the miniature scene-graph F1 takes the part of SPICE.",
+        "pairs": "In the miniature scene-graph F1 takes the part of SPICE. The claim is about the mean over the "
+        "[primary pairs](../protocol.md); the secondary ones are reported beside it.",
         "figures": "",
     },
     "insight-2": {
@@ -176,16 +177,17 @@ def page(insight: Insight) -> list[str]:
     ]
 
 
-def _in_the_paper(insight: Insight, metric: str) -> dict[str, tuple[float, float]]:
-    """Domain -> the paper's values on NoCaps, random and ranked first (Tables 1 and 2)."""
-    if METRICS[metric].of == "caption":
-        return paper.TABLE_1["nocaps"].get(metric, {})
-    return {ALL: paper.TABLE_2["nocaps"][metric]} if metric in paper.TABLE_2["nocaps"] else {}
+def _in_the_paper(metric: str) -> tuple[str, dict[str, tuple[float, float]]]:
+    """The paper's values, random and ranked first (Tables 1 and 2), by domain; and of which data set they are."""
+    if METRICS[metric].of == "image":
+        return "NoCaps", {ALL: paper.TABLE_2["nocaps"][metric]} if metric in paper.TABLE_2["nocaps"] else {}
+    of_nocaps = paper.TABLE_1["nocaps"].get(metric, {})
+    return ("NoCaps", of_nocaps) if of_nocaps else ("COCO", paper.TABLE_1["coco"].get(metric, {}))
 
 
 def _against_random(insight: Insight, metric: str) -> str:
     effects, digits = insight.effects, METRICS[metric].digits
-    published = _in_the_paper(insight, metric)
+    corpus, published = _in_the_paper(metric)
     header = ["", "n", "random"]
     for by in similarities(effects):
         header += [f"{ranking_label(by)} first", "minus random"]
@@ -199,7 +201,7 @@ def _against_random(insight: Insight, metric: str) -> str:
             low, high = published.get(domain, (None, None))
             row.append("" if low is None else f"{low} → {high} ({high - low:+.1f})")
         rows.append(row)
-    return table(header + ["the paper, NoCaps"] * bool(published), rows)
+    return table(header + [f"the paper, {corpus}"] * bool(published), rows)
 
 
 def _differences_in_the_paper(insight: Insight) -> list[list[str]]:
@@ -264,12 +266,12 @@ def _ways(effects: pd.DataFrame) -> list[tuple[str, dict]]:
 def _correlations(correlations: pd.DataFrame) -> str:
     rows = []
     for row in correlations.to_dict("records"):
-        pair = "mean over these pairs"
+        pair = f"mean over the {row['part']} pairs"
         if row["metric"] != ALL:
             pair = f"{ranking_label(row['ranked_by'])}, {METRICS[row['metric']].label.removesuffix(' × 100')}"
         rho = cell(Interval(row["rho"], row["low"], row["high"], row["n"], None), 3, signed=True)
-        rows.append([pair, rho, str(row["n"]), str(row["undefined"])])
-    return table(["pair", "ρ", "n", "images without ρ"], rows)
+        rows.append([pair, row["part"], rho, str(row["n"]), str(row["undefined"])])
+    return table(["pair", "", "ρ", "n", "images without ρ"], rows)
 
 
 def _how(made: Provenance) -> str:

@@ -126,7 +126,8 @@ def cider_by_p(captions: np.ndarray, dataset: Dataset, ps: Sequence[float], resa
         scores = 100 * table.corpus(selections[:, indices])
         return np.append(scores, spearmanr(ps, scores).statistic)
 
-    *found, rho = paired_bootstraps(statistics, len(ids), resamples)
+    recentred = [METRICS["cider"].biased] * len(ps) + [False]  # ρ is of ranks
+    *found, rho = paired_bootstraps(statistics, len(ids), resamples, recentred=recentred)
     frame = pd.DataFrame([{"p": p} | one.as_row() for p, one in zip(ps, found, strict=True)])
     frame.attrs["rho"] = rho
     return frame
@@ -148,7 +149,10 @@ def claim_7(evaluated: EvaluatedCandidates, grown: pd.DataFrame, resamples: int 
     """
     ranked_by, k = similarities(evaluated.table), evaluated.k
     first = first_of_any(evaluated, "cider", (2, RANKED, k))
-    steps = paired_bootstraps(lambda images: np.diff(first(images)).ravel(), len(evaluated.rows), resamples)
+    recentred = 2 * len(ranked_by) * [METRICS["cider"].biased]
+    steps = paired_bootstraps(
+        lambda images: np.diff(first(images)).ravel(), len(evaluated.rows), resamples, recentred=recentred
+    )
     text = f"the caption ranked first of {k} beats a random one: CIDEr × 100, overall"
     names = f"gain of any {RANKED} candidates − gain of any 2", f"gain of all {k} − gain of any {RANKED}"
     return [
@@ -214,7 +218,8 @@ def _tokenized_alike(profile: profiles.Profile) -> list[Claim]:
 def _grown(evaluated: EvaluatedCandidates, metrics: Sequence[str]) -> pd.DataFrame:
     """`growth` by the metrics that are means over images; BLEU is of a whole corpus."""
     numbers = [k for k in NUMBERS if k <= evaluated.k]
-    return growth(evaluated, numbers, [name for name in metrics if name in evaluated.metrics and name != "bleu4"])
+    means = [name for name in metrics if name in evaluated.metrics and not METRICS[name].of_counts]
+    return growth(evaluated, numbers, means)
 
 
 def more_images(
@@ -367,7 +372,8 @@ def measure_studies(docs: Path, runs: Path) -> Studies:
     dataset = everything.filter(set(table["image_id"]))
     swept = nucleus_sweep(dataset, models.captioner, runs / "studies")
     by_p = cider_by_p(swept, dataset, NUCLEUS)
-    kept = of_columns(evaluated.table, ["wmd"]).metrics  # of the insight; word vectors are not loaded again
+    # of the insight; word vectors and text encoders are not loaded again
+    kept = of_columns(evaluated.table, [name for name in ("wmd", "clip_text", "sbert") if name in table]).metrics
     captions = _grown(replace(evaluated, metrics=evaluated.metrics | kept), OF_CAPTIONS)
     return Studies(
         by_p=by_p,
