@@ -96,7 +96,7 @@ def annotate(scene: Scene, n: int, rng: np.random.Generator) -> list[str]:
 
 
 def minimal_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """The shortest true caption with all kinds, colours and a relation; of a single thing, its position in the image."""
+    """The shortest true caption with all kinds, colours and a relation; of a single thing, its place in the image."""
     writer = replace(_MINIMAL, wording=int(rng.integers(12)))
     if len(scene.things) > 1:
         return describe(scene, writer, rng, fewest_words=0)[0]

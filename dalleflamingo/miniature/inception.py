@@ -1,8 +1,8 @@
 """The miniature's Inception: a classifier of things, whose features FID and image fidelity compare (App. A.1).
 
 FID and related metrics compare two sets of images in the feature space of a classifier of such images. For photographs
-that is Inception-v3, for the miniature world this small network. It was trained to name kind and colour of all things of
-an image, between which it divides its probability, and the ground.
+that is Inception-v3, for the miniature world this small network. It was trained to name the ground and the kind and
+colour of all things of an image, between which it divides its probability.
 """
 
 from collections.abc import Sequence

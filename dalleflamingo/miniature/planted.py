@@ -14,7 +14,7 @@ def planted_captions(scene: Scene, annotator: Annotator, rng: np.random.Generato
     """The true caption of a scene of several things, then one with each of `FACTS` wrong.
 
     All five name every thing, its colour, a relation and the ground, in the same words where they agree. What should be
-    wrong is wrong: where a rotated layout's relation still holds, as two relations do on a diagonal, it is rotated anew.
+    wrong is wrong: where a rotated layout's relation still holds, as on a diagonal, the layout is rotated anew.
 
     Args:
         scene: of two or three things.

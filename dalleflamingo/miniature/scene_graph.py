@@ -131,10 +131,7 @@ def parse(caption: str) -> CaptionGraph:
             sides[latest] = value
     opposite = {"left": "right", "above": "below"}
     graph.relations += [
-        (i, side, j)
-        for i, side in sides.items()
-        for j, other in sides.items()
-        if opposite.get(side) == other
+        (i, side, j) for i, side in sides.items() for j, other in sides.items() if opposite.get(side) == other
     ]
     return graph
 

@@ -279,7 +279,7 @@ def low_resolution_pixels(pixel_values: Tensor) -> Tensor:
 
 
 def rotation_residuals(batch: Tensor) -> Tensor:
-    """(B, D) of a `hard_negative_batch` -> (B / 16, 4, D): difference of each rotation from the mean of its scene's four.
+    """(B, D) of a `hard_negative_batch` -> (B / 16, 4, D): each rotation minus the mean of its scene's four.
 
     Things and ground are the same in all four, so what remains depends on positions alone.
     """

@@ -1,13 +1,13 @@
 """Random views of images for self-distillation (DINO, Caron et al. 2021, §3 and appendix "data augmentation").
 
 Everything works on whole batches of tensors, because one CPU core has to draw, augment and train: one `grid_sample`
-crops and mirrors, one 3 × 3 matrix per image does all of the colour jitter, one small convolution blurs.
+crops, one 3 × 3 matrix per image does all of the colour jitter, one small convolution blurs.
 
 Global views are the whole image, moved by up to a seventh of its side: what two of them have in common is content and
 arrangement, not position. A thing fills a tenth of its image, so a random local crop often shows only ground, and views
 would agree most easily on the ground. Every local crop therefore contains an *anchor*, a pixel that differs from the
-border. No label is used for that. Nothing is mirrored, so that left and right stay different, and hues change little, so
-that features still contain colour.
+border. No label is used for that. Nothing is mirrored, so that left and right stay different, and hues change little,
+so that features still contain colour.
 """
 
 import torch

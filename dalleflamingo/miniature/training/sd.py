@@ -37,7 +37,7 @@ from dalleflamingo.miniature.world import draw, sample_scene
 BANK_SIZE = 40_000  # images whose latents are computed once; their captions are written anew each time
 COUNTS = (1, 2, 3, 2, 3, 2, 3, 1)  # things in the images of the bank, in turn
 UNCONDITIONAL_SHARE = 0.12  # of captions are "", for classifier-free guidance (Ho & Salimans 2022)
-MINIMAL_SHARE = 0.6  # of the other captions are minimal and true; alt-text leaves out colours and is wrong in one of five
+MINIMAL_SHARE = 0.6  # of the other captions are minimal and true; alt-text omits colours and is wrong in one of five
 # Beta distributions of t/T, mostly where the text decides and not what is still visible: kinds and colours are decided
 # at EARLY timesteps, positions at LATE ones, where a thing can hardly be seen.
 EARLY, LATE = (2.0, 3.0), (5.0, 2.0)
