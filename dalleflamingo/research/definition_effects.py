@@ -340,7 +340,7 @@ def label_effects(dataset: Dataset, captioner: Captioner) -> list[Effect]:
     def both(images: np.ndarray) -> tuple[float, float]:
         return tuple(float(losses[images].sum() / counts[images].sum()) for losses, counts in (clean, punctuated))
 
-    what = "loss (1); instead of theirs, which is ours: labels with a capital and a full stop, as 75 % of COCO's have"
+    what = "loss (1): cleaned labels; labels with a capital and a full stop, as 75 % of COCO's have"
     return [paired("clean-labels", what, 4, len(dataset), both)]
 
 
