@@ -21,7 +21,7 @@ from dalleflamingo.captioner import Captioner
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import Nucleus
 from dalleflamingo.evaluation.image_features import FeatureExtractor
-from dalleflamingo.intervals import Interval, derive_seed, mean_interval, paired_bootstrap, proportion
+from dalleflamingo.evaluation.intervals import Interval, mean_interval, paired_bootstrap, proportion
 from dalleflamingo.miniature.annotators import ANNOTATORS, annotate_rotations, write_caption
 from dalleflamingo.miniature.corpora import data_folder
 from dalleflamingo.miniature.image_score import ImageScore, score_in_place, score_prompt, total
@@ -41,7 +41,7 @@ from dalleflamingo.profiles import PROFILES
 from dalleflamingo.reconstruct import load_captioner, load_generator
 from dalleflamingo.research.options import positive
 from dalleflamingo.research.probes import knn_accuracy, ridge_accuracy
-from dalleflamingo.runs import write_whole
+from dalleflamingo.runs import derive_seed, write_whole
 from dalleflamingo.similarity import ClipImage, Dino, load_clip
 
 SEED = 20  # of the held-out scenes; no training draws from it
