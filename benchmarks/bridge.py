@@ -23,16 +23,17 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from dalleflamingo import registry
 from dalleflamingo.bridge import BRIDGE_MODES, Bridge, relax
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.evaluation.vocabulary_report import report
+from dalleflamingo.evaluation.intervals import paired_bootstrap
+from dalleflamingo.evaluation.vocabulary_report import clip_tokenizer, report, wordpiece_tokenizer
 from dalleflamingo.generator import Generator
-from dalleflamingo.intervals import derive_seed, paired_bootstrap
 from dalleflamingo.miniature.image_score import score_prompt
 from dalleflamingo.miniature.recogniser import Recogniser
 from dalleflamingo.miniature.scene_graph import Scene
 from dalleflamingo.profiles import PROFILES
 from dalleflamingo.research.pages import current_commit
 from dalleflamingo.research.released import released_map
-from dalleflamingo.tokens import Alignment, clip_tokenizer, wordpiece_tokenizer
+from dalleflamingo.runs import derive_seed
+from dalleflamingo.tokens import Alignment
 from dalleflamingo.vocabulary import MAP_KINDS, VocabularyMap
 
 RESULTS = Path("docs/results")

@@ -36,12 +36,13 @@ from transformers import BlipForConditionalGeneration, BlipProcessor
 from dalleflamingo import profiles, registry
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.decoding import Nucleus
+from dalleflamingo.evaluation.intervals import mean_interval, within_group_spearman
 from dalleflamingo.generator import Generator
-from dalleflamingo.intervals import derive_seed, mean_interval, within_group_spearman
 from dalleflamingo.miniature.scene_graph import Scene, f1
 from dalleflamingo.profiles import Profile
 from dalleflamingo.reconstruct import JourneySettings, image_text_image, load_models
 from dalleflamingo.research.pages import SHIPPED, current_commit, table
+from dalleflamingo.runs import derive_seed
 
 K, STEPS, MATRIX = 10, 20, 2048
 SAMPLING = dict(do_sample=True, top_p=0.9, top_k=0, min_new_tokens=5, max_new_tokens=60)

@@ -28,8 +28,8 @@ from tqdm.auto import tqdm
 from dalleflamingo.datasets import DOMAINS, read_coco
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.image_metrics import fid, inception_score
+from dalleflamingo.evaluation.intervals import resample
 from dalleflamingo.evaluation.ngrams import BleuTable, Cider
-from dalleflamingo.intervals import resample
 from dalleflamingo.miniature.annotators import annotate, minimal_caption
 from dalleflamingo.miniature.corpora import coco_scene, nocaps_scene
 from dalleflamingo.miniature.scene_graph import Scene

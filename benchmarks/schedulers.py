@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles
-from dalleflamingo.intervals import Interval, paired_bootstrap
+from dalleflamingo.evaluation.intervals import Interval, paired_bootstrap
 from dalleflamingo.miniature.annotators import ANNOTATORS, write_caption
 from dalleflamingo.miniature.image_score import score_prompt
 from dalleflamingo.reconstruct import load_generator

@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {  # module -> the names that it exports here
     "profiles": ("current_profile",),
-    "intervals": ("Interval", "mean_interval", "paired_bootstrap"),
+    "runs": ("derive_seed",),
     "datasets": ("read_captions", "read_folder"),
     "registry": ("load_dataset",),
     "decoding": ("Nucleus", "Temperature", "TopK"),
@@ -39,6 +39,7 @@ _EXPORTS = {  # module -> the names that it exports here
         "text_image_text",
     ),
     "cycle": ("CycleConfig", "load_cycle", "train_cycle"),
+    "evaluation.intervals": ("Interval", "mean_interval", "paired_bootstrap"),
     "evaluation.caption_metrics": ("evaluate",),
     "evaluation.similarities": ("load_text_similarities",),
 }

@@ -213,7 +213,7 @@ def _image_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[Dat
     profile = _sized_profile(options)
     settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
     models = load_models(profile, options.scheduler)
-    _check_steps(models.generator, options, settings.steps)
+    require_steps(models.generator, options, settings.steps)
     table = image_text_image(source, *models, options.out, settings)
     return table, {image.image_id: image.path.name for image in source}
 
@@ -226,16 +226,27 @@ def _text_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[Data
     profile = _sized_profile(options)
     settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
     captioner, generator = load_captioner(profile), load_generator(profile, scheduler=options.scheduler)
-    _check_steps(generator, options, settings.steps)
+    require_steps(generator, options, settings.steps)
     similarities = load_text_similarities(profile, {text.image_id: text.references for text in source})
     table = text_image_text(source, captioner, generator, similarities, options.out, settings)
     return table, {text.image_id: text.references[0] for text in source}
 
 
-def _check_steps(generator: "Generator", options: argparse.Namespace, steps: int) -> None:
-    """Refuse too few steps that the user chose; the profile `smoke` has too few, to be quick."""
-    if options.steps or options.scheduler:
-        generator.check_steps(steps)
+def require_steps(generator: "Generator", options: argparse.Namespace, steps: int) -> None:
+    """Refuse fewer steps than the scheduler needs for images that match their captions, where the user chose them.
+
+    The profile `smoke` has fewer, to be quick.
+
+    Raises:
+        ValueError: they are too few.
+    """
+    from dalleflamingo.denoising import SCHEDULERS, short_name
+
+    name = short_name(type(generator.pipeline.scheduler))
+    if (options.steps or options.scheduler) and steps < (least := SCHEDULERS[name]):
+        quick = [other for other, fewest in SCHEDULERS.items() if fewest <= steps]
+        remedy = f"or another scheduler: {', '.join(quick)}" if quick else "as no scheduler works with so few"
+        raise ValueError(f"steps = {steps}: {name} needs {least} or more; take {least}, {remedy}")
 
 
 def _print_best(table: "DataFrame", names: Mapping[int, str], column: str) -> None:

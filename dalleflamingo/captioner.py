@@ -211,9 +211,8 @@ class Captioner(ABC):
                 for rule in rules:
                     scores = rule(ids, scores)
                 ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
-                ended = (ids[:, -1] == self.end_id).cpu()
-                if ids.shape[1] == self.model.config.text_config.max_position_embeddings:
-                    ended[:] = True  # the rules limit words, not tokens
+                is_full = ids.shape[1] == self.model.config.text_config.max_position_embeddings  # the rules limit words
+                ended = (ids[:, -1] == self.end_id).cpu() | is_full
                 for row in torch.nonzero(ended).flatten().tolist():
                     written[rows[row]] = ids[row]
                 if ended.any():

@@ -28,9 +28,8 @@ from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle_losses import LOSS_NAMES, Batch, Cycle, Losses, captioner_parameters, generator_parameters
 from dalleflamingo.datasets import Dataset, Example, clean_caption
 from dalleflamingo.generator import FITS, Generator
-from dalleflamingo.intervals import derive_seed
 from dalleflamingo.profiles import Profile, find_device
-from dalleflamingo.runs import Checkpoint, differences
+from dalleflamingo.runs import Checkpoint, derive_seed, differences
 from dalleflamingo.vocabulary import VocabularyMap
 
 SCHEDULES = ("alternating", "joint")
@@ -387,9 +386,3 @@ def _agree(run_folder: Path, config: CycleConfig) -> None:
     if lines := differences(there | {"steps": config.steps}, now):
         raise ValueError(f"{run_folder} holds a run with another configuration:\n{lines}\nGive another folder.")
     path.write_text(json.dumps(now, indent=1) + "\n")
-
-
-def read_log(run_folder: Path) -> list[dict]:
-    """A row for each step, in order: its number, its losses and validation's results. Repeated steps occur once."""
-    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return list({row["step"]: row for row in rows}.values())

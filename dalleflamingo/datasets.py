@@ -8,14 +8,13 @@ JSON. Captions are kept exactly as published: metrics tokenize them, training cl
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from dalleflamingo.intervals import derive_seed
-from dalleflamingo.runs import write_whole
+from dalleflamingo.runs import derive_seed, write_whole
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # NoCaps: are the image's things among COCO's 80 classes?
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -108,24 +107,6 @@ class Dataset(Sequence[Example]):
     def open(self, example: Example) -> Image.Image:
         """The image of `example`; result and errors as `open_image`."""
         return open_image(example.path)
-
-
-class ImageFiles(Sequence[Image.Image]):
-    """A sequence of images that opens each file on access, so that thousands of images need little memory.
-
-    Args:
-        paths: paths of the image files; access raises as `open_image`.
-    """
-
-    def __init__(self, paths: Iterable[Path]):
-        self.paths = list(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        paths = self.paths[index]
-        return [open_image(path) for path in paths] if isinstance(index, slice) else open_image(paths)
 
 
 def open_image(path: Path) -> Image.Image:

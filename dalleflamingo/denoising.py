@@ -32,26 +32,13 @@ _NO_TIMESTEP_TWICE = ("DPMSolverMultistep", "UniPCMultistep")
 
 def load_scheduler(name: str, shipped: SchedulerMixin) -> SchedulerMixin:
     """The scheduler of that name, with the model's noise schedule and settings; latents are never clipped."""
-    kinds = {_short_name(kind): kind for kind in shipped.compatibles}
-    short_name = name.removesuffix("Scheduler").removesuffix("Discrete")
-    if short_name not in (offered := [kind for kind in SCHEDULERS if kind in kinds]):
+    kinds = {short_name(kind): kind for kind in shipped.compatibles}
+    wanted = name.removesuffix("Scheduler").removesuffix("Discrete")
+    if wanted not in (offered := [kind for kind in SCHEDULERS if kind in kinds]):
         remedy = f"choose {', '.join(offered) or 'another model'}"
         raise ValueError(f"the scheduler {name!r} is not offered for a model with {type(shipped).__name__}: {remedy}")
     # latents exceed [-1, 1], to which both would limit them: they are for models of pixels, but DDPM's default
-    return kinds[short_name].from_config({**shipped.config, "clip_sample": False, "thresholding": False})
-
-
-def require_steps(scheduler: SchedulerMixin, steps: int) -> None:
-    """Refuse fewer steps than the scheduler needs for images that match their captions (`SCHEDULERS`).
-
-    Raises:
-        ValueError: they are too few.
-    """
-    name = _short_name(scheduler)
-    if steps < (least := SCHEDULERS[name]):
-        quick = [other for other, fewest in SCHEDULERS.items() if fewest <= steps]
-        remedy = f"or another scheduler: {', '.join(quick)}" if quick else "as no scheduler works with so few"
-        raise ValueError(f"steps = {steps}: {name} needs {least} or more; take {least}, {remedy}")
+    return kinds[wanted].from_config({**shipped.config, "clip_sample": False, "thresholding": False})
 
 
 def spread_steps(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
@@ -61,7 +48,7 @@ def spread_steps(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
         ValueError: leading timesteps would begin in the middle of the noise, as 600 of 1,000 do at 600; or a solver of
             higher order would repeat timesteps, between which it divides by 0.
     """
-    config, name = scheduler.config, _short_name(scheduler)
+    config, name = scheduler.config, short_name(type(scheduler))
     total, leading = config.num_train_timesteps, config.get("timestep_spacing") == "leading"
     spacing = total // min(max(steps, 1), total)
     if (leading and steps * spacing < 0.9 * total) or (steps >= total and name in _NO_TIMESTEP_TWICE):
@@ -73,9 +60,8 @@ def spread_steps(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
     return scheduler
 
 
-def _short_name(scheduler: SchedulerMixin | type[SchedulerMixin]) -> str:
-    """Without "DiscreteScheduler"."""
-    kind = scheduler if isinstance(scheduler, type) else type(scheduler)
+def short_name(kind: type[SchedulerMixin]) -> str:
+    """The name of a kind of scheduler without "DiscreteScheduler"."""
     return kind.__name__.removesuffix("Scheduler").removesuffix("Discrete")
 
 

@@ -22,7 +22,7 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalleflamingo.denoising import fast_unet, load_scheduler, require_steps, side_by_side, spread_steps
+from dalleflamingo.denoising import fast_unet, load_scheduler, side_by_side, spread_steps
 from dalleflamingo.registry import check_weights
 from dalleflamingo.runs import fingerprint
 
@@ -193,10 +193,6 @@ class Generator:
         with fast_unet(self.pipeline.unet) as caches_text:
             split = partial(side_by_side, generate, self.pipeline.device)
             return render_distinct(keys, seeds, split, batch_size, progress)
-
-    def check_steps(self, steps: int) -> None:
-        """Refuse fewer steps than the scheduler needs; see `denoising.require_steps`."""
-        require_steps(self.pipeline.scheduler, steps)
 
     def predict(self, noisy: NoisyLatents, encoder_hidden_states: Tensor) -> Tensor:
         """The U-Net's prediction (B, 4, h, w) for noisy latents, given text (B, T, D); gradients pass."""

@@ -24,9 +24,8 @@ from dalleflamingo.captioner import Captioner
 from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage, open_image
 from dalleflamingo.decoding import PAPER_SAMPLING, Strategy
 from dalleflamingo.generator import Generator
-from dalleflamingo.intervals import derive_seed
 from dalleflamingo.profiles import Profile
-from dalleflamingo.runs import RunFolder
+from dalleflamingo.runs import RunFolder, derive_seed
 from dalleflamingo.similarity import ClipImage, Dino, Similarity
 
 _CANDIDATE = {"image_id": pa.int64(), "domain": pa.string(), "candidate": pa.int64(), "seed": pa.int64()}
@@ -380,9 +379,8 @@ def load_models(profile: Profile, scheduler: str | None = None) -> Models:
 
 def load_captioner(profile: Profile, name: str | None = None) -> Captioner:
     """A captioner by its name in the registry (None: the profile's), for the profile's device; errors as `locate`."""
-    name = name or profile.captioner
-    source = registry.source_of(name, profile.device) | {"dtype": profile.torch_dtype}
-    return Captioner.from_pretrained(**source)
+    source = registry.source_of(name or profile.captioner, profile.device)
+    return Captioner.from_pretrained(**source, dtype=profile.torch_dtype)
 
 
 def load_generator(profile: Profile, name: str | None = None, scheduler: str | None = None) -> Generator:

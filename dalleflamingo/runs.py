@@ -8,11 +8,13 @@
     skipped.json        inputs that could not be read, at the end
 
 A file appears under its name only when it is complete: it is written beside it and renamed. `fingerprint` tells a run
-whether its models are still the same, and `Checkpoint` keeps the state of a training run.
+whether its models are still the same, `derive_seed` gives each candidate its own seed, and `Checkpoint` keeps the state
+of a training run.
 """
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -172,6 +174,27 @@ def _read(path: Path) -> pa.Table | None:
         print(f"{path} is damaged ({error}); its images are made again")
         path.unlink()
         return None
+
+
+def derive_seed(*parts: int | str) -> int:
+    """One seed from whole numbers and strings, the same on every machine and in every Python.
+
+    Returns:
+        an int in [0, 2**31). Different parts, or the same in another order, give unrelated seeds; 1 and "1" differ.
+    Raises:
+        TypeError: for a part that is neither; a float's last digits may differ between machines.
+    """
+    plain = []
+    for part in parts:
+        try:
+            plain.append(part if isinstance(part, str) else int(operator.index(part)))
+        except TypeError:
+            raise TypeError(
+                f"a seed is derived from whole numbers and strings; got {part!r} ({type(part).__name__}): "
+                "pass it as a string with as many digits as matter"
+            ) from None
+    digest = hashlib.blake2b(json.dumps(plain).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % 2**31
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -17,11 +17,8 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode
-from transformers import AutoTokenizer, CLIPTokenizer
+from open_clip.tokenizer import bytes_to_unicode
 from transformers import PreTrainedTokenizerBase as Tokenizer
-
-from dalleflamingo import registry
 
 END_OF_WORD = "</w>"
 # byte-level vocabularies write bytes as letters
@@ -61,22 +58,6 @@ def tokenizer_style(tokenizer: Tokenizer) -> TokenizerStyle:
         "expected WordPiece (BLIP), byte pairs with </w> (CLIP) or byte-level BPE (OPT, GPT-2), as a fast tokenizer of "
         "transformers"
     )
-
-
-def wordpiece_tokenizer() -> Tokenizer:
-    """BERT's uncased WordPiece, 30,522 tokens: BLIP's own vocabulary except for its two extra special tokens.
-
-    It is also SBERT's, which the extra `course` installs, so it needs no network.
-    """
-    return AutoTokenizer.from_pretrained(registry.locate("sbert"), revision=registry.ENTRIES["sbert"].revision)
-
-
-def clip_tokenizer() -> Tokenizer:
-    """CLIP's byte pairs, 49,408 tokens, as Stable Diffusion has them; from open_clip, so it needs no network."""
-    original = SimpleTokenizer()
-    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's name, CLIP's
-    ids = {special.get(token, token): id for token, id in original.encoder.items()}
-    return CLIPTokenizer(vocab=ids, merges=list(original.bpe_ranks), model_max_length=77)
 
 
 def token_bytes(token: str, style: TokenizerStyle) -> bytes:

@@ -4,14 +4,16 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from dalleflamingo import datasets, reconstruct
-from dalleflamingo.intervals import derive_seed
 from dalleflamingo.reconstruct import JourneySettings
+from dalleflamingo.runs import derive_seed
 from dalleflamingo.similarity import Encoder, PairSimilarity
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "white": (250, 250, 250)}
@@ -57,9 +59,7 @@ class Generator:
     def fingerprint(self):
         return "Generator"
 
-    def check_steps(self, steps):
-        if steps < 10:
-            raise ValueError(f"steps = {steps}: too few")
+    pipeline = SimpleNamespace(scheduler=DPMSolverMultistepScheduler())  # needs 10 steps
 
     def render(self, captions, seeds, steps=50, guidance_scale=7.5, batch_size=16, progress=None):
         self.calls.append(dict(captions=captions, seeds=seeds, steps=steps, guidance=guidance_scale, batch=batch_size))

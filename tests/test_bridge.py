@@ -9,8 +9,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from dalleflamingo.bridge import BRIDGE_MODES, Bridge, relax, replaced_token_embeddings
 from dalleflamingo.captioner import Captioner
+from dalleflamingo.evaluation.vocabulary_report import clip_tokenizer, wordpiece_tokenizer
 from dalleflamingo.research.released import ReleasedBridge, released_map
-from dalleflamingo.tokens import clip_tokenizer, wordpiece_tokenizer
 from dalleflamingo.vocabulary import MAP_KINDS, VocabularyMap
 
 WORDPIECE, CLIP, BYTES = wordpiece_tokenizer(), clip_tokenizer(), tiny.byte_level_bpe()

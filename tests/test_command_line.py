@@ -155,7 +155,7 @@ def test_a_file_of_captions_needs_no_similarity_of_images(models, monkeypatch, t
 def test_too_few_steps_for_the_scheduler_are_told_in_one_line(models, tmp_path, capsys, source, options):
     (tmp_path / "mine.txt").write_text("a red thing\n")
     status, error = run("reconstruct", tmp_path / source, "--out", tmp_path / "run", *options, capsys=capsys)
-    assert status == 2 and "too few" in error and len(error.splitlines()) == 1
+    assert status == 2 and "needs 10 or more" in error and len(error.splitlines()) == 1
     assert not models[0].generator.calls
 
 

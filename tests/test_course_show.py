@@ -12,7 +12,7 @@ from PIL import Image
 
 from dalleflamingo.course import layout, show
 from dalleflamingo.datasets import Example
-from dalleflamingo.intervals import Interval
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.miniature.scene_graph import Scene, Thing
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]

@@ -76,7 +76,7 @@ def test_nothing_but_the_named_parameters_changes(folder, whole):
     changed = {name for name, value in weights(made).items() if not torch.equal(value, before[name])}
     trained = {name for name in before if "crossattention.self.query." in name or "attn2.to_q." in name}
     assert changed == trained and len(trained) == 2 * 2 + 4
-    rows = cycle.read_log(run_folder)
+    rows = cycle_reporting.read_log(run_folder)
     assert [row["step"] for row in rows] == list(range(6))
     assert list(rows[0])[1:] == list(LOSS_NAMES[:2]) and list(rows[1])[1:] == list(LOSS_NAMES[2:])
 
@@ -99,7 +99,7 @@ def test_two_processes_learn_what_one_does(folder, whole, processes, tmp_path, m
         run(dataclasses.replace(SMALL, losses=Losses(max_timestep=max_timestep)), folder, run_folder)
     assert record[f"two-{max_timestep}"] == [0, 0]
     both = out / f"two-{max_timestep}"
-    ours, alone = cycle.read_log(both), cycle.read_log(run_folder)
+    ours, alone = cycle_reporting.read_log(both), cycle_reporting.read_log(run_folder)
     assert len(ours) == len(alone) == len((both / "log.jsonl").read_text().splitlines())
     for row, expected in zip(ours, alone, strict=True):
         assert row == pytest.approx(expected, rel=2e-3)
@@ -108,7 +108,7 @@ def test_two_processes_learn_what_one_does(folder, whole, processes, tmp_path, m
 def test_accumulated_parts_learn_what_the_whole_batch_does(folder, whole, tmp_path):
     made, run_folder = whole
     accumulated = weights(run(dataclasses.replace(SMALL, accumulation=2), folder, tmp_path))
-    for ours, theirs in zip(cycle.read_log(tmp_path), cycle.read_log(run_folder), strict=True):
+    for ours, theirs in zip(cycle_reporting.read_log(tmp_path), cycle_reporting.read_log(run_folder), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3)
     for name, value in weights(made).items():
         torch.testing.assert_close(accumulated[name], value, atol=2e-3, rtol=1e-2)
@@ -218,11 +218,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(f
     made.generator.predict = breaks
     with pytest.raises(FloatingPointError, match=r"generation is nan at step 3, of images \["):
         cycle.train_cycle(SMALL, made, batches, trainable, tmp_path, Accelerator(cpu=True))
-    assert cycle.read_log(tmp_path)[-1]["step"] == 2
+    assert cycle_reporting.read_log(tmp_path)[-1]["step"] == 2
     state = load_file(tmp_path / "state.safetensors")
     assert all(value.isfinite().all() for value in state.values())
     run(SMALL, folder, tmp_path)  # goes on behind step 1
-    assert len(cycle.read_log(tmp_path)) == 6
+    assert len(cycle_reporting.read_log(tmp_path)) == 6
 
 
 def test_another_configuration_is_refused_by_name(folder, whole):
@@ -243,7 +243,7 @@ def test_what_is_exported_opens_in_the_stock_libraries(whole, tmp_path):
         assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
     text = (tmp_path / "generator/README.md").read_text()
     assert "license: mit\n" in text and "caption_reconstruction 1" in text
-    losses = [row["generation"] for row in cycle.read_log(tmp_path) if "generation" in row]
+    losses = [row["generation"] for row in cycle_reporting.read_log(tmp_path) if "generation" in row]
     assert f"* generation: {losses[0]:.3f} at first, {losses[-1]:.3f} in the end" in text and "cider" not in text
 
 
@@ -278,7 +278,7 @@ def test_half_precision_computes_and_trained_parameters_stay_whole(folder, whole
     half, batches, trainable = build(config, folder)
     cycle.train_cycle(config, half, batches, trainable, tmp_path, Accelerator(cpu=True, mixed_precision="bf16"))
     assert all(parameter.dtype == torch.float32 for parameter in trainable.parameters())
-    first, expected = cycle.read_log(tmp_path)[0], cycle.read_log(whole[1])[0]
+    first, expected = cycle_reporting.read_log(tmp_path)[0], cycle_reporting.read_log(whole[1])[0]
     assert first == pytest.approx(expected, rel=0.03) and first != pytest.approx(expected, rel=1e-4)
 
 
@@ -331,7 +331,7 @@ def test_a_step_without_an_early_timestep_logs_no_reconstruction(folder, tmp_pat
 
     made.noisy_latents = noticed
     cycle.train_cycle(config, made, batches, trainable, tmp_path, Accelerator(cpu=True))
-    rows, expected = cycle.read_log(tmp_path), early[::2]  # two parts of one batch agree
+    rows, expected = cycle_reporting.read_log(tmp_path), early[::2]  # two parts of one batch agree
     assert early[1::2] == expected and set(expected) == {True, False}
     assert ["caption_reconstruction" in row for row in rows] == expected
     assert all(row["caption_reconstruction"] > 0 for row in rows if "caption_reconstruction" in row)
@@ -372,11 +372,11 @@ def test_validation_is_logged_with_its_step_and_leaves_training_alone(folder, wh
     again, batches, trainable = build(config, folder)
     validation = Validation(again, images, tmp_path, steps=2, guidance_scale=3.0, batch_size=16, rendered=2)
     cycle.train_cycle(config, again, batches, trainable, tmp_path, Accelerator(cpu=True), validation)
-    assert ["cider" in row for row in cycle.read_log(tmp_path)] == [False, False, True] * 2
+    assert ["cider" in row for row in cycle_reporting.read_log(tmp_path)] == [False, False, True] * 2
     expected = dict(enumerate(again.captioner.describe(tiny.pictures(6))))
     references = {example.image_id: example.references for example in images}
     cider = caption_metrics.cider(references, expected).value
-    assert cycle.read_log(tmp_path)[-1]["cider"] == pytest.approx(100 * cider)
+    assert cycle_reporting.read_log(tmp_path)[-1]["cider"] == pytest.approx(100 * cider)
     sheets = [Image.open(tmp_path / f"images/{step:06d}.png") for step in (3, 6)]
     assert sheets[0].size == (2 * 16, 2 * 16) and sheets[0].tobytes() != sheets[1].tobytes()
     assert all(torch.equal(value, weights(whole[0])[name]) for name, value in weights(again).items())
@@ -403,7 +403,7 @@ def test_a_tracker_gets_the_losses_and_one_that_is_not_there_is_refused(folder, 
     accelerator.end_training()
     events = EventAccumulator(str(tmp_path / "cycle")).Reload()
     logged = {event.step: event.value for event in events.Scalars("generation")}
-    expected = {row["step"]: row["generation"] for row in cycle.read_log(whole[1]) if "generation" in row}
+    expected = {row["step"]: row["generation"] for row in cycle_reporting.read_log(whole[1]) if "generation" in row}
     assert logged == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="no tracker 'odd' is installed, only tensorboard.*--tracker none"):
         cycle_reporting.tracked("odd", tmp_path, SMALL)

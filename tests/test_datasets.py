@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 
 from dalleflamingo import datasets
 from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage
+from dalleflamingo.evaluation import image_features
 
 IMAGES = [{"id": 7, "file_name": "b.png", "scene": {"ground": "grass"}}, {"id": 3, "file_name": "a.png"}]
 CAPTIONS = [
@@ -387,7 +388,7 @@ def test_real_predictions_of_another_shape_are_refused_and_in_coco_shape_are_rea
 def test_image_files_are_opened_on_access_and_not_before(tmp_path):
     for i, colour in enumerate(("red", "blue", "white")):
         Image.new("RGB", (4, 4), colour).save(tmp_path / f"{i}.png")
-    pictures = datasets.ImageFiles([*(tmp_path / f"{i}.png" for i in range(3)), tmp_path / "gone.png"])
+    pictures = image_features.ImageFiles([*(tmp_path / f"{i}.png" for i in range(3)), tmp_path / "gone.png"])
     assert len(pictures) == 4 and pictures[1].getpixel((0, 0)) == (0, 0, 255)
     assert [picture.getpixel((0, 0)) for picture in pictures[::2]] == [(255, 0, 0), (255, 255, 255)]
     with pytest.raises(datasets.UnreadableImage, match="gone.png: there is no such file"):

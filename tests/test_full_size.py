@@ -13,6 +13,7 @@ from transformers import BlipProcessor, CLIPTokenizer
 from dalleflamingo import cycle, cycle_losses, registry
 from dalleflamingo.captioner import BlipCaptioner
 from dalleflamingo.cycle import CycleConfig
+from dalleflamingo.evaluation import cycle_reporting
 from dalleflamingo.generator import Generator
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def test_both_halves_of_the_cycle_train_at_full_size(full_size, tmp_path):
     cycle.train_cycle(config, made, batches, trainable, tmp_path, Accelerator(cpu=True))
     moved = {name.split(" ")[1] for name, p in watched.items() if float(p.detach().double().sum()) != before[name]}
     assert moved <= set(learning) and len(moved) > len(learning) // 2
-    rows = cycle.read_log(tmp_path)
+    rows = cycle_reporting.read_log(tmp_path)
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert [len(row) for row in rows] == [3, 3]
 

@@ -18,6 +18,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
+from dalleflamingo import __main__ as command_line
 from dalleflamingo import profiles
 from dalleflamingo.denoising import SCHEDULERS
 from dalleflamingo.generator import Generator, add_noise
@@ -261,18 +262,21 @@ def test_a_models_own_scheduler_must_be_offered_too(folder, tmp_path):
 
 
 def test_every_offered_scheduler_refuses_fewer_steps_than_it_needs(folder):
+    def check(generator: Generator, steps: int) -> None:
+        command_line.require_steps(generator, SimpleNamespace(steps=steps, scheduler=None), steps)
+
     for name, least in SCHEDULERS.items():
         generator = Generator.from_pretrained(folder, scheduler=name)
-        generator.check_steps(least)
-        generator.check_steps(1000)
+        check(generator, least)
+        check(generator, 1000)
         with pytest.raises(ValueError, match=rf"steps = {least - 1}: {name} needs {least} or more; take {least}"):
-            generator.check_steps(least - 1)
+            check(generator, least - 1)
     quick = min(SCHEDULERS, key=SCHEDULERS.get)
     slow = Generator.from_pretrained(folder, scheduler=max(SCHEDULERS, key=SCHEDULERS.get))
     with pytest.raises(ValueError, match=f"or another scheduler: .*{quick}"):
-        slow.check_steps(SCHEDULERS[quick])
+        check(slow, SCHEDULERS[quick])
     with pytest.raises(ValueError, match="no scheduler works with so few"):
-        slow.check_steps(2)
+        check(slow, 2)
 
 
 def test_every_profile_but_smoke_takes_enough_steps():

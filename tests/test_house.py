@@ -147,7 +147,7 @@ def test_imports_run_one_way():
 
 LAYERS = ("core", "evaluation", "miniature", "course", "research")  # each imports itself and those before it
 CORE = (
-    "intervals profiles runs datasets registry tokens denoising generator similarity decoding vocabulary captioner "
+    "profiles runs datasets registry tokens denoising generator similarity decoding vocabulary captioner "
     "bridge reconstruct cycle_losses cycle"
 ).split()  # each imports those before it
 
@@ -177,7 +177,7 @@ def test_a_module_imports_only_what_comes_before_it(path):
 def test_the_core_is_small():
     core = [path for path in MODULES if path.parent.name == "dalleflamingo" and not path.name.startswith("__")]
     assert sorted(path.stem for path in core) == sorted(CORE) and len(core) <= 16
-    assert sum(len(path.read_text().splitlines()) for path in core) <= 4300
+    assert sum(len(path.read_text().splitlines()) for path in core) <= 4000
 
 
 def files_under_git() -> list[Path]:

@@ -16,7 +16,7 @@ import tiny
 import torch
 from PIL import Image
 
-from dalleflamingo import datasets, intervals, profiles, reconstruct, registry, runs
+from dalleflamingo import datasets, profiles, reconstruct, registry, runs
 from dalleflamingo.decoding import TopK
 from dalleflamingo.generator import Generator
 from dalleflamingo.similarity import PairSimilarity
@@ -48,7 +48,7 @@ def test_each_row_is_its_own_seed_caption_picture_and_similarity(clean):
     assert table.domain.isna().sum() == 12 and table.domain[3] == "in-domain"
     source = {example.image_id: dataset.open(example) for example in dataset}
     for row in table.itertuples():
-        assert row.seed == intervals.derive_seed(5, row.image_id, row.candidate)
+        assert row.seed == runs.derive_seed(5, row.image_id, row.candidate)
         assert row.caption == fakes.Captioner()._caption(source[row.image_id].getpixel((0, 0)), row.seed)
         with Image.open(folder / row.image) as kept:
             drawn = fakes.Generator()._draw(row.caption, row.noise_seed, lambda count: None)
@@ -114,7 +114,7 @@ def test_each_text_row_is_its_own_picture_description_and_similarity(clean_texts
     assert list(table) == [*reconstruct.TextImageText.columns, "letters"]
     assert table.caption.tolist() == [e.references[0] for e in dataset for _ in range(3)]
     for row in table.itertuples():
-        assert row.seed == intervals.derive_seed(5, row.image_id, row.candidate)
+        assert row.seed == runs.derive_seed(5, row.image_id, row.candidate)
         drawn = fakes.Generator()._draw(row.caption, row.seed, lambda count: None)
         with Image.open(folder / row.image) as kept:
             assert np.array_equal(np.asarray(kept), np.asarray(drawn))

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from dalleflamingo import datasets, registry
+from dalleflamingo.evaluation.vocabulary_report import wordpiece_tokenizer
 from dalleflamingo.miniature.inception import MiniatureInception
 from dalleflamingo.miniature.lafite import LafiteGenerator
 from dalleflamingo.miniature.recogniser import Recogniser
 from dalleflamingo.registry import ENTRIES, RegistryError
-from dalleflamingo.tokens import wordpiece_tokenizer
 
 UNET = "sd/unet/diffusion_pytorch_model.safetensors"
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 from dalleflamingo import profiles, registry
 from dalleflamingo.course import cycle_figures
-from dalleflamingo.cycle import read_log
 from dalleflamingo.cycle_losses import LOSS_NAMES
 from dalleflamingo.datasets import Dataset, Example
-from dalleflamingo.intervals import paired_bootstrap
+from dalleflamingo.evaluation.cycle_reporting import read_log
+from dalleflamingo.evaluation.intervals import paired_bootstrap
 from dalleflamingo.research import cycle_claims, cycle_comparison, cycle_report, cycle_study
 from dalleflamingo.research.cycle_arms import ARMS, START, TABLE_3, TABLE_9, Run, label_of, queue, run_of, trials
 from dalleflamingo.research.cycle_comparison import EvaluatedRuns, StudyResults

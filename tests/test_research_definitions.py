@@ -18,9 +18,9 @@ from dalleflamingo.cycle_losses import caption_loss
 from dalleflamingo.datasets import Dataset, Example, clean_caption
 from dalleflamingo.evaluation import image_metrics
 from dalleflamingo.evaluation.image_metrics import fid, inception_score
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.evaluation.word_movers import FARTHEST, WordVectors
 from dalleflamingo.generator import add_noise
-from dalleflamingo.intervals import Interval
 from dalleflamingo.research import definition_effects as effects_of
 from dalleflamingo.research import definitions, released
 from dalleflamingo.research.definition_effects import PER_CAPTION, STOP_WORDS, Effect, Rendered, unprojected
@@ -267,5 +267,5 @@ def test_what_the_switches_call_exists():
     modules = (effects_of, image_metrics, released, cycle, cycle_losses, reconstruct)
     called = {name for one in definitions.DEFINITIONS.values() for name in re.findall(r"`[^`]*?(\w+)\(", one.switch)}
     assert {"unprojected", "word_movers", "ReleasedSampling", "CycleConfig", "build_released_cycle"} <= called
-    for name in called - {"extract"}:  # of a FeatureExtractor
+    for name in called - {"extract", "sample"}:  # of a FeatureExtractor, of a Captioner
         assert any(hasattr(module, name) for module in modules), name

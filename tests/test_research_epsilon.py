@@ -195,7 +195,7 @@ def test_the_page_has_the_difference_of_every_pair_of_runs(tmp_path):
     (tmp_path / "docs/results").mkdir(parents=True)
     epsilon_study.write(tmp_path / "docs", comparison)
     page = (tmp_path / "docs/results/epsilon.md").read_text()
-    assert "beyond 0, in CIDEr × 100 of (2); CIDEr × 100 of (2) to (4)" in page and "FID of (2) to (4)" not in page
+    assert "excludes 0 for CIDEr × 100 of (2); CIDEr × 100 of (2) to (4)" in page and "FID of (2) to (4)" not in page
     assert "supply 50 % of the gradient of (2) in v form" in page and "+5.00 [+5.00, +5.00]" in page
     kept = json.loads((tmp_path / "docs/results/epsilon.json").read_text())
     assert len(kept["runs"]) == len(runs) and len(kept["timesteps"]) == len(epsilon_study.TIMESTEPS)

@@ -10,11 +10,12 @@ import written
 
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.caption_metrics import evaluate
-from dalleflamingo.intervals import Interval, derive_seed
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.miniature.scene_graph import COLOURS, KINDS, Scene, f1, parse
 from dalleflamingo.miniature.world import draw
 from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import caption_gates, encoder_gates, fresh, gates, image_gates, planted
+from dalleflamingo.runs import derive_seed
 
 SETTINGS = JourneySettings(1, steps=2, guidance_scale=3.0, seed=3)
 N = 30

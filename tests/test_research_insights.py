@@ -20,7 +20,7 @@ from worlds import NAME, ThreeColours, candidates, world
 from dalleflamingo import registry
 from dalleflamingo.datasets import DOMAINS, Dataset, Example
 from dalleflamingo.evaluation import caption_metrics
-from dalleflamingo.intervals import Interval, resample
+from dalleflamingo.evaluation.intervals import Interval, resample
 from dalleflamingo.profiles import PROFILES
 from dalleflamingo.reconstruct import JourneySettings, Models, select
 from dalleflamingo.research import claims, insights, metrics, pages, ranking, report

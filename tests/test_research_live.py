@@ -8,7 +8,7 @@ import pytest
 import written
 
 from dalleflamingo import profiles
-from dalleflamingo.intervals import mean_interval
+from dalleflamingo.evaluation.intervals import mean_interval
 from dalleflamingo.miniature.scene_graph import f1
 from dalleflamingo.reconstruct import JourneySettings, Models, image_text_image
 from dalleflamingo.research import fresh, live

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dalleflamingo import intervals
+from dalleflamingo.evaluation import intervals
 from dalleflamingo.research.resampling import bootstrap_of_runs
 
 

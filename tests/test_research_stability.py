@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from worlds import NAME, candidates, world
 
-from dalleflamingo.intervals import Interval
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import stability
 from dalleflamingo.research.caption_ranking import evaluate_captions

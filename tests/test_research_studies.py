@@ -18,7 +18,7 @@ from worlds import NAME, ThreeColours, candidates, world
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation import caption_metrics, ngrams
-from dalleflamingo.intervals import Interval, mean_interval, paired_bootstrap
+from dalleflamingo.evaluation.intervals import Interval, mean_interval, paired_bootstrap
 from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import baselines, claims, ranking, studies
 from dalleflamingo.research.caption_ranking import evaluate_captions

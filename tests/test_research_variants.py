@@ -10,7 +10,7 @@ from PIL import Image
 from worlds import NAME, candidates, world
 
 from dalleflamingo.decoding import PAPER_SAMPLING, Temperature, TopK
-from dalleflamingo.intervals import Interval
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.profiles import PROFILES
 from dalleflamingo.reconstruct import JourneySettings, load_generator
 from dalleflamingo.research import ranking, report, variants

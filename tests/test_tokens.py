@@ -12,11 +12,13 @@ from dalleflamingo.course import checks
 from dalleflamingo.evaluation.vocabulary_report import (
     align_words,
     caption_tokens,
+    clip_tokenizer,
     same_tokens,
     spell,
+    wordpiece_tokenizer,
     words_tokenized_differently,
 )
-from dalleflamingo.tokens import END_OF_WORD, clip_tokenizer, token_bytes, tokenizer_style, wordpiece_tokenizer
+from dalleflamingo.tokens import END_OF_WORD, token_bytes, tokenizer_style
 
 WORDPIECE, CLIP = wordpiece_tokenizer(), clip_tokenizer()
 CAPTIONS = [

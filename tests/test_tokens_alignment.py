@@ -7,7 +7,8 @@ import pytest
 import tiny
 from hypothesis import given
 
-from dalleflamingo.tokens import align_texts, align_token_ids, clip_tokenizer, wordpiece_tokenizer
+from dalleflamingo.evaluation.vocabulary_report import clip_tokenizer, wordpiece_tokenizer
+from dalleflamingo.tokens import align_texts, align_token_ids
 
 WORDPIECE, CLIP, BYTES = wordpiece_tokenizer(), clip_tokenizer(), tiny.byte_level_bpe()
 PAIRS = [(WORDPIECE, CLIP), (BYTES, CLIP), (CLIP, WORDPIECE), (CLIP, BYTES)]

@@ -9,9 +9,8 @@ import tiny
 import torch
 from hypothesis import given, settings
 
-from dalleflamingo.evaluation.vocabulary_report import report
+from dalleflamingo.evaluation.vocabulary_report import clip_tokenizer, report, wordpiece_tokenizer
 from dalleflamingo.research.released import released_map
-from dalleflamingo.tokens import clip_tokenizer, wordpiece_tokenizer
 from dalleflamingo.vocabulary import MAP_KINDS, VocabularyMap
 
 WORDPIECE, CLIP, BYTES = wordpiece_tokenizer(), clip_tokenizer(), tiny.byte_level_bpe()

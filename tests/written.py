@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dalleflamingo.intervals import derive_seed
 from dalleflamingo.miniature.annotators import ANNOTATORS, FACTS, plant_error, write_caption
 from dalleflamingo.miniature.scene_graph import Scene, f1, wrong_facts
 from dalleflamingo.miniature.world import draw
+from dalleflamingo.runs import derive_seed
 
 
 def write(text: str) -> Image.Image:

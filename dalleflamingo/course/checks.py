@@ -12,7 +12,7 @@ from math import isclose
 import numpy as np
 import torch
 
-from dalleflamingo.intervals import mean_interval
+from dalleflamingo.evaluation.intervals import mean_interval
 
 Claims = set[tuple[str, ...]]
 

@@ -65,7 +65,7 @@ def curves(log: Sequence[Mapping[str, float]], smooth: int = 1) -> Figure:
     """The four losses against the step, each in a panel of its own.
 
     Args:
-        log: rows from `cycle.read_log`.
+        log: rows from `cycle_reporting.read_log`.
         smooth: rows of a loss that a running mean is over; the rows themselves are drawn faintly.
     """
     figure = layout.new_figure(*_WIDE)

@@ -20,7 +20,7 @@ from PIL import Image
 from dalleflamingo.course import layout
 from dalleflamingo.course.layout import DPI, FONT_SIZE, MARGIN, PALETTE, Panel
 from dalleflamingo.datasets import Example, open_image
-from dalleflamingo.intervals import Interval
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.miniature.scene_graph import Scene, main_relation
 from dalleflamingo.reconstruct import rank
 from dalleflamingo.runs import write_whole

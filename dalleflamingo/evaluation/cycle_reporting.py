@@ -11,7 +11,7 @@ from accelerate.tracking import get_available_trackers
 from huggingface_hub import HfApi
 
 from dalleflamingo import registry
-from dalleflamingo.cycle import CycleConfig, make_accelerator, read_log
+from dalleflamingo.cycle import CycleConfig, make_accelerator
 from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle
 from dalleflamingo.profiles import Profile
 
@@ -82,7 +82,7 @@ def card(config: CycleConfig, base: str, log: Sequence[Mapping[str, float]]) -> 
     Args:
         config: settings of the run.
         base: the model's name in the registry.
-        log: rows from `cycle.read_log`.
+        log: rows from `read_log`.
     """
     entry, data = registry.entry_of(base), registry.entry_of(config.dataset)
     weights = ", ".join(f"{name} {getattr(config.losses, name):g}" for name in LOSS_NAMES)
@@ -126,3 +126,9 @@ def push(run_folder: Path, owner: str, hub: HfApi | None = None) -> list[str]:
         hub.upload_folder(repo_id=name, folder_path=run_folder / part)
         addresses.append(f"https://huggingface.co/{name}")
     return addresses
+
+
+def read_log(run_folder: Path) -> list[dict]:
+    """A row for each step, in order: its number, its losses and validation's results. Repeated steps occur once."""
+    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return list({row["step"]: row for row in rows}.values())

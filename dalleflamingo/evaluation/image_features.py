@@ -5,7 +5,7 @@ has a small one of its own, which its registry entry names. Numbers by different
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +19,25 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from dalleflamingo import registry
+from dalleflamingo.datasets import open_image
+
+
+class ImageFiles(Sequence[Image]):
+    """A sequence of images that opens each file on access, so that thousands of images need little memory.
+
+    Args:
+        paths: paths of the image files; access raises as `open_image`.
+    """
+
+    def __init__(self, paths: Iterable[Path]):
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        paths = self.paths[index]
+        return [open_image(path) for path in paths] if isinstance(index, slice) else open_image(paths)
 
 
 @dataclass(frozen=True)

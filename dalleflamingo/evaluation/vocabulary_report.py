@@ -15,9 +15,11 @@ from difflib import SequenceMatcher
 
 import pandas as pd
 import torch
-from transformers import PreTrainedTokenizerBase
+from open_clip.tokenizer import SimpleTokenizer
+from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
-from dalleflamingo.intervals import Interval, proportion
+from dalleflamingo import registry
+from dalleflamingo.evaluation.intervals import Interval, proportion
 from dalleflamingo.tokens import (
     END_OF_WORD,
     Alignment,
@@ -27,6 +29,25 @@ from dalleflamingo.tokens import (
     tokenize_captions,
 )
 from dalleflamingo.vocabulary import VocabularyMap
+
+# ── the real vocabularies ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def wordpiece_tokenizer() -> PreTrainedTokenizerBase:
+    """BERT's uncased WordPiece, 30,522 tokens: BLIP's own vocabulary except for its two extra special tokens.
+
+    It is also SBERT's, which the extra `course` installs, so it needs no network.
+    """
+    return AutoTokenizer.from_pretrained(registry.locate("sbert"), revision=registry.ENTRIES["sbert"].revision)
+
+
+def clip_tokenizer() -> PreTrainedTokenizerBase:
+    """CLIP's byte pairs, 49,408 tokens, as Stable Diffusion has them; from open_clip, so it needs no network."""
+    original = SimpleTokenizer()
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's name, CLIP's
+    ids = {special.get(token, token): id for token, id in original.encoder.items()}
+    return CLIPTokenizer(vocab=ids, merges=list(original.bpe_ranks), model_max_length=77)
+
 
 # ── how two tokenizers differ ────────────────────────────────────────────────────────────────────────────────────────
 

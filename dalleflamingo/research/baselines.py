@@ -8,9 +8,10 @@ import torch
 from PIL.Image import Image
 
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.datasets import Dataset, ImageFiles
+from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import count_words
 from dalleflamingo.evaluation.caption_metrics import clip_score
+from dalleflamingo.evaluation.image_features import ImageFiles
 from dalleflamingo.evaluation.ngrams import Cider
 from dalleflamingo.research.ranking import rows_of
 from dalleflamingo.similarity import Encoder

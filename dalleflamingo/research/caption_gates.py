@@ -8,12 +8,13 @@ from tqdm.auto import tqdm
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import Nucleus
+from dalleflamingo.evaluation.intervals import Interval, mean_interval, paired_bootstraps, proportion
 from dalleflamingo.evaluation.ngrams import BleuTable, Cider
-from dalleflamingo.intervals import Interval, derive_seed, mean_interval, paired_bootstraps, proportion
 from dalleflamingo.miniature.scene_graph import Scene, recall_of_things, scene_graph_f1, wrong_facts
 from dalleflamingo.research import fresh
 from dalleflamingo.research.insights import difference
 from dalleflamingo.research.ranking import RESAMPLES
+from dalleflamingo.runs import derive_seed
 
 CANDIDATES = 10
 P, LARGEST_P, SMALLEST_P = 0.9, 0.95, 0.1  # of the nucleus: the paper's, and the ends of its Table 6

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dalleflamingo.intervals import Interval
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.research.metrics import METRICS, pairs_of_claim, ranking_label
 from dalleflamingo.research.pages import cell, table
 from dalleflamingo.research.ranking import ALL

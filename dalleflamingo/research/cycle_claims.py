@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dalleflamingo.datasets import DOMAINS
-from dalleflamingo.intervals import Interval
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.profiles import Profile
 from dalleflamingo.registry import ENTRIES
 from dalleflamingo.research import paper

@@ -16,7 +16,7 @@ from torch import Tensor, from_numpy
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.image_metrics import fid
-from dalleflamingo.intervals import Interval, resample
+from dalleflamingo.evaluation.intervals import Interval, resample
 from dalleflamingo.profiles import Profile
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.cycle_arms import START, TABLE_3

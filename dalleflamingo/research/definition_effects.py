@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 
 from dalleflamingo.captioner import Captioner, describe_dataset
 from dalleflamingo.cycle import CycleConfig
-from dalleflamingo.datasets import Dataset, ImageFiles, clean_caption
+from dalleflamingo.datasets import Dataset, clean_caption
 from dalleflamingo.evaluation.caption_tokenizer import tokenize
-from dalleflamingo.evaluation.image_features import FeatureExtractor
+from dalleflamingo.evaluation.image_features import FeatureExtractor, ImageFiles
 from dalleflamingo.evaluation.image_metrics import fid, inception_score
+from dalleflamingo.evaluation.intervals import Interval, paired_bootstraps
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.generator import Generator, add_noise
-from dalleflamingo.intervals import Interval, derive_seed, paired_bootstraps
 from dalleflamingo.profiles import Profile
 from dalleflamingo.reconstruct import JourneySettings, Models, image_text_image, text_image_text
 from dalleflamingo.research.caption_ranking import evaluate_captions
@@ -37,6 +37,7 @@ from dalleflamingo.research.image_ranking import distances
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.ranking import EvaluatedCandidates
 from dalleflamingo.research.released import ANY_WORDS, ReleasedSampling, build_released_cycle, sample_latents
+from dalleflamingo.runs import derive_seed
 from dalleflamingo.similarity import ClipImage, ClipText, Encoder
 
 CORPUS = "nocaps"  # development images of it
@@ -340,7 +341,7 @@ def label_effects(dataset: Dataset, captioner: Captioner) -> list[Effect]:
     def both(images: np.ndarray) -> tuple[float, float]:
         return tuple(float(losses[images].sum() / counts[images].sum()) for losses, counts in (clean, punctuated))
 
-    what = "loss (1); instead of theirs, which is ours: labels with a capital and a full stop, as 75 % of COCO's have"
+    what = "loss (1): cleaned labels; labels with a capital and a full stop, as 75 % of COCO's have"
     return [paired("clean-labels", what, 4, len(dataset), both)]
 
 

@@ -99,7 +99,7 @@ DEFINITIONS = {
         "`extractor.extract([image.resize((384, 384)) for image in images])`",
     ),
     "clean-labels": Definition(
-        "Labels (theirs is ours; shown is what labels cost that are not cleaned)",
+        "Labels (both clean them; shown are labels that are not cleaned)",
         "cleaned by BLIP's `pre_caption`",
         "the same",
         "none",

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalleflamingo.evaluation.image_features import FeatureExtractor
+from dalleflamingo.evaluation.intervals import Interval, paired_bootstrap, proportion
 from dalleflamingo.generator import Generator
-from dalleflamingo.intervals import Interval, paired_bootstrap, proportion
 from dalleflamingo.miniature.annotators import ANNOTATORS, annotate_rotations, plant_error, precise, write_caption
 from dalleflamingo.miniature.scene_graph import COLOURS, KINDS, Scene
 from dalleflamingo.miniature.world import move

@@ -19,8 +19,8 @@ from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle import CaptionedBatches, CycleConfig, TrainableParameters, build_cycle, load_cycle
 from dalleflamingo.cycle_losses import Cycle, captioner_parameters, generator_parameters
 from dalleflamingo.datasets import Dataset
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.generator import Generator
-from dalleflamingo.intervals import Interval
 from dalleflamingo.profiles import Profile
 from dalleflamingo.research import pages
 from dalleflamingo.research.cycle_arms import START, Run

@@ -12,12 +12,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dalleflamingo.datasets import DOMAINS, Dataset, Example
-from dalleflamingo.intervals import derive_seed
 from dalleflamingo.miniature.annotators import annotate
 from dalleflamingo.miniature.corpora import nocaps_scene
 from dalleflamingo.miniature.scene_graph import Scene
 from dalleflamingo.miniature.world import draw, sample_scene
-from dalleflamingo.runs import write_whole
+from dalleflamingo.runs import derive_seed, write_whole
 
 
 def generator_of(seed: int, what: str, number: int) -> np.random.Generator:

@@ -19,8 +19,8 @@ import numpy as np
 from dalleflamingo import registry
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.image_features import FeatureExtractor
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.evaluation.similarities import Fidelity
-from dalleflamingo.intervals import Interval
 from dalleflamingo.miniature.corpora import data_folder
 from dalleflamingo.miniature.recogniser import Recogniser
 from dalleflamingo.miniature.scene_graph import COLOURS, GROUNDS, KINDS, RELATIONS

@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 import pandas as pd
 
-from dalleflamingo.intervals import paired_bootstraps
+from dalleflamingo.evaluation.intervals import paired_bootstraps
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.ranking import RESAMPLES, EvaluatedCandidates, Selection, effects_table, similarities
 

@@ -9,14 +9,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm.auto import tqdm
 
+from dalleflamingo.evaluation.intervals import Interval, mean_interval, paired_bootstrap, proportion
 from dalleflamingo.generator import Generator
-from dalleflamingo.intervals import Interval, derive_seed, mean_interval, paired_bootstrap, proportion
 from dalleflamingo.miniature.annotators import ANNOTATORS, precise, write_caption
 from dalleflamingo.miniature.image_score import ImageScore, score_in_place, score_prompt, total
 from dalleflamingo.miniature.recogniser import Recogniser
 from dalleflamingo.miniature.scene_graph import Scene, parse
 from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import fresh
+from dalleflamingo.runs import derive_seed
 
 COUNTS = {1: "one-thing", 2: "two-thing", 3: "three-thing"}  # things in a prompt
 

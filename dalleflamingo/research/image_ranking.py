@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalleflamingo import registry
-from dalleflamingo.datasets import Dataset, ImageFiles
-from dalleflamingo.evaluation.image_features import FeatureExtractor
+from dalleflamingo.datasets import Dataset
+from dalleflamingo.evaluation.image_features import FeatureExtractor, ImageFiles
 from dalleflamingo.evaluation.image_metrics import fid, inception_score
 from dalleflamingo.miniature import scene_graph
 from dalleflamingo.miniature.image_score import score_prompt

@@ -25,10 +25,10 @@ from dalleflamingo.datasets import Dataset, read_results, write_results
 from dalleflamingo.decoding import PAPER_SAMPLING
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.image_metrics import RESAMPLES as RESAMPLES_OF_IMAGES
+from dalleflamingo.evaluation.intervals import Interval, mean_interval, within_group_spearman
 from dalleflamingo.evaluation.similarities import Fidelity, load_text_similarities
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.generator import Generator
-from dalleflamingo.intervals import Interval, mean_interval, within_group_spearman
 from dalleflamingo.profiles import Profile
 from dalleflamingo.reconstruct import (
     JourneySettings,

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from dalleflamingo import profiles
+from dalleflamingo.evaluation.intervals import Interval, mean_interval
 from dalleflamingo.evaluation.similarities import load_image_similarities
-from dalleflamingo.intervals import Interval, mean_interval
 from dalleflamingo.miniature.scene_graph import scene_graph_f1
 from dalleflamingo.reconstruct import JourneySettings, Models, image_text_image, load_captioner, load_generator
 from dalleflamingo.research import fresh

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from dalleflamingo import registry
-from dalleflamingo.intervals import Interval
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.runs import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from dalleflamingo import profiles
 from dalleflamingo.course import show
 from dalleflamingo.datasets import Dataset
+from dalleflamingo.evaluation.intervals import Interval, proportion
 from dalleflamingo.evaluation.similarities import load_image_similarities
 from dalleflamingo.generator import Generator
-from dalleflamingo.intervals import Interval, proportion
 from dalleflamingo.miniature.annotators import ANNOTATORS, FACTS
 from dalleflamingo.miniature.corpora import HARD_NEGATIVE_FORMS, is_held_out
 from dalleflamingo.miniature.planted import planted_captions

@@ -19,7 +19,13 @@ import numpy as np
 import pandas as pd
 
 from dalleflamingo.datasets import DOMAINS
-from dalleflamingo.intervals import Interval, mean_interval, paired_bootstrap, paired_bootstraps, within_group_spearman
+from dalleflamingo.evaluation.intervals import (
+    Interval,
+    mean_interval,
+    paired_bootstrap,
+    paired_bootstraps,
+    within_group_spearman,
+)
 from dalleflamingo.research.metrics import METRICS, PRIMARY, SECONDARY, SIMILARITIES, Pair, pairs_of_claim
 
 # other rankings of captions, which need no generated image; columns of `baselines.add`

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from dalleflamingo.course import show
-from dalleflamingo.intervals import Interval
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.research import paper
 from dalleflamingo.research.claims import RULE, Claim, scoreboard, secondary_table, verdict_line
 from dalleflamingo.research.metrics import METRICS, Metric, ranking_label

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dalleflamingo.intervals import Interval, percentile_interval
+from dalleflamingo.evaluation.intervals import Interval, percentile_interval
 
 
 def bootstrap_of_runs(

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
 from dalleflamingo.datasets import Dataset, Example
+from dalleflamingo.evaluation.intervals import Interval, mean_interval, within_group_spearman
 from dalleflamingo.generator import Generator
-from dalleflamingo.intervals import Interval, derive_seed, mean_interval, within_group_spearman
 from dalleflamingo.reconstruct import ImageTextImage, JourneySettings, load_models, run_journey
 from dalleflamingo.research import pages, report
 from dalleflamingo.research.caption_ranking import evaluate_captions
@@ -30,7 +30,7 @@ from dalleflamingo.research.metrics import METRICS, check_similarities, ranking_
 from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import ALL, RESAMPLES, EvaluatedCandidates, gains, measure
-from dalleflamingo.runs import RunFolder, write_whole
+from dalleflamingo.runs import RunFolder, derive_seed, write_whole
 from dalleflamingo.similarity import Similarity
 
 

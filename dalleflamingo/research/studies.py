@@ -23,9 +23,9 @@ from dalleflamingo.captioner import Captioner
 from dalleflamingo.course import show
 from dalleflamingo.datasets import Dataset, read_coco, read_results, write_results
 from dalleflamingo.decoding import Nucleus
+from dalleflamingo.evaluation.intervals import Interval, paired_bootstraps
 from dalleflamingo.evaluation.ngrams import Cider
-from dalleflamingo.evaluation.vocabulary_report import caption_tokens, same_tokens
-from dalleflamingo.intervals import Interval, derive_seed, paired_bootstraps
+from dalleflamingo.evaluation.vocabulary_report import caption_tokens, clip_tokenizer, same_tokens, wordpiece_tokenizer
 from dalleflamingo.reconstruct import JourneySettings, text_image_text
 from dalleflamingo.research import pages, paper, report
 from dalleflamingo.research.caption_ranking import evaluate_captions
@@ -45,8 +45,7 @@ from dalleflamingo.research.ranking import (
     of_columns,
     similarities,
 )
-from dalleflamingo.runs import write_whole
-from dalleflamingo.tokens import clip_tokenizer, wordpiece_tokenizer
+from dalleflamingo.runs import derive_seed, write_whole
 
 NUCLEUS = tuple(paper.TABLE_6)  # values of p
 NUMBERS = (1, 2, 3, 5, 7, 10, 15, 20, 25)  # of candidates, Fig. 9

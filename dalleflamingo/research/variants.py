@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.datasets import Dataset, ImageFiles
+from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import PAPER_SAMPLING, Strategy, Temperature, TopK
-from dalleflamingo.evaluation.image_features import FeatureExtractor
+from dalleflamingo.evaluation.image_features import FeatureExtractor, ImageFiles
 from dalleflamingo.evaluation.image_metrics import RESAMPLES as RESAMPLES_OF_IMAGES
 from dalleflamingo.evaluation.similarities import load_text_similarities
 from dalleflamingo.miniature.scene_graph import Scene, recall_of_things, wrong_facts

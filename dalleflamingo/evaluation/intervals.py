@@ -1,13 +1,10 @@
-"""How sure a number is: seeds, bootstrap intervals, proportions and rank correlation within images.
+"""How sure a number is: bootstrap intervals, proportions and rank correlation within images.
 
 A number comes with its n, its interval and its seed. Two systems are compared in pairs: both are measured on the same
 images, and the bootstrap resamples the images (§3.1 compares ranked with random candidates of the same images).
 Everything here works on arrays and tables and knows nothing of models.
 """
 
-import hashlib
-import json
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,27 +48,6 @@ class Interval:
     def __str__(self) -> str:
         seed = "" if self.seed is None else f", seed {self.seed}"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {self.n}{seed})"
-
-
-def derive_seed(*parts: int | str) -> int:
-    """One seed from whole numbers and strings, the same on every machine and in every Python.
-
-    Returns:
-        an int in [0, 2**31). Different parts, or the same in another order, give unrelated seeds; 1 and "1" differ.
-    Raises:
-        TypeError: for a part that is neither; a float's last digits may differ between machines.
-    """
-    plain = []
-    for part in parts:
-        try:
-            plain.append(part if isinstance(part, str) else int(operator.index(part)))
-        except TypeError:
-            raise TypeError(
-                f"a seed is derived from whole numbers and strings; got {part!r} ({type(part).__name__}): "
-                "pass it as a string with as many digits as matter"
-            ) from None
-    digest = hashlib.blake2b(json.dumps(plain).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % 2**31
 
 
 def paired_bootstrap(
