@@ -19,9 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTokenizer
 
-from dalleflamingo.miniature.corpora import rotation_batch
-from dalleflamingo.miniature.scene_graph import parse
+from dalleflamingo.miniature.corpora import hard_negative_batch, texts
+from dalleflamingo.miniature.scene_graph import COLOURS, SIZES, parse
 from dalleflamingo.miniature.training import clip
+from dalleflamingo.miniature.training.attributes import (
+    NOTHING,
+    attribute_head,
+    attribute_loss,
+    attributes_at_names,
+)
+from dalleflamingo.miniature.training.sd import ATTRIBUTE_WEIGHT
 from dalleflamingo.miniature.training.sd_text import SdTextRecipe
 from dalleflamingo.miniature.training.tokenizers import train_clip_bpe, train_wordpiece
 
@@ -211,12 +218,12 @@ def test_mismatched_tokenizer_is_refused(bpe, tmp_path):
 
 # ---- training
 
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+FLAT = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 
 
 def draw_flat(rng, n):
-    names = [list(COLOURS)[i % 4] for i in range(n)]
-    pictures = np.stack([np.full((64, 64, 3), COLOURS[name], np.uint8) for name in names])
+    names = [list(FLAT)[i % 4] for i in range(n)]
+    pictures = np.stack([np.full((64, 64, 3), FLAT[name], np.uint8) for name in names])
     return pictures, [f"a {name} bird" for name in names]
 
 
@@ -261,17 +268,23 @@ def test_text_tower_takes_back_the_encoder_that_it_gave(model, bpe):
     torch.testing.assert_close(clip.encode_text(other, ids), ours)
 
 
-def test_second_half_of_a_rotation_batch_is_scenes_in_four_rotations():
-    images, captions = rotation_batch(np.random.default_rng(0), 16)
-    assert images.shape == (16, 64, 64, 3) and len(captions) == 16
-    graphs = [parse(caption) for caption in captions[8:]]
-    for first in (0, 4):
-        four = graphs[first : first + 4]
-        assert all(graph.things == four[0].things for graph in four)
-        assert len(set(captions[8 + first :][:4])) == 4
-        assert len({image.tobytes() for image in images[8 + first :][:4]}) == 4
-    with pytest.raises(ValueError, match="multiple of 8"):
-        rotation_batch(np.random.default_rng(0), 12)
+def test_second_half_of_a_batch_is_groups_of_eight_that_differ_in_single_facts():
+    images, captions = hard_negative_batch(np.random.default_rng(0), 64)
+    assert images.shape == (64, 64, 64, 3) and len(captions) == 64
+    graphs = [parse(caption) for caption in captions[32:]]
+    for first in range(0, 32, 8):
+        group = graphs[first : first + 8]
+        assert all(graph.things == group[0].things and graph.ground == group[0].ground for graph in group[:4])
+        assert len({image.tobytes() for image in images[32 + first :][:8]}) == 8
+        kind, colour, ground, exchanged = group[4:]
+        kinds, colours = ([getattr(thing, what) for thing in group[0].things] for what in ("kind", "colour"))
+        assert sum(thing.kind != before for thing, before in zip(kind.things, kinds, strict=True)) == 1
+        assert sum(thing.colour != before for thing, before in zip(colour.things, colours, strict=True)) == 1
+        assert ground.things == group[0].things and (ground.ground != group[0].ground or ground.ground is None)
+        assert [thing.kind for thing in exchanged.things] == kinds
+        assert [thing.colour for thing in exchanged.things] != colours
+    with pytest.raises(ValueError, match="multiple of 16"):
+        hard_negative_batch(np.random.default_rng(0), 24)
 
 
 def test_embeddings_learn_what_rotations_change(bpe):
@@ -294,10 +307,9 @@ def test_embeddings_learn_what_rotations_change(bpe):
         out["loss"], recipe.contrastive_loss(image, text)["loss"] + out["image_layout"] + out["text_layout"]
     )
     pixels = F.avg_pool2d(batch["pixel_values"], 8).flatten(1)
-    target = torch.cat([four - four.mean(0) for four in (pixels[8:12], pixels[12:])])
-    predicted = torch.cat(
-        [recipe.text_layout_head((four - four.mean(0)) * 128**0.5) for four in (text[8:12], text[12:])]
-    )
+    rotations = slice(8, 12)  # of the only group; its others have wrong facts
+    target = pixels[rotations] - pixels[rotations].mean(0)
+    predicted = recipe.text_layout_head((text[rotations] - text[rotations].mean(0)) * 128**0.5)
     expected = (predicted - target).square().sum() / target.square().sum()
     torch.testing.assert_close(out["text_layout"], expected)
 
@@ -310,26 +322,70 @@ def test_temperature_never_passes_a_hundred(bpe):
     assert recipe.model.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
 
 
-def test_layouts_are_predicted_from_the_end_of_captions_and_learned(tmp_path, bpe):
+@pytest.fixture(scope="module")
+def world_bpe(tmp_path_factory):
+    """A tokenizer of the world's captions, which other tokenizers split into too many tokens for the encoder."""
+    return CLIPTokenizer.from_pretrained(train_clip_bpe(texts(1000), 800, tmp_path_factory.mktemp("world")))
+
+
+def test_layouts_are_predicted_from_the_end_of_captions_and_learned(tmp_path, world_bpe):
     bank = tmp_path / "latents.safetensors"
     latents = torch.randn(60, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
     save_file({"latents": latents}, bank)
     torch.manual_seed(0)
-    recipe = SdTextRecipe(None, clip.text_encoder(clip.build(len(bpe)), bpe), bpe, bank)
+    recipe = SdTextRecipe(None, clip.text_encoder(clip.build(len(world_bpe)), world_bpe), world_bpe, bank)
     recipe.batch_size = 16
     batch = recipe.batch(np.random.default_rng(0), 0)
     index = np.random.default_rng(0).integers(60, size=16)
     expected = F.avg_pool2d(latents.float() / latents.float().std(), 2)[index]
     torch.testing.assert_close(batch["layouts"], expected)
-    assert (batch["input_ids"][:, 1] != bpe.eos_token_id).all()  # no caption is empty
-    first = recipe.loss(batch, 0)["loss"]
+    assert (batch["input_ids"][:, 1] != world_bpe.eos_token_id).all()  # no caption is empty
+    first = recipe.loss(batch, 0)
     with torch.no_grad():  # tokens after the end do not matter
-        longer = torch.cat([batch["input_ids"], batch["input_ids"][:, -1:]], dim=1)
-        torch.testing.assert_close(recipe.predict_layout(longer), recipe.predict_layout(batch["input_ids"]))
+        ids, longer = batch["input_ids"], torch.cat([batch["input_ids"], batch["input_ids"][:, -1:]], dim=1)
+        layouts = [recipe.predict_layout(recipe.text_encoder(i).last_hidden_state, i) for i in (longer, ids)]
+        torch.testing.assert_close(*layouts)
+    torch.testing.assert_close(first["loss"], first["layout"] + ATTRIBUTE_WEIGHT * first["attributes"])
     optimizer = torch.optim.Adam(recipe.parameters(), lr=3e-3)
     for _ in range(25):
-        loss = recipe.loss(batch, 0)["loss"]
+        losses = recipe.loss(batch, 0)
         optimizer.zero_grad()
-        loss.backward()
+        losses["loss"].backward()
         optimizer.step()
-    assert loss < 0.5 * first
+    assert losses["layout"] < 0.5 * first["layout"] and losses["attributes"] < 0.5 * first["attributes"]
+
+
+def test_attributes_stand_at_the_last_token_of_names(world_bpe):
+    captions = [
+        "a small red cat left of a party balloon with a blue key over the cat",
+        "balloon",
+        "a large handbell",
+    ]
+    ids = world_bpe(captions, padding=True, return_tensors="pt").input_ids
+    colours, sizes = attributes_at_names(captions, world_bpe, ids.shape[1])
+    said = {}
+    for i, caption in enumerate(captions):
+        for position in (colours[i] != NOTHING).logical_or(sizes[i] != NOTHING).nonzero().flatten().tolist():
+            start = world_bpe(caption).token_to_chars(position).start
+            said.setdefault(i, []).append(
+                (caption[start:].split()[0], *(values[i, position].item() for values in (colours, sizes)))
+            )
+    red, blue, small, large = COLOURS.index("red"), COLOURS.index("blue"), SIZES.index("small"), SIZES.index("large")
+    assert len(said[0]) == 3 and [(c, s) for _, c, s in said[0]] == [(red, small), (blue, NOTHING), (red, small)]
+    assert 1 not in said and [(c, s) for _, c, s in said[2]] == [(NOTHING, large)]
+    cut = attributes_at_names(captions, world_bpe, 4)
+    assert cut.shape == (2, 3, 4) and torch.equal(cut[:, :, :3], torch.stack([colours, sizes])[:, :, :3])
+
+
+def test_loss_of_attributes_is_the_mean_over_those_that_are_said():
+    head, states = attribute_head(6), torch.randn(2, 3, 6)
+    attributes = torch.full((2, 2, 3), NOTHING)
+    assert attribute_loss(head, states, attributes) == 0
+    attributes[0, 0, 1], attributes[1, 0, 1], attributes[1, 1, 2] = 5, 1, 0
+    logits = head(states)
+    expected = [
+        logits[0, 1, :8].log_softmax(0)[5],
+        logits[0, 1, 8:].log_softmax(0)[1],
+        logits[1, 2, 8:].log_softmax(0)[0],
+    ]
+    torch.testing.assert_close(attribute_loss(head, states, attributes), -sum(expected) / 3)

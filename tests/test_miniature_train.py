@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import socket
 import time
@@ -15,11 +16,20 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from torch import multiprocessing
 
-from dalleflamingo.miniature.scene_graph import parse
+from dalleflamingo.miniature.scene_graph import COLOURS, SIZES, parse
 from dalleflamingo.miniature.training import recipes
 from dalleflamingo.miniature.training import train as training
+from dalleflamingo.miniature.training.attributes import NOTHING
 from dalleflamingo.miniature.training.base import Recipe, load_trained
-from dalleflamingo.miniature.training.sd import LAYOUT_WEIGHT, SdRecipe, layout, make_scheduler, state_at_end, web_scene
+from dalleflamingo.miniature.training.sd import (
+    ATTRIBUTE_WEIGHT,
+    LAYOUT_WEIGHT,
+    SdRecipe,
+    layout,
+    make_scheduler,
+    state_at_end,
+    web_scene,
+)
 from dalleflamingo.miniature.training.train import learning_rate_schedule, train
 from dalleflamingo.runs import Checkpoint
 
@@ -294,15 +304,21 @@ def sd_recipe(hidden_states, unet=None, layout_head=None):
     recipe = SdRecipe.__new__(SdRecipe)
     recipe.scheduler, recipe.tokenizer = make_scheduler(), SimpleNamespace(eos_token_id=9)
     recipe.text_encoder = lambda ids: SimpleNamespace(last_hidden_state=hidden_states)
-    recipe.unet, recipe.layout_head = unet, layout_head
+    recipe.is_restored, recipe.unet, recipe.layout_head = False, unet, layout_head
+    recipe.attribute_head = torch.nn.Linear(8, len(COLOURS) + len(SIZES))
     return recipe
+
+
+def nothing_said(n, length):
+    """The `attributes` of captions that name nothing."""
+    return torch.full((2, n, length), NOTHING)
 
 
 @pytest.mark.parametrize(("answer", "low", "high"), [("velocity", 0, 1e-6), ("noise", 0.1, 10)])
 def test_sd_learns_the_velocity_of_its_noised_latents(answer, low, high):
     """A network that gives the velocity has no loss; one that gives the noise, as in Eq. 3, has."""
     latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    batch = {"latents": latents, "input_ids": torch.zeros(4, 77, dtype=torch.long)}
+    batch = {"latents": latents, "input_ids": torch.zeros(4, 77, dtype=torch.long), "attributes": nothing_said(4, 77)}
     recipe = sd_recipe(torch.zeros(4, 77, 8), Answers(answer, latents), torch.nn.Linear(8, 4 * 8 * 8))
     torch.manual_seed(0)
     assert low <= recipe.loss(batch, 0)["velocity"].item() <= high
@@ -319,27 +335,37 @@ def test_layouts_are_predicted_at_the_end_of_captions_and_not_of_empty_ones():
         return torch.where(torch.isin(state, hidden_states[1, 1]), 1e6, 0.0).repeat(1, 32)
 
     recipe = sd_recipe(hidden_states, Answers("nothing", latents), far_off_for_the_empty_caption)
-    losses = recipe.loss({"latents": latents, "input_ids": ids}, 10**9)
+    attributes = nothing_said(3, 5)
+    attributes[0, 2, 1] = 3
+    losses = recipe.loss({"latents": latents, "input_ids": ids, "attributes": attributes}, 10**9)
     assert losses["layout"].item() == pytest.approx(layout(latents).square().mean().item(), rel=1e-5)
-    assert losses["loss"].item() == pytest.approx((losses["velocity"] + LAYOUT_WEIGHT * losses["layout"]).item())
+    logits = recipe.attribute_head(hidden_states[2, 1])[: len(COLOURS)]
+    assert losses["attributes"].item() == pytest.approx(-logits.log_softmax(0)[3].item(), rel=1e-5)
+    parts = losses["velocity"] + LAYOUT_WEIGHT * losses["layout"] + ATTRIBUTE_WEIGHT * losses["attributes"]
+    assert losses["loss"].item() == pytest.approx(parts.item())
 
 
 def test_curriculum_has_one_thing_then_two_with_minimal_captions():
     captions = []
     recipe = SdRecipe.__new__(SdRecipe)
-    recipe.steps, recipe.latents = 100, torch.zeros(2000, 4, 16, 16)
+    recipe.steps, recipe.is_restored, recipe.latents = 100, False, torch.zeros(2000, 4, 16, 16)
     recipe.thing_counts = np.array([len(web_scene(i).things) for i in range(2000)])
     recipe.vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0))
-    recipe.tokenizer = lambda texts, **_: captions.extend(texts) or SimpleNamespace(input_ids=None)
+    written = SimpleNamespace(input_ids=torch.zeros(32, 77), char_to_token=lambda caption, character: character)
+
+    def tokenizer(texts, **_):
+        captions[:] = texts
+        return written
+
+    recipe.tokenizer = tokenizer
     of_step = {}
-    for step, count in ((0, 1), (4, 1), (5, 2), (39, 2), (40, None), (99, None)):
+    for step, count in ((0, 1), (4, 1), (5, 2), (24, 2), (25, None), (99, None)):
         assert recipe.curriculum_stage(step) == count
-        captions.clear()
         recipe.batch(np.random.default_rng(step), step)
         of_step[step] = [caption for caption in captions if caption]
         assert len(captions) == 32
     for caption in (*of_step[0], *of_step[4]):
-        assert caption.split()[3] in ("to", "above", "below", "in") and len(parse(caption).things) == 1
-    for caption in (*of_step[5], *of_step[39]):
+        assert re.search(r"on the|to the|at the|in the", caption) and len(parse(caption).things) == 1
+    for caption in (*of_step[5], *of_step[24]):
         assert len(parse(caption).things) == 2 and len(parse(caption).relations) == 1 and parse(caption).ground is None
     assert {len(parse(caption).things) for caption in of_step[99]} == {1, 2, 3}

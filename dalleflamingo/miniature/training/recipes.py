@@ -123,7 +123,7 @@ def sd() -> SdRecipe:
     """SD's U-Net, with that autoencoder and text encoder."""
     autoencoder, text = trained(vae(), "vae"), trained(sd_text(), "sd-text")
     bank = RUNS / "sd-latents.safetensors"
-    return SdRecipe(autoencoder.vae, text.text_encoder, text.tokenizer, bank, text.layout_head)
+    return SdRecipe(autoencoder.vae, text.text_encoder, text.tokenizer, bank, text.layout_head, text.attribute_head)
 
 
 def clip() -> ClipLayoutRecipe:

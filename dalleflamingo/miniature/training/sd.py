@@ -29,6 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dalleflamingo.miniature.annotators import alt_text, minimal_caption
 from dalleflamingo.miniature.scene_graph import Scene
+from dalleflamingo.miniature.training.attributes import attribute_loss, attributes_at_names
 from dalleflamingo.miniature.training.base import Recipe
 from dalleflamingo.miniature.training.tokenizers import save_tokenizer
 from dalleflamingo.miniature.training.vae import vae_pixels
@@ -42,7 +43,7 @@ MINIMAL_SHARE = 0.6  # of the other captions are minimal and true; alt-text omit
 # at EARLY timesteps, positions at LATE ones, where a thing can hardly be seen.
 EARLY, LATE = (2.0, 3.0), (5.0, 2.0)
 LATE_SHARE = 0.5  # of timesteps are drawn from LATE
-LAYOUT_WEIGHT = 0.3  # of the layout loss
+LAYOUT_WEIGHT, ATTRIBUTE_WEIGHT = 0.3, 0.1  # of the losses by which the text encoder keeps what it learned before
 CURRICULUM = {1: 0.05, 2: 0.25}  # number of things -> share of the training until which there are only such images
 
 
@@ -56,6 +57,7 @@ def make_unet(text_width: int) -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(64, 96, 128),
         layers_per_block=1,
+        transformer_layers_per_block=2,  # the second sees where the first has put which thing
         cross_attention_dim=text_width,
         attention_head_dim=4,  # the number of heads, as diffusers reads it
         norm_num_groups=16,
@@ -138,6 +140,7 @@ class SdRecipe(Recipe):
         tokenizer: of the text encoder.
         bank: file of the latents; see `latent_bank`.
         layout_head: the linear map of `sd_text.py`, trained on, so that the text encoder keeps what it learned with it.
+        attribute_head: likewise.
     """
 
     name = "sd"
@@ -151,6 +154,7 @@ class SdRecipe(Recipe):
         tokenizer: CLIPTokenizer,
         bank: Path,
         layout_head: nn.Linear,
+        attribute_head: nn.Linear,
     ):
         self.latents = latent_bank(vae, bank)
         self.thing_counts = np.resize(COUNTS, len(self.latents))
@@ -158,9 +162,14 @@ class SdRecipe(Recipe):
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.scheduler = make_scheduler()
         self.unet = make_unet(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
-        self.layout_head = layout_head
+        self.layout_head, self.attribute_head = layout_head, attribute_head
         self.is_restored = False
-        self.modules = {"unet": self.unet, "text_encoder": self.text_encoder, "layout_head": self.layout_head}
+        self.modules = {
+            "unet": self.unet,
+            "text_encoder": self.text_encoder,
+            "layout_head": self.layout_head,
+            "attribute_head": self.attribute_head,
+        }
         self.compilable = (self.unet,)
 
     def curriculum_stage(self, step: int) -> int | None:
@@ -174,12 +183,16 @@ class SdRecipe(Recipe):
         return next((count for count, end in CURRICULUM.items() if step < end * self.steps), None)
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """`latents` (B, 4, 16, 16), scaled; `input_ids` (B, 77)."""
+        """`latents` (B, 4, 16, 16), scaled; `input_ids` (B, 77); `attributes` (2, B, 77)."""
         index = self.sample_indices(rng, step)
         minimal_share = 1.0 if self.curriculum_stage(step) else MINIMAL_SHARE
         captions = [web_caption(web_scene(i), rng, minimal_share) for i in index]
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        return {"latents": self.latents[index].float() * self.vae.config.scaling_factor, "input_ids": tokens.input_ids}
+        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return {
+            "latents": self.latents[index].float() * self.vae.config.scaling_factor,
+            "input_ids": ids,
+            "attributes": attributes_at_names(captions, self.tokenizer, ids.shape[1]),
+        }
 
     def sample_indices(self, rng: np.random.Generator, step: int) -> np.ndarray:
         """(B,) indices into the bank."""
@@ -188,7 +201,7 @@ class SdRecipe(Recipe):
         return rng.integers(len(self.latents), size=self.batch_size)
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Squared error of the velocity, plus that of the layout where there is a caption."""
+        """Squared error of the velocity, plus that of the layout where there is a caption, plus that of attributes."""
         device = self.unet.device
         latents = batch["latents"].to(device, memory_format=torch.channels_last)
         ids = batch["input_ids"].to(device)
@@ -199,7 +212,13 @@ class SdRecipe(Recipe):
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         velocity = F.mse_loss(self.unet(noised, timesteps, encoder_hidden_states).sample, target)
         layout_loss = self.layout_loss(encoder_hidden_states, ids, latents)
-        return {"loss": velocity + LAYOUT_WEIGHT * layout_loss, "velocity": velocity, "layout": layout_loss}
+        attributes = attribute_loss(self.attribute_head, encoder_hidden_states, batch["attributes"].to(device))
+        return {
+            "loss": velocity + LAYOUT_WEIGHT * layout_loss + ATTRIBUTE_WEIGHT * attributes,
+            "velocity": velocity,
+            "layout": layout_loss,
+            "attributes": attributes,
+        }
 
     def sample_timesteps(self, n: int, step: int) -> Tensor:
         """(n,) timesteps, from `EARLY` and `LATE`; late ones only during the curriculum."""
