@@ -82,6 +82,7 @@ RESEARCH = {
         "how good people and models of the miniature are, on development scenes",
         "generated images of planted errors are kept, and the same command measures the rest again",
     ),
+    "cards": Command("dalleflamingo.research.cards:main", "the cards of the miniature's models and corpora"),
     "live": Command("dalleflamingo.research.live:main", "in how many small sets is Insight I visible?"),
     "figures": Command(
         "dalleflamingo.research.readme_figures:main",

@@ -9,7 +9,7 @@ these gates alone, before any finding is measured. MANIFEST.json and docs/miniat
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -295,6 +295,11 @@ def gates_of(model: str, figures: Figures) -> list[Gate]:
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_HEADER = """\
+| model | what | value | 95 % interval | n | chance | floor | goal | reaches |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
 def line(gate: dict) -> str:
     """One row of the table in docs/miniature.md, from `Gate.as_dict`."""
     value, chance = gate["value"], BARS[gate["model"]].get(gate["what"], Bar()).chance
@@ -321,9 +326,13 @@ def _bound(bound: float | Sequence[float] | None) -> str:
     return f"≥ {bound}" if isinstance(bound, float) else f"{bound[0]} … {bound[1]}"
 
 
+def table(gates: Iterable[dict]) -> str:
+    """A Markdown table, from records in MANIFEST.json."""
+    return "\n".join([_HEADER, *map(line, gates)])
+
+
 def page(gates: Sequence[dict]) -> str:
     """docs/miniature.md, from the records in MANIFEST.json."""
-    rows = "\n".join(map(line, gates))
     return f"""# The miniature's people and models, measured
 
 Made by `make gates` on miniature/nocaps-dev and on scenes of seed {SEED}; SD with {MINI.steps} steps and guidance
@@ -331,9 +340,7 @@ Made by `make gates` on miniature/nocaps-dev and on scenes of seed {SEED}; SD wi
 95 %: Wilson for shares, bootstrap over images for the rest. The floor is what the course needs; the goal is what we
 want.
 
-| model | what | value | 95 % interval | n | chance | floor | goal | reaches |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |
-{rows}
+{table(gates)}
 """
 
 
