@@ -188,8 +188,9 @@ class BlipRecipe(CaptioningRecipe):
         return {"loss": output.loss}
 
     def restore(self, folder: Path) -> None:
-        """Read a `BlipForConditionalGeneration` folder."""
+        """Read a `BlipForConditionalGeneration` folder, and leave out the curriculum, which its weights know."""
         self.model.load_state_dict(BlipForConditionalGeneration.from_pretrained(folder).state_dict())
+        self.draw_early = self.draw_batch
 
     def export(self, folder: Path) -> None:
         """Write a `BlipForConditionalGeneration` and `BlipProcessor` folder: tensors in float16, loaded in float32."""

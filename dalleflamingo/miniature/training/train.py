@@ -73,8 +73,9 @@ def train(
     for step in progress:
         torch.manual_seed((seed * 1_000_003 + step) * processes + rank)
         rng = np.random.default_rng([seed, step] + [rank] * (processes > 1))
+        batch = recipe.batch(rng, step)
         with autocast:
-            losses = recipe.loss(recipe.batch(rng, step), step)
+            losses = recipe.loss(batch, step)
         if not torch.isfinite(losses["loss"]):
             raise FloatingPointError(
                 f"{recipe.name}: the loss is {losses['loss'].item()} at step {step}. The checkpoint in {run} is "
