@@ -6,8 +6,12 @@ crops, one 3 × 3 matrix per image does all of the colour jitter, one small conv
 Global views are the whole image, moved by up to a seventh of its side: what two of them have in common is content and
 arrangement, not position. A thing fills a tenth of its image, so a random local crop often shows only ground, and views
 would agree most easily on the ground. Every local crop therefore contains an *anchor*, a pixel that differs from the
-border. No label is used for that. Nothing is mirrored, so that left and right stay different, and hues change little,
-so that features still contain colour.
+border. No label is used for that. Nothing is mirrored, so that left and right stay different.
+
+Hues change little in global views, which the teacher sees, so that features contain colour. Where that was so in local
+views too, colour alone told images apart, and kinds were not learned: after 2,500 steps the 20 nearest neighbours gave
+the right kind for 15 % of the images, the right colour for 98 %. So most local views are in random hues: what they show
+of the image has to be told from shapes.
 """
 
 import torch
@@ -18,6 +22,7 @@ LUMA = torch.tensor([0.299, 0.587, 0.114])
 # RGB -> YIQ: a rotation of the I-Q plane changes the hue and keeps the brightness, so jitter is a matrix product
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 RGB = torch.linalg.inv(YIQ)
+RECOLOURED_SHARE = 0.6  # of local views are in random hues
 MARGIN = 0.7  # the anchor lies within this share of a crop's half-size, so that the thing is not only at the edge
 
 
@@ -91,10 +96,18 @@ def hue_rotation(angle: Tensor) -> Tensor:
     return RGB @ rotation @ YIQ
 
 
-def jitter(images: Tensor, generator: Generator) -> Tensor:
-    """(B, 3, H, W) images in [0, 1] with a little random brightness, contrast, saturation and hue."""
+def jitter(images: Tensor, generator: Generator, recoloured_share: float = 0.0) -> Tensor:
+    """(B, 3, H, W) images in [0, 1] with a little random brightness, contrast, saturation and hue.
+
+    Args:
+        images: to be changed.
+        generator: source of all choices.
+        recoloured_share: of the images get any hue instead.
+    """
     n = len(images)
     hue = uniform(-0.15, 0.15, n, generator)  # radians; neighbours among the world's colours are 0.5 and more apart
+    anything, is_recoloured = uniform(-torch.pi, torch.pi, n, generator), bernoulli(recoloured_share, n, generator)
+    hue = torch.where(is_recoloured, anything, hue)
     saturation = uniform(0.7, 1.3, n, generator)
     gain, contrast = uniform(0.85, 1.15, n, generator), uniform(0.8, 1.2, n, generator)
     grey = LUMA.expand(3, 3)
@@ -143,4 +156,4 @@ def local_views(images: Tensor, count: int, size: int, scale: tuple[float, float
     """
     repeated = images.repeat(count, 1, 1, 1)
     cut = crop(repeated, anchors(repeated, generator), size, scale, generator)
-    return blur(jitter(cut, generator), 0.3, generator).mul(2).sub(1)
+    return blur(jitter(cut, generator, RECOLOURED_SHARE), 0.3, generator).mul(2).sub(1)
