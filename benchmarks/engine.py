@@ -345,8 +345,8 @@ def page(found: dict) -> str:
         table(["", "threads", "side", "seconds", "ratio"], _side_rows(found["seconds"])),
         f"The images of ours and of the stock pipeline differ by at most {found['apart']:.1e} (of 1, before they are "
         f"rounded to 8 bits). Of the candidates {found['distinct']:.0%} are distinct captions.",
-        "With two threads the ratio also shows what else the machine was doing: the stock pipeline's threads wait for "
-        "each other after every operation, ours work on different images.",
+        "With two threads the stock pipeline's wait for each other after every operation, while ours work on different "
+        "images. On a busy machine the ratio therefore grows.",
         "## Where the time goes",
         "Generating the images, one thread, by torch's profiler.",
         table(["", "stock, batches of 32", "ours"], _share_rows(found["shares"])),
