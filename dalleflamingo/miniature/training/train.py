@@ -23,11 +23,11 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from tqdm.auto import trange
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
+from dalleflamingo.evaluation.accelerators import new_accelerator
 from dalleflamingo.miniature.corpora import data_folder
 from dalleflamingo.miniature.training.base import Recipe
 from dalleflamingo.miniature.training.recipes import RECIPES, RUNS
 from dalleflamingo.miniature.training.ship import ship, write_manifest
-from dalleflamingo.profiles import find_device
 from dalleflamingo.runs import Checkpoint
 
 FINAL_LEARNING_RATE = 0.02  # share of the recipe's
@@ -50,7 +50,7 @@ def train(
         FloatingPointError: the loss is not finite; the last checkpoint is kept.
         ValueError: the run was begun with another seed.
     """
-    accelerator = Accelerator(cpu=find_device() == "cpu")
+    accelerator = new_accelerator()
     rank, processes = accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():
         record_settings(run, seed, f"{processes} × {hardware(accelerator.device)}", init_from)
@@ -206,7 +206,7 @@ def argument_parser() -> argparse.ArgumentParser:
 def train_one(name: str, run: Path, options: argparse.Namespace) -> None:
     """Train one model as `argument_parser` says, ship it if asked for, and say what was made."""
     torch.manual_seed(options.seed)
-    accelerator = Accelerator(cpu=find_device() == "cpu")
+    accelerator = new_accelerator()
     with accelerator.main_process_first():  # it may compute a bank of latents, which the others then read
         recipe = RECIPES[name]()
     if options.steps is not None:
