@@ -156,15 +156,15 @@ class CaptionedBatches:
             chosen.append((example, clean_caption(example.references[number])))
         return chosen
 
-    @torch.no_grad()
-    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
-        """One of `parts` equal parts of a step's batch; `part` counts from 0.
-
-        Raises:
-            ValueError: the batch does not divide into that many parts.
-        """
+    def require_parts(self, parts: int) -> None:
+        """Raises ValueError where a batch does not divide into that many parts."""
         if self.batch_size % parts:
             raise ValueError(f"a batch of {self.batch_size} does not divide into {parts} parts: take one that does")
+
+    @torch.no_grad()
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """One of `parts` equal parts of a step's batch; `part` counts from 0. Errors as `require_parts`."""
+        self.require_parts(parts)
         chosen, size = self.choose(step), self.batch_size // parts
         own = chosen[part * size :][:size]
         captions = [caption for _, caption in own]
@@ -269,20 +269,17 @@ def train_cycle(
         batches: likewise.
         trainable: likewise.
         run_folder: gets config.json, state.safetensors and log.jsonl with the losses of every step.
-        accelerator: as `evaluation.accelerators` makes it; its processes share every batch; the tracker that it names logs the losses.
+        accelerator: its processes share every batch; its trackers, which begin here, log the losses too.
         validate: called by the main process every `config.validate_every` steps; what it returns is logged.
     Raises:
         FloatingPointError: a loss is not finite; the last checkpoint is kept.
-        ValueError: the batch does not divide among the processes, or the folder holds a run with another configuration.
+        ValueError: the batch does not divide among the processes, or the folder holds another run.
     """
     run_folder, main = Path(run_folder), accelerator.is_main_process
-    if config.batch_size % (parts := accelerator.num_processes * config.accumulation):
-        raise ValueError(
-            f"batch_size = {config.batch_size} does not divide into {parts} parts, {config.accumulation} of each process"
-        )
+    batches.require_parts(accelerator.num_processes * config.accumulation)
     with accelerator.main_process_first():
         _agree(run_folder, config)
-    accelerator.init_trackers("cycle")  # now, because a tracker writes
+    accelerator.init_trackers("cycle")  # which write
     accelerator.gradient_accumulation_steps = config.accumulation
     parameters, began = list(trainable.parameters()), time.monotonic()
     groups = [{"params": parameters, "initial_lr": config.learning_rate}]  # "initial_lr": a schedule that is continued

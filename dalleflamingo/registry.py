@@ -8,7 +8,6 @@ once and name their folders in environment variables. All weights but Inception-
     dataset = load_dataset(profile.dataset)
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from huggingface_hub import try_to_load_from_cache
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
@@ -194,7 +192,7 @@ def locate(name: str) -> str:
     """What `from_pretrained` takes: the local folder of a shipped model, the hub id or URL of a real one.
 
     The sizes of a shipped model's files are compared with the MANIFEST, so that a truncated file is reported before
-    a parser fails on it; `verify` compares the contents too.
+    a parser fails on it; `evaluation.verification` compares the contents too.
 
     Args:
         name: in `ENTRIES`.
@@ -204,7 +202,7 @@ def locate(name: str) -> str:
     entry = entry_of(name)
     if entry.kind == "data set":
         raise RegistryError(f"{name} is a data set: open it with registry.load_dataset({name!r})")
-    if name == "sbert" and (packaged := _packaged_sbert()):
+    if name == "sbert" and (packaged := packaged_sbert()):
         return str(packaged)
     if not entry.shipped:
         return entry.source
@@ -214,36 +212,10 @@ def locate(name: str) -> str:
             f"there are no weights in {folder}: run `git checkout -- {folder}`, or train them with "
             "`python -m dalleflamingo train`"
         )
-    if _manifest_path().is_file():
-        for path, _, size in _manifest_files(name):
-            _check_size(path, size)
+    if manifest_path().is_file():
+        for path, _, size in manifest_files(name):
+            check_size(path, size)
     return str(folder)
-
-
-def verify(name: str) -> None:
-    """Compare the files of a model with their known sha256.
-
-    Shipped files are compared with MANIFEST.json, real weights on this machine with `Entry.sha256`.
-
-    Args:
-        name: in `ENTRIES`.
-    Raises:
-        RegistryError: a file is missing, truncated or changed, or no sha256 is known.
-    """
-    entry = entry_of(name)
-    if entry.shipped:
-        files = list(_manifest_files(name))
-        if not files:
-            raise RegistryError(f"{_manifest_path()} lists no file of {name}: run `git checkout -- {_manifest_path()}`")
-        for path, digest, size in files:
-            _check_size(path, size)
-            _check_content(path, digest, f"run `git checkout -- {path}`")
-        return
-    if entry.sha256 is None:
-        raise RegistryError(f"no sha256 of {name} is known, so it cannot be verified; see {entry.url}")
-    for file, digest in entry.sha256.items():
-        path = _downloaded(entry, file)
-        _check_content(path, digest, f"delete it and load {name} again, which downloads it from {entry.url}")
 
 
 def check_weights(name_or_path: str | Path) -> str:
@@ -319,13 +291,14 @@ def user_folder(name: str) -> Path:
     return folder
 
 
-def _manifest_path() -> Path:
+def manifest_path() -> Path:
+    """Of the file that lists what is shipped."""
     return data_root() / "miniature" / "MANIFEST.json"
 
 
-def _manifest_files(name: str) -> Iterator[tuple[Path, str, int]]:
+def manifest_files(name: str) -> Iterator[tuple[Path, str, int]]:
     """(path, sha256, bytes) of every file of `name` that the MANIFEST lists."""
-    manifest = _manifest_path()
+    manifest = manifest_path()
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -337,7 +310,8 @@ def _manifest_files(name: str) -> Iterator[tuple[Path, str, int]]:
             yield manifest.parent / file, known["sha256"], known["bytes"]
 
 
-def _check_size(path: Path, size: int) -> None:
+def check_size(path: Path, size: int) -> None:
+    """Raises RegistryError where a shipped file is missing or has not that many bytes."""
     found = path.stat().st_size if path.is_file() else None
     if found != size:
         wrong = "truncated" if found is not None and found < size else "changed"
@@ -345,28 +319,7 @@ def _check_size(path: Path, size: int) -> None:
         raise RegistryError(f"{path} {state}; expected {size:,} bytes: run `git checkout -- {path}`")
 
 
-def _check_content(path: Path, digest: str, remedy: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != digest:
-        size = path.stat().st_size
-        raise RegistryError(
-            f"{path} is changed: its {size:,} bytes have sha256 {found[:12]}…, expected {digest[:12]}…: {remedy}"
-        )
-
-
-def _packaged_sbert() -> Path | None:
+def packaged_sbert() -> Path | None:
+    """SBERT's folder in the package that provides it, where that is installed."""
     spec = importlib.util.find_spec(SBERT_PACKAGE)
     return Path(spec.origin).parent / "model" if spec else None
-
-
-def _downloaded(entry: Entry, file: str) -> Path:
-    """The path of a real weight file on this machine."""
-    if entry.name == "sbert" and (packaged := _packaged_sbert()):
-        return packaged / file
-    cached = try_to_load_from_cache(entry.source, file, revision=entry.revision)
-    if not isinstance(cached, str):
-        raise RegistryError(
-            f"{file} of {entry.name} at revision {entry.revision} is not on this machine: load the model first"
-        )
-    return Path(cached)

@@ -7,6 +7,7 @@ import os
 import re
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -19,6 +20,7 @@ from dalleflamingo import __main__ as command_line
 from dalleflamingo import cycle, profiles, registry, settings
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_losses import Losses
+from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.evaluation import accelerators
 from dalleflamingo.evaluation.cycle_reporting import read_config
 from dalleflamingo.reconstruct import JourneySettings
@@ -387,10 +389,12 @@ def test_every_variable_is_known_that_accelerate_reads_when_an_accelerator_is_ma
 
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused_before_anything_is_written(tmp_path):
-    accelerator = type("Three", (), {"num_processes": 3, "is_main_process": True})
+    three = SimpleNamespace(num_processes=3, is_main_process=True)
     config = CycleConfig.of(SMOKE, batch_size=8, accumulation=2)
-    with pytest.raises(ValueError, match="batch_size = 8 does not divide into 6 parts, 2 of each process"):
-        cycle.train_cycle(config, None, None, None, tmp_path / "run", accelerator)
+    labelled = Dataset("some", [Example(i, tmp_path / "none.png", ("a red bird",)) for i in range(8)])
+    batches = cycle.CaptionedBatches(labelled, None, None, config.batch_size)
+    with pytest.raises(ValueError, match="a batch of 8 does not divide into 6 parts"):
+        cycle.train_cycle(config, None, batches, None, tmp_path / "run", three)
     assert not (tmp_path / "run").exists()
 
 

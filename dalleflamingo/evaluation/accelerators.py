@@ -51,9 +51,10 @@ def new_accelerator(precision: str = "no", accumulation: int = 1, **options) -> 
         neutral = allowed.get(name, off if name.startswith("ACCELERATE_USE_") else None)
         if neutral is not None and value.lower().partition(":")[0] not in neutral:
             raise ValueError(
-                f"{name}={value!r} asks for what this run does not do: as its settings say, it computes on {device} with "
-                f"precision {precision!r} and accumulation {accumulation}, and neither shards nor compiles models. Unset "
-                "the variable, or answer `accelerate config` again; CUDA_VISIBLE_DEVICES chooses GPUs, or none"
+                f"{name}={value!r} asks for what this run does not do: as its settings say, it computes on {device} "
+                f"with precision {precision!r} and accumulation {accumulation}, and neither shards nor compiles "
+                "models. Unset the variable, or answer `accelerate config` again; CUDA_VISIBLE_DEVICES chooses GPUs, "
+                "or none"
             )
     parts = GradientAccumulationPlugin(num_steps=accumulation)
     return Accelerator(

@@ -26,7 +26,7 @@ def read_config(path: Path, profile: Profile) -> CycleConfig:
         path: the file.
         profile: names and sets what the file leaves out.
     Raises:
-        ValueError: the file cannot be read, is no JSON object, or names another field or value than a configuration has.
+        ValueError: the file cannot be read or is no JSON object, or `CycleConfig` refuses what it says.
     """
     try:
         named = json.loads(path.read_bytes())  # of bytes, json finds out whether they are UTF-8, -16 or -32
