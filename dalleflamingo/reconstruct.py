@@ -378,7 +378,7 @@ def load_models(profile: Profile, scheduler: str | None = None) -> Models:
 
 def load_captioner(profile: Profile, name: str | None = None) -> Captioner:
     """A captioner by its name in the registry (None: the profile's), for the profile's device; errors as `locate`."""
-    source = registry.source_of(name or profile.captioner, profile.device)
+    source = registry.source_of(profile.captioner if name is None else name, profile.device)
     return Captioner.from_pretrained(**source, dtype=profile.torch_dtype)
 
 
@@ -390,9 +390,9 @@ def load_generator(profile: Profile, name: str | None = None, scheduler: str | N
         name: in the registry; unknown names and missing weights are a RegistryError.
         scheduler: of diffusers, as `Generator.from_pretrained` takes it; one that does not fit is a ValueError.
     """
-    name = name or profile.generator
+    name = profile.generator if name is None else name
     source = registry.source_of(name, profile.device) | {"dtype": profile.torch_dtype}
     if other := registry.class_of(name):  # not a diffusion model: it has no scheduler
         return other.from_pretrained(**source)
-    scheduler = scheduler or profile.scheduler
+    scheduler = profile.scheduler if scheduler is None else scheduler
     return Generator.from_pretrained(**source, scheduler=scheduler, image_size=profile.image_size)

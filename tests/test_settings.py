@@ -23,7 +23,9 @@ from dalleflamingo.cycle_losses import Losses
 from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.evaluation import accelerators
 from dalleflamingo.evaluation.cycle_reporting import read_config
-from dalleflamingo.reconstruct import JourneySettings
+from dalleflamingo.miniature.training import train
+from dalleflamingo.reconstruct import JourneySettings, load_captioner, load_generator
+from dalleflamingo.research import options
 
 SMOKE = profiles.PROFILES["smoke"]
 MADE = (CycleConfig.of(SMOKE), Losses(), JourneySettings.of(SMOKE), SMOKE, registry.ENTRIES["blip-large"])
@@ -127,6 +129,22 @@ def test_models_data_and_what_belongs_together_are_checked_too(changes, message)
 
 def test_a_data_set_without_splits_has_none():
     assert CycleConfig.of(SMOKE, dataset="miniature/web", split=None).split is None
+
+
+def test_what_is_empty_is_not_what_is_left_out(capsys):
+    """0 and "" are values like others: refused by name where they are none, and never replaced by a default."""
+    with pytest.raises(ValueError, match="the scheduler '' is not offered"):
+        load_generator(SMOKE, scheduler="")
+    for load in (load_generator, load_captioner):
+        with pytest.raises(registry.RegistryError, match="the registry has no ''"):
+            load(SMOKE, "")
+    for flags in (["--threads", "0"], ["--threads", "-1"], ["--seed", "-1"], ["--seed", str(2**63)]):
+        with pytest.raises(SystemExit) as end:
+            train.main(["sd", *flags])
+        assert end.value.code == 2 and flags[0] in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        options.parse(options.study_parser("any", "about"), ["--profile", ""])
+    assert "unknown profile ''" in capsys.readouterr().err
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────

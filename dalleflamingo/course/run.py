@@ -265,7 +265,7 @@ def run_course(paths: Sequence[Path], out: Path, profile: str, workers: int | No
             raise FileNotFoundError(f"{path} is not a notebook file; those of the course are in {NOTEBOOKS}")
     out = out.resolve()
     variables = environment(profile, out)
-    workers = workers or default_workers(profile)
+    workers = default_workers(profile) if workers is None else workers
     (out / "figures").mkdir(parents=True, exist_ok=True)
     waiting, running, outcomes = _longest_first(paths, out, profile), [], {}
     try:

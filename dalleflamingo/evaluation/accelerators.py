@@ -53,8 +53,8 @@ def new_accelerator(precision: str = "no", accumulation: int = 1, **options) -> 
             raise ValueError(
                 f"{name}={value!r} asks for what this run does not do: as its settings say, it computes on {device} "
                 f"with precision {precision!r} and accumulation {accumulation}, and neither shards nor compiles "
-                "models. Unset the variable, or answer `accelerate config` again; CUDA_VISIBLE_DEVICES chooses GPUs, "
-                "or none"
+                "models. Unset the variable, or answer `accelerate config` again; fields of the configuration choose "
+                "precision and accumulation, CUDA_VISIBLE_DEVICES the GPUs, or none"
             )
     parts = GradientAccumulationPlugin(num_steps=accumulation)
     return Accelerator(

@@ -161,7 +161,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--run is the folder of one model: leave it out, or name the model")
     if options.steps is not None and options.steps < 0:
         parser.error(f"--steps {options.steps}: give 0 or more")
-    if options.threads:
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads {options.threads}: give 1 or more, or leave it out for PyTorch's own choice")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed {options.seed}: give 0 or more, below 2^63")
+    if options.threads is not None:
         torch.set_num_threads(options.threads)
     for name in RECIPES if options.model == "all" else [options.model]:
         run = options.run or RUNS / name
@@ -187,7 +191,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", choices=[*RECIPES, "all"], metavar="MODEL", help="one of those below, or all")
     parser.add_argument("--steps", type=int, help="steps in all, those done before included (default: the recipe's)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: 0)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks; needs a C++ compiler")
     parser.add_argument(
