@@ -353,7 +353,7 @@ def test_a_gpu_is_not_left_unused_without_a_word(forgets):
 def test_what_asks_for_the_same_run_is_allowed_and_changes_nothing(forgets):
     for name, value in {
         "ACCELERATE_MIXED_PRECISION": "no",
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
         "ACCELERATE_DYNAMO_BACKEND": "NO",
         "ACCELERATE_USE_CPU": "True",
         "ACCELERATE_USE_FSDP": "false",
