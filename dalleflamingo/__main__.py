@@ -239,7 +239,7 @@ def require_steps(generator: "Generator", options: argparse.Namespace, steps: in
     from dalleflamingo.denoising import SCHEDULERS, short_name
 
     name = short_name(type(generator.pipeline.scheduler))
-    if (options.steps or options.scheduler) and steps < (least := SCHEDULERS[name]):
+    if (options.steps, options.scheduler) != (None, None) and steps < (least := SCHEDULERS[name]):
         quick = [other for other, fewest in SCHEDULERS.items() if fewest <= steps]
         remedy = f"or another scheduler: {', '.join(quick)}" if quick else "as no scheduler works with so few"
         raise ValueError(f"steps = {steps}: {name} needs {least} or more; take {least}, {remedy}")

@@ -286,7 +286,8 @@ class Blip2Captioner(Captioner):
     def _prompt_ids(self, prompt: str) -> list[int]:
         config = self.model.config
         # only their number counts; folders from before transformers 4.47 have no token that stands for an image
-        queries = [config.image_token_index or self.pad_id] * config.num_query_tokens
+        stands_for_image = self.pad_id if config.image_token_index is None else config.image_token_index
+        queries = [stands_for_image] * config.num_query_tokens
         words = self.processor.tokenizer(prompt, add_special_tokens=False).input_ids
         return [*queries, config.text_config.bos_token_id, *words]
 

@@ -112,7 +112,8 @@ class Generator:
 
     def __init__(self, pipeline: StableDiffusionPipeline, image_size: int | None = None):
         self.pipeline = pipeline
-        self.image_size: int = image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        self.image_size: int = own if image_size is None else image_size
         pipeline.set_progress_bar_config(disable=True)
         if self.image_size >= 256:
             pipeline.vae.enable_slicing()  # decoding a whole batch at 512 pixels is what overflows a small GPU
@@ -141,7 +142,8 @@ class Generator:
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         options = {"dtype": torch.float32, "use_safetensors": True} | unchecked | options
         pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
-        pipeline.scheduler = load_scheduler(scheduler or type(pipeline.scheduler).__name__, pipeline.scheduler)
+        wanted = type(pipeline.scheduler).__name__ if scheduler is None else scheduler
+        pipeline.scheduler = load_scheduler(wanted, pipeline.scheduler)
         return cls(pipeline.to(device), image_size)
 
     def render(

@@ -8,8 +8,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, InstanceOf
+
+from dalleflamingo.settings import Count, GuidanceScale, Side, check
 
 VARIABLE = "DALLEFLAMINGO_PROFILE"
 
@@ -45,17 +49,19 @@ class Profile:
         batch_size: images generated at once; it bounds memory and changes no image.
         cycle: fields of `CycleConfig` that differ from its defaults in live cycle finetuning, with those of `Losses`
             under "losses". The paper's five epochs of COCO are 70,804 steps of 8.
+    Raises:
+        ValueError: as `settings.check`.
     """
 
     name: str
-    images: int
-    candidates: int
-    steps: int
+    images: Count
+    candidates: Count
+    steps: Count
     scheduler: str | None
-    guidance_scale: float
-    image_size: int
-    dino_size: int | None
-    dtype: str
+    guidance_scale: GuidanceScale
+    image_size: Side
+    dino_size: Side | None
+    dtype: Literal["float32", "float16"]
     captioner: str
     generator: str
     clip: str
@@ -64,14 +70,15 @@ class Profile:
     judge: str | None
     dataset: str
     coco: str
-    captioners: tuple[str, ...]
+    captioners: Annotated[tuple[str, ...], Field(min_length=1)]
     other_captioner: str
     other_generator: str | None
-    batch_size: int
-    cycle: Mapping[str, object] = field(hash=False)
+    batch_size: Count
+    cycle: InstanceOf[Mapping] = field(hash=False)
 
     def __post_init__(self):
         """Makes `cycle` read-only."""
+        check(self)
         cycle = {name: MappingProxyType(dict(v)) if isinstance(v, Mapping) else v for name, v in self.cycle.items()}
         object.__setattr__(self, "cycle", MappingProxyType(cycle))
 

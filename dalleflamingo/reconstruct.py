@@ -26,6 +26,7 @@ from dalleflamingo.decoding import PAPER_SAMPLING, Strategy
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
 from dalleflamingo.runs import RunFolder, derive_seed
+from dalleflamingo.settings import Count, GuidanceScale, Seed, check
 from dalleflamingo.similarity import ClipImage, Dino, Similarity
 
 _CANDIDATE = {"image_id": pa.int64(), "domain": pa.string(), "candidate": pa.int64(), "seed": pa.int64()}
@@ -42,19 +43,17 @@ class JourneySettings:
         seed: with image id and number of the candidate, it determines all random numbers of a candidate.
         batch_size: images generated at once; bounded by memory, without influence on any candidate.
     Raises:
-        ValueError: candidates, steps or batch_size < 1.
+        ValueError: as `settings.check`.
     """
 
-    candidates: int
-    steps: int
-    guidance_scale: float
-    seed: int = 0
-    batch_size: int = 16
+    candidates: Count
+    steps: Count
+    guidance_scale: GuidanceScale
+    seed: Seed = 0
+    batch_size: Count = 16
 
     def __post_init__(self):
-        for name in ("candidates", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
+        check(self)
 
     @classmethod
     def of(cls, profile: Profile, **changes: float) -> "JourneySettings":
@@ -379,7 +378,7 @@ def load_models(profile: Profile, scheduler: str | None = None) -> Models:
 
 def load_captioner(profile: Profile, name: str | None = None) -> Captioner:
     """A captioner by its name in the registry (None: the profile's), for the profile's device; errors as `locate`."""
-    source = registry.source_of(name or profile.captioner, profile.device)
+    source = registry.source_of(profile.captioner if name is None else name, profile.device)
     return Captioner.from_pretrained(**source, dtype=profile.torch_dtype)
 
 
@@ -391,9 +390,9 @@ def load_generator(profile: Profile, name: str | None = None, scheduler: str | N
         name: in the registry; unknown names and missing weights are a RegistryError.
         scheduler: of diffusers, as `Generator.from_pretrained` takes it; one that does not fit is a ValueError.
     """
-    name = name or profile.generator
+    name = profile.generator if name is None else name
     source = registry.source_of(name, profile.device) | {"dtype": profile.torch_dtype}
     if other := registry.class_of(name):  # not a diffusion model: it has no scheduler
         return other.from_pretrained(**source)
-    scheduler = scheduler or profile.scheduler
+    scheduler = profile.scheduler if scheduler is None else scheduler
     return Generator.from_pretrained(**source, scheduler=scheduler, image_size=profile.image_size)

@@ -84,13 +84,13 @@ def test_half_precision_is_for_cuda_only(monkeypatch, cuda, mps, device, dtype):
 
 
 def test_only_one_place_chooses_the_device():
-    """`find_device`; what else asks torch would disagree with it on some machine."""
-    asks = re.compile(r"(cuda|mps|accelerator)\.is_available|current_accelerator|Accelerator\((?!cpu=find_device)")
+    """`find_device` and `new_accelerator`; what else asks torch would disagree with them on some machine."""
+    asks = re.compile(r"(cuda|mps|accelerator)\.is_available|current_accelerator|\bAccelerator\(")
     package, found = Path(profiles.__file__).parent, []
     for path in package.rglob("*.py"):
         found += [(path.name, match.group()) for match in asks.finditer(path.read_text(encoding="utf-8"))]
     assert sorted(found) == [
-        ("cycle.py", "Accelerator("),
+        ("accelerators.py", "Accelerator("),
         ("profiles.py", "cuda.is_available"),
         ("profiles.py", "mps.is_available"),
     ]

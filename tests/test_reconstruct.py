@@ -350,7 +350,7 @@ def test_folder_without_readable_settings_is_refused(tmp_path, content, message)
 
 @pytest.mark.parametrize("name", ["candidates", "steps", "batch_size"])
 def test_settings_that_make_nothing_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} = 0: give at least 1"):
+    with pytest.raises(ValueError, match=f"{name} = 0: it should be greater than or equal to 1"):
         dataclasses.replace(fakes.SETTINGS, **{name: 0})
 
 

@@ -11,8 +11,9 @@ from accelerate.tracking import get_available_trackers
 from huggingface_hub import HfApi
 
 from dalleflamingo import registry
-from dalleflamingo.cycle import CycleConfig, make_accelerator
+from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle
+from dalleflamingo.evaluation.accelerators import make_accelerator
 from dalleflamingo.profiles import Profile
 
 MODELS = ("captioner", "generator")
@@ -25,13 +26,19 @@ def read_config(path: Path, profile: Profile) -> CycleConfig:
         path: the file.
         profile: names and sets what the file leaves out.
     Raises:
-        ValueError: the file cannot be read, is no JSON object, or has a field that a configuration has not.
+        ValueError: the file cannot be read or is no JSON object, or `CycleConfig` refuses what it says.
     """
     try:
-        return CycleConfig.of(profile, **json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+        named = json.loads(path.read_bytes())  # of bytes, json finds out whether they are UTF-8, -16 or -32
+        if not isinstance(named, dict):
+            raise ValueError(f"it holds a {type(named).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
         known = ", ".join(field.name for field in dataclasses.fields(CycleConfig))
         raise ValueError(f"{path}: {error}; a configuration is a JSON object with some of {known}") from error
+    try:
+        return CycleConfig.of(profile, **named)
+    except (ValueError, registry.RegistryError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
@@ -42,7 +49,7 @@ def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
         run_folder: of the run.
         config: settings of the run.
     Raises:
-        ValueError: accelerate knows no such tracker, or it is not installed.
+        ValueError: accelerate knows no such tracker, or it is not installed; or as `new_accelerator`.
     """
     installed = [str(kind) for kind in get_available_trackers()]
     if tracker not in ("none", *installed):
@@ -51,10 +58,7 @@ def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
             "--tracker none"
         )
     log_with = None if tracker == "none" else tracker
-    accelerator = make_accelerator(config, log_with=log_with, project_dir=run_folder)
-    if tracker != "none":
-        accelerator.init_trackers("cycle")
-    return accelerator
+    return make_accelerator(config, log_with=log_with, project_dir=run_folder)
 
 
 def export(cycle: Cycle, folder: Path) -> None:

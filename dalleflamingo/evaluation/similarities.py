@@ -81,8 +81,9 @@ class WordMoversSimilarity:
         self.vectors = vectors
 
     def fingerprint(self) -> str:
-        """Changes with the name of the word vectors."""
-        return fingerprint("Word Mover's Distance", settings={"vectors": self.vectors.name})
+        """Changes with the name of the word vectors, and with the file that holds them."""
+        digest = {"digest": self.vectors.digest} if self.vectors.digest else {}
+        return fingerprint("Word Mover's Distance", settings={"vectors": self.vectors.name, **digest})
 
     def compare(self, sources: Sequence[str], candidates: Sequence[Sequence[str]]) -> Tensor:
         """(B, K) in [-2, 0], 0 for the same words in any order, of B sources with K candidates each."""

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from dalleflamingo import registry
 from dalleflamingo.datasets import DOMAINS
+from dalleflamingo.evaluation.verification import verify
 from dalleflamingo.miniature.annotators import alt_text, annotate, annotate_rotations, minimal_caption
 from dalleflamingo.miniature.scene_graph import COCO_KINDS, KINDS, NEW_KINDS, Scene
 from dalleflamingo.miniature.world import draw, rotate_layout, sample_scene
@@ -200,6 +201,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.verify:
         shipped = [name for name, entry in registry.ENTRIES.items() if entry.shipped]
         for name in tqdm(shipped, desc="verifying"):
-            registry.verify(name)
+            verify(name)
         print(f"the files of {len(shipped)} models and data sets are those that MANIFEST.json lists")
     return 0

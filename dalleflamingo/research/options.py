@@ -48,7 +48,10 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.profile:  # `dalleflamingo.__main__` takes the option away; a study that is called directly finds it
+    if options.profile is not None:  # `__main__` takes the option away; a study that is called directly finds it
+        if options.profile not in profiles.PROFILES:
+            known = ", ".join(profiles.PROFILES)
+            parser.error(f"argument --profile: unknown profile {options.profile!r}: one of {known}")
         os.environ[profiles.VARIABLE] = options.profile
     return options
 

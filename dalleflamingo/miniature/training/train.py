@@ -23,11 +23,11 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from tqdm.auto import trange
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
+from dalleflamingo.evaluation.accelerators import new_accelerator
 from dalleflamingo.miniature.corpora import data_folder
 from dalleflamingo.miniature.training.base import Recipe
 from dalleflamingo.miniature.training.recipes import RECIPES, RUNS
 from dalleflamingo.miniature.training.ship import ship, write_manifest
-from dalleflamingo.profiles import find_device
 from dalleflamingo.runs import Checkpoint
 
 FINAL_LEARNING_RATE = 0.02  # share of the recipe's
@@ -50,7 +50,7 @@ def train(
         FloatingPointError: the loss is not finite; the last checkpoint is kept.
         ValueError: the run was begun with another seed.
     """
-    accelerator = Accelerator(cpu=find_device() == "cpu")
+    accelerator = new_accelerator()
     rank, processes = accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():
         record_settings(run, seed, f"{processes} × {hardware(accelerator.device)}", init_from)
@@ -161,7 +161,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--run is the folder of one model: leave it out, or name the model")
     if options.steps is not None and options.steps < 0:
         parser.error(f"--steps {options.steps}: give 0 or more")
-    if options.threads:
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads {options.threads}: give 1 or more, or leave it out for PyTorch's own choice")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed {options.seed}: give 0 or more, below 2^63")
+    if options.threads is not None:
         torch.set_num_threads(options.threads)
     for name in RECIPES if options.model == "all" else [options.model]:
         run = options.run or RUNS / name
@@ -187,7 +191,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", choices=[*RECIPES, "all"], metavar="MODEL", help="one of those below, or all")
     parser.add_argument("--steps", type=int, help="steps in all, those done before included (default: the recipe's)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: 0)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks; needs a C++ compiler")
     parser.add_argument(
@@ -206,7 +210,7 @@ def argument_parser() -> argparse.ArgumentParser:
 def train_one(name: str, run: Path, options: argparse.Namespace) -> None:
     """Train one model as `argument_parser` says, ship it if asked for, and say what was made."""
     torch.manual_seed(options.seed)
-    accelerator = Accelerator(cpu=find_device() == "cpu")
+    accelerator = new_accelerator()
     with accelerator.main_process_first():  # it may compute a bank of latents, which the others then read
         recipe = RECIPES[name]()
     if options.steps is not None:
