@@ -6,6 +6,7 @@ that `--help` answers at once.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -280,23 +281,26 @@ def cycle(arguments: list[str]) -> int:
     from dalleflamingo.cycle import CycleConfig, load_cycle, train_cycle
     from dalleflamingo.evaluation.cycle_reporting import export, push, read_config, tracked, write_model_cards
     from dalleflamingo.evaluation.cycle_validation import Validation, validation_set
+    from dalleflamingo.runs import hold
 
     profile, validate = profiles.current(), None
     config = read_config(options.config, profile) if options.config else CycleConfig.of(profile)
     config = dataclasses.replace(config, **_given(options, "steps", "seed", "batch_size"))
     accelerator = tracked(options.tracker, options.run, config)
-    models, batches, trainable = load_cycle(config, accelerator.device)
-    if config.validate_every:
-        size = dict(steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size)
-        validate = Validation(models, validation_set(config), options.run, **size)
-    train_cycle(config, models, batches, trainable, options.run, accelerator, validate)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        export(models, options.run)
-        write_model_cards(config, options.run)
-        print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
-        if options.push_to_hub:
-            print(*push(options.run, options.push_to_hub), sep="\n")
+    with hold(options.run) if accelerator.is_main_process else contextlib.nullcontext():
+        models, batches, trainable = load_cycle(config, accelerator.device)
+        if config.validate_every:
+            size = dict(steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size)
+            validate = Validation(models, validation_set(config), options.run, **size)
+        accelerator.init_trackers("cycle")
+        train_cycle(config, models, batches, trainable, options.run, accelerator, validate)
+        accelerator.end_training()
+        if accelerator.is_main_process:
+            export(models, options.run)
+            write_model_cards(config, options.run)
+            print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
+            if options.push_to_hub:
+                print(*push(options.run, options.push_to_hub), sep="\n")
     return 0
 
 

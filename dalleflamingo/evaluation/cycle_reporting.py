@@ -14,6 +14,7 @@ from dalleflamingo import registry
 from dalleflamingo.cycle import CycleConfig, make_accelerator
 from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle
 from dalleflamingo.profiles import Profile
+from dalleflamingo.runs import RunFolderError
 
 MODELS = ("captioner", "generator")
 
@@ -35,7 +36,7 @@ def read_config(path: Path, profile: Profile) -> CycleConfig:
 
 
 def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
-    """An accelerator with the configuration's precision, whose tracker writes into the run folder.
+    """An accelerator with the configuration's precision, whose `init_trackers` lets it write into the run folder.
 
     Args:
         tracker: "none", or one that accelerate knows, such as "tensorboard".
@@ -51,10 +52,7 @@ def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
             "--tracker none"
         )
     log_with = None if tracker == "none" else tracker
-    accelerator = make_accelerator(config, log_with=log_with, project_dir=run_folder)
-    if tracker != "none":
-        accelerator.init_trackers("cycle")
-    return accelerator
+    return make_accelerator(config, log_with=log_with, project_dir=run_folder)
 
 
 def export(cycle: Cycle, folder: Path) -> None:
@@ -129,6 +127,24 @@ def push(run_folder: Path, owner: str, hub: HfApi | None = None) -> list[str]:
 
 
 def read_log(run_folder: Path) -> list[dict]:
-    """A row for each step, in order: its number, its losses and validation's results. Repeated steps occur once."""
-    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return list({row["step"]: row for row in rows}.values())
+    """A row for each step, in order: its number, its losses and validation's results. Repeated steps occur once.
+
+    A line that a kill, a full disk or a power failure has damaged is left out, and a printed line says so.
+
+    Raises:
+        RunFolderError: there is no log.
+    """
+    file = run_folder / "log.jsonl"
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{file} is missing: train first, or name the folder of a run") from error
+    rows = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line:
+                row = json.loads(line)
+                rows[int(row["step"])] = row
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            print(f"{file}: line {number} is damaged, and left out")
+    return list(rows.values())
