@@ -60,9 +60,8 @@ def hold(folder: Path) -> Iterator[None]:
         raise RunFolderError(f"another process is at work in {folder}: wait for it, or give another folder") from error
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
-            raise RunFolderError(
-                f"{folder} cannot hold a run ({error.strerror or error}): give a folder that you may write to"
-            ) from error
+            problem = "it is a file" if Path(folder).is_file() else error.strerror or error
+            raise RunFolderError(f"{folder} cannot hold a run ({problem}): give a folder to write to") from error
         print(f"{folder} is on a drive without file locks: let no second process work there")
     try:
         yield
@@ -217,7 +216,7 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table | None:
         table = pq.ParquetFile(path).read()
         table.validate(full=True)
         return table.select(schema.names).cast(schema)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, LookupError, ValueError, OSError) as error:
         if getattr(error, "errno", None):  # the disk or the permissions, not the content
             raise
         print(f"{path} is damaged ({error}); its images are made again")
