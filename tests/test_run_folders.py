@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from test_miniature_train import LineRecipe, fork
 from test_runs import SCHEMA, recipe, row, train
 
-from dalleflamingo import datasets, runs
+from dalleflamingo import datasets
 from dalleflamingo.evaluation.cycle_reporting import read_log
 from dalleflamingo.miniature.training import train as training
-from dalleflamingo.runs import Checkpoint, RunFolder, RunFolderError, append_row, hold
+from dalleflamingo.runs import RunFolder, RunFolderError, append_row, hold
 
 
 def wait_for(path: Path) -> None:
