@@ -161,7 +161,11 @@ class ImageTextImage(Journey):
         return self.rows(examples, images, run, noise_seed=noise_seeds, caption=captions)
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> Image:
-        return open_image(run.folder / row["image"])
+        try:
+            return open_image(run.folder / row["image"])
+        except UnreadableImage as error:
+            again = "delete it, and the same call makes it again"
+            raise UnreadableImage(error.path, error.reason, again) from error
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,22 @@ def test_the_folder_as_the_source_has_the_name_that_others_call_it_by(tmp_path, 
     assert names == ["mine"] * 4
 
 
+def test_a_kept_image_that_is_damaged_is_named_with_a_remedy_that_helps(tmp_path):
+    expected = fakes.run(tmp_path / "run", tmp_path / "pictures")
+    image = tmp_path / "run" / expected.image[4]
+    image.write_bytes(image.read_bytes()[:60])
+    captioner, generator, _ = models()
+    other = [fakes.MeanColour(), fakes.Corner()]
+    other[1].name = "another"
+    arguments = fakes.dataset(tmp_path / "pictures"), captioner, generator, other, tmp_path / "run"
+    with pytest.raises(datasets.UnreadableImage, match=f"{image}: .*; delete it, and the same call makes it again"):
+        image_text_image(*arguments)
+    image.unlink()
+    table = image_text_image(*arguments)
+    assert table.drop(columns="another").equals(expected.drop(columns="corner"))
+    assert table.another.tolist() == expected.corner.tolist() and sum(map(len, captioner.batches)) == 1
+
+
 # ── a run has begun when something of it is kept ─────────────────────────────────────────────────────────────────────
 
 
