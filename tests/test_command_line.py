@@ -257,7 +257,7 @@ def ending(arguments: list[str]) -> int:
         (
             "disk",
             2,
-            "the disk is full ([Errno 28] No space left on device: 'a.png'): make room, and give the same command again",
+            "the disk is full ([Errno 28] No space left on device: 'a.png'): make room, and give the same",
         ),
         ("weights", 2, "No such file or directory"),
         ("network", 2, "the network cannot be reached (ConnectError: [Errno -2]): connect, and give"),
