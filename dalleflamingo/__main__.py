@@ -319,7 +319,6 @@ def cycle(arguments: list[str]) -> int:
         if config.validate_every:
             size = dict(steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size)
             validate = Validation(models, validation_set(config), options.run, **size)
-        accelerator.init_trackers("cycle")
         train_cycle(config, models, batches, trainable, options.run, accelerator, validate)
         accelerator.end_training()
         if accelerator.is_main_process:

@@ -291,8 +291,8 @@ def train_cycle(
         batches: likewise.
         trainable: likewise.
         run_folder: gets config.json, state.safetensors and log.jsonl with the losses of every step.
-        accelerator: from `make_accelerator`; its processes share every batch; its trackers, if any were started, log
-            the losses too.
+        accelerator: from `make_accelerator`; its processes share every batch; its trackers, which begin here, log the
+            losses too.
         validate: called by the main process every `config.validate_every` steps; what it returns is logged.
     Raises:
         FloatingPointError: a loss is not finite; the last checkpoint is kept.
@@ -307,6 +307,7 @@ def _train(config, cycle, batches, trainable, run_folder: Path, accelerator: Acc
     main, record = accelerator.is_main_process, json.loads(json.dumps(asdict(config)))
     with accelerator.main_process_first():
         _agree(run_folder, record)
+    accelerator.init_trackers("cycle")  # which write into the folder
     accelerator.gradient_accumulation_steps = config.accumulation
     parameters, began = list(trainable.parameters()), time.monotonic()
     groups = [{"params": parameters, "initial_lr": config.learning_rate}]  # "initial_lr": a schedule that is continued

@@ -201,8 +201,7 @@ def read_folder(folder: Path) -> Dataset:
             f"{folder} holds no images but {found}: put files ending in {' '.join(IMAGE_SUFFIXES)} there "
             "(subfolders are not searched)"
         )
-    name = folder.resolve().name  # the same for "." and ".."
-    return Dataset(name, tuple(Example(derive_seed("picture", p.name), p) for p in images))
+    return Dataset(folder.name, tuple(Example(derive_seed("picture", p.name), p) for p in images))
 
 
 def read_captions(path: str | Path) -> Dataset:

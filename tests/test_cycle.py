@@ -433,7 +433,6 @@ def test_the_moving_average_is_the_result_also_of_a_run_that_was_interrupted(fol
 
 def test_a_tracker_gets_the_losses_and_one_that_is_not_there_is_refused(folder, whole, tmp_path):
     accelerator = cycle_reporting.tracked("tensorboard", tmp_path, SMALL)
-    accelerator.init_trackers("cycle")
     run(SMALL, folder, tmp_path, accelerator)
     accelerator.end_training()
     events = EventAccumulator(str(tmp_path / "cycle")).Reload()

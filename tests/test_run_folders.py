@@ -177,14 +177,6 @@ def test_a_folder_of_somebody_else_is_named(tmp_path):
         fakes.run(tmp_path / "run", tmp_path / "pictures")
 
 
-def test_the_folder_as_the_source_has_the_name_that_others_call_it_by(tmp_path, monkeypatch):
-    fakes.dataset(tmp_path / "mine", 3)
-    (tmp_path / "mine/sub").mkdir()
-    monkeypatch.chdir(tmp_path / "mine")
-    names = [datasets.read_folder(path).name for path in (".", "../mine", "sub/..", tmp_path / "mine")]
-    assert names == ["mine"] * 4
-
-
 def test_a_kept_image_that_is_damaged_is_named_with_a_remedy_that_helps(tmp_path):
     expected = fakes.run(tmp_path / "run", tmp_path / "pictures")
     image = tmp_path / "run" / expected.image[4]

@@ -36,7 +36,7 @@ def read_config(path: Path, profile: Profile) -> CycleConfig:
 
 
 def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
-    """An accelerator with the configuration's precision, whose `init_trackers` lets it write into the run folder.
+    """An accelerator with the configuration's precision; its tracker, begun by `train_cycle`, writes to the run folder.
 
     Args:
         tracker: "none", or one that accelerate knows, such as "tensorboard".

@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from tqdm.auto import trange
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
+from dalleflamingo import registry
 from dalleflamingo.evaluation.cycle_reporting import read_log
 from dalleflamingo.miniature.corpora import data_folder
 from dalleflamingo.miniature.training.base import Recipe
@@ -169,6 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--run is the folder of one model: leave it out, or name the model")
     if options.steps is not None and options.steps < 0:
         parser.error(f"--steps {options.steps}: give 0 or more")
+    if options.init_from and not options.init_from.is_dir():
+        parser.error(f"--init-from {options.init_from} is no folder: name one that holds weights")
     if options.threads:
         torch.set_num_threads(options.threads)
     for name in RECIPES if options.model == "all" else [options.model]:
@@ -220,7 +223,8 @@ def train_one(name: str, run: Path, options: argparse.Namespace) -> None:
     if options.steps is not None:
         recipe.steps = options.steps
     if options.init_from:
-        recipe.restore(options.init_from)
+        with registry.loading(registry.check_weights(options.init_from)):
+            recipe.restore(options.init_from)
     if options.compile:
         for module in recipe.compilable:
             module.compile()
