@@ -170,8 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--run is the folder of one model: leave it out, or name the model")
     if options.steps is not None and options.steps < 0:
         parser.error(f"--steps {options.steps}: give 0 or more")
-    if options.init_from and not options.init_from.is_dir():
-        parser.error(f"--init-from {options.init_from} is no folder: name one that holds weights")
+    if options.init_from:
+        if not options.init_from.is_dir():
+            parser.error(f"--init-from {options.init_from} is no folder: name one that holds weights")
+        registry.check_weights(options.init_from)
     if options.threads:
         torch.set_num_threads(options.threads)
     for name in RECIPES if options.model == "all" else [options.model]:
@@ -223,7 +225,7 @@ def train_one(name: str, run: Path, options: argparse.Namespace) -> None:
     if options.steps is not None:
         recipe.steps = options.steps
     if options.init_from:
-        with registry.loading(registry.check_weights(options.init_from)):
+        with registry.loading(options.init_from):
             recipe.restore(options.init_from)
     if options.compile:
         for module in recipe.compilable:
