@@ -60,7 +60,7 @@ def hold(folder: Path) -> Iterator[None]:
         raise RunFolderError(f"another process is at work in {folder}: wait for it, or give another folder") from error
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
-            problem = "it is a file" if Path(folder).is_file() else error.strerror or error
+            problem = "it is a file" if os.path.isfile(folder) else error.strerror or error
             raise RunFolderError(f"{folder} cannot hold a run ({problem}): give a folder to write to") from error
         print(f"{folder} is on a drive without file locks: let no second process work there")
     try:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from dalleflamingo import __main__ as command_line
 from dalleflamingo import cycle, profiles, reconstruct
 from dalleflamingo.evaluation import similarities
+from dalleflamingo.registry import RegistryError
 from dalleflamingo.similarity import PairSimilarity
 
 ROOT = Path(__file__).parent.parent
@@ -336,7 +337,7 @@ def test_a_model_that_is_neither_here_nor_within_reach_is_named(tmp_path):
 
 def test_cycle_takes_the_profiles_models_and_the_options(monkeypatch, tmp_path, capsys):
     def load(config, device):
-        raise ValueError(f"asked for {config}")
+        raise RegistryError(f"asked for {config}")
 
     monkeypatch.setenv(profiles.VARIABLE, "smoke")
     monkeypatch.setattr(cycle, "load_cycle", load)
