@@ -1,16 +1,19 @@
 """One command line: `python -m dalleflamingo COMMAND --help`.
 
 A command is a function that takes the rest of the command line and returns an exit status: 0; 2 for an error that the
-user can mend, told in one line; 130 where it was interrupted. Its module is imported when the command is chosen, so
-that `--help` answers at once.
+user can mend, told in one line; 1 for a fault of the program; 130 where it was interrupted. DALLEFLAMINGO_DEBUG=1 shows
+the traceback of an error. A command's module is imported when the command is chosen, so that `--help` answers at once.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 # `profiles.VARIABLE`, spelled again because importing it would import torch, without which --help answers at once
 PROFILE = "DALLEFLAMINGO_PROFILE"
+DEBUG = "DALLEFLAMINGO_DEBUG"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,19 +145,41 @@ def _dispatch(commands: Mapping[str, Command], arguments: list[str], prog: str, 
             print(f"\nInterrupted: {commands[name].interrupted}.", file=sys.stderr)
         return 130
     except Exception as error:
-        if not (remedy := _remedy(error)):
-            raise
-        print(f"{prog} {name}: {remedy}", file=sys.stderr)
-        return 2
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        remedy = _remedy(error)
+        print(f"{prog} {name}: {remedy or _fault(error)}", file=sys.stderr)
+        return 2 if remedy else 1
 
 
 def _remedy(error: Exception) -> str:
-    """What a user should do about an error; empty where only its traceback helps."""
-    from dalleflamingo.registry import RegistryError
+    """What a user should do about an error; empty where it is the program's fault."""
+    from safetensors import SafetensorError
+
+    from dalleflamingo.registry import RegistryError, is_ours, is_unreachable
 
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         return "the GPU's memory is full: give a smaller --batch-size, or in cycle's --config a larger accumulation"
-    return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError, RegistryError)) else ""
+    if isinstance(error, MemoryError):
+        return "the memory is full: give a smaller --batch-size, or fewer --images"
+    if isinstance(error, (RegistryError, FloatingPointError)) or isinstance(error, ValueError) and is_ours(error):
+        return str(error)
+    # safetensors has an error of its own for a full disk
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return f"the disk is full ({error}): make room, and give the same command again; what is finished is kept"
+    if is_unreachable(error):
+        return f"the network cannot be reached ({error}): connect, and give the same command again"
+    if isinstance(error, ImportError):
+        return str(error) if "pip install" in str(error) else f"{error}: install the environment as README.md says"
+    return str(error) if isinstance(error, (OSError, SafetensorError)) else ""
+
+
+def _fault(error: Exception) -> str:
+    """One line about an error that nobody foresaw."""
+    from dalleflamingo.registry import REPOSITORY
+
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"a fault of the program, {what}: {DEBUG}=1 shows its traceback; please report that at {REPOSITORY}/issues"
 
 
 def reconstruct(arguments: list[str]) -> int:
@@ -184,12 +210,14 @@ def reconstruct(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from dalleflamingo.datasets import IMAGE_SUFFIXES, read_captions, read_folder
+    from dalleflamingo.runs import hold
 
     is_text = options.source.suffix.lower() == ".txt" or options.source.is_file()
     if options.source.suffix.lower() in IMAGE_SUFFIXES and not options.source.is_dir():
         parser.error(f"{options.source} is a single image: put it into a folder, and give the folder")
     source = (read_captions if is_text else read_folder)(options.source)[: options.images]
-    table, names = (_text_journey if is_text else _image_journey)(source, options)
+    with hold(options.out):  # before models are loaded, which may take minutes
+        table, names = (_text_journey if is_text else _image_journey)(source, options)
     _print_best(table, names, "image" if is_text else "caption")
     return 0
 
@@ -280,23 +308,25 @@ def cycle(arguments: list[str]) -> int:
     from dalleflamingo.cycle import CycleConfig, load_cycle, train_cycle
     from dalleflamingo.evaluation.cycle_reporting import export, push, read_config, tracked, write_model_cards
     from dalleflamingo.evaluation.cycle_validation import Validation, validation_set
+    from dalleflamingo.runs import hold
 
     profile, validate = profiles.current(), None
     config = read_config(options.config, profile) if options.config else CycleConfig.of(profile)
     config = dataclasses.replace(config, **_given(options, "steps", "seed", "batch_size"))
     accelerator = tracked(options.tracker, options.run, config)
-    models, batches, trainable = load_cycle(config, accelerator.device)
-    if config.validate_every:
-        size = dict(steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size)
-        validate = Validation(models, validation_set(config), options.run, **size)
-    train_cycle(config, models, batches, trainable, options.run, accelerator, validate)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        export(models, options.run)
-        write_model_cards(config, options.run)
-        print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
-        if options.push_to_hub:
-            print(*push(options.run, options.push_to_hub), sep="\n")
+    with hold(options.run) if accelerator.is_main_process else contextlib.nullcontext():
+        models, batches, trainable = load_cycle(config, accelerator.device)
+        if config.validate_every:
+            size = dict(steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size)
+            validate = Validation(models, validation_set(config), options.run, **size)
+        train_cycle(config, models, batches, trainable, options.run, accelerator, validate)
+        accelerator.end_training()
+        if accelerator.is_main_process:
+            export(models, options.run)
+            write_model_cards(config, options.run)
+            print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
+            if options.push_to_hub:
+                print(*push(options.run, options.push_to_hub), sep="\n")
     return 0
 
 
@@ -340,4 +370,5 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name, or an arrow, need not be in the terminal's set
     sys.exit(main())

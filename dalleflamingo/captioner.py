@@ -28,7 +28,7 @@ from transformers import (
 
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import PAPER_SAMPLING, GumbelNoise, Strategy, WordLimits, decoding_threads
-from dalleflamingo.registry import check_weights
+from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
 
 
@@ -73,11 +73,12 @@ class Captioner(ABC):
             ValueError: it holds neither a BLIP nor a BLIP-2.
         """
         source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
-        kind = AutoConfig.from_pretrained(**source).model_type
-        if kind not in _KINDS:
-            raise ValueError(f"{name_or_path} holds a model of type {kind!r}: expected one of {', '.join(_KINDS)}")
-        model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype, use_safetensors=True)
-        return _KINDS[kind](model.to(device), AutoProcessor.from_pretrained(**source), prompt, decoding)
+        with loading(name_or_path):
+            kind = AutoConfig.from_pretrained(**source).model_type
+            if kind not in _KINDS:
+                raise ValueError(f"{name_or_path} holds a model of type {kind!r}: expected one of {', '.join(_KINDS)}")
+            model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype, use_safetensors=True)
+            return _KINDS[kind](model.to(device), AutoProcessor.from_pretrained(**source), prompt, decoding)
 
     @torch.no_grad()
     def sample(

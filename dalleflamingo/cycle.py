@@ -11,6 +11,7 @@ several processes, or accumulated parts of a batch, compute what one process wou
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,7 +31,16 @@ from dalleflamingo.cycle_losses import LOSS_NAMES, Batch, Cycle, Losses, caption
 from dalleflamingo.datasets import Dataset, Example, clean_caption
 from dalleflamingo.generator import FITS, Generator
 from dalleflamingo.profiles import Profile
-from dalleflamingo.runs import Checkpoint, derive_seed, differences
+from dalleflamingo.runs import (
+    Checkpoint,
+    RunFolderError,
+    append_row,
+    derive_seed,
+    differences,
+    hold,
+    read_settings,
+    write_whole,
+)
 from dalleflamingo.settings import Count, Seed, check, from_mapping
 from dalleflamingo.vocabulary import MAP_KINDS, VocabularyMap
 
@@ -273,13 +283,20 @@ def train_cycle(
         validate: called by the main process every `config.validate_every` steps; what it returns is logged.
     Raises:
         FloatingPointError: a loss is not finite; the last checkpoint is kept.
-        ValueError: the batch does not divide among the processes, or the folder holds another run.
+        ValueError: the batch does not divide among the processes.
+        RunFolderError: the folder is of a run with another configuration or at work, damaged, or cannot be written to.
     """
-    run_folder, main = Path(run_folder), accelerator.is_main_process
+    run_folder = Path(run_folder)
     batches.require_parts(accelerator.num_processes * config.accumulation)
+    with hold(run_folder) if accelerator.is_main_process else nullcontext():
+        _train(config, cycle, batches, trainable, run_folder, accelerator, validate)
+
+
+def _train(config, cycle, batches, trainable, run_folder: Path, accelerator: Accelerator, validate) -> None:
+    main, record = accelerator.is_main_process, json.loads(json.dumps(asdict(config)))
     with accelerator.main_process_first():
-        _agree(run_folder, config)
-    accelerator.init_trackers("cycle")  # which write
+        _agree(run_folder, record)
+    accelerator.init_trackers("cycle")  # which write into the folder
     accelerator.gradient_accumulation_steps = config.accumulation
     parameters, began = list(trainable.parameters()), time.monotonic()
     groups = [{"params": parameters, "initial_lr": config.learning_rate}]  # "initial_lr": a schedule that is continued
@@ -306,8 +323,11 @@ def train_cycle(
             accelerator.wait_for_everyone()
         accelerator.log(report, step)
         if main:
-            with open(run_folder / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step, **report}) + "\n")
+            if step == first:  # only now has all of the configuration been accepted
+                write_whole(
+                    run_folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n")
+                )
+            append_row(run_folder / "log.jsonl", {"step": step, **report})
             if done % config.checkpoint_every == 0 or done == config.steps:
                 checkpoint.save(done, minutes + (time.monotonic() - began) / 60)
     checkpoint.use_average()
@@ -367,11 +387,8 @@ def _average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator)
             parameter.grad = accelerator.reduce(own, "mean")
 
 
-def _agree(run_folder: Path, config: CycleConfig) -> None:
-    """Write the configuration to the folder; a run that is there already may differ only in its number of steps."""
-    run_folder.mkdir(parents=True, exist_ok=True)
-    path, now = run_folder / "config.json", json.loads(json.dumps(asdict(config)))
-    there = json.loads(path.read_text()) if path.exists() else now
-    if lines := differences(there | {"steps": config.steps}, now):
-        raise ValueError(f"{run_folder} holds a run with another configuration:\n{lines}\nGive another folder.")
-    path.write_text(json.dumps(now, indent=1) + "\n")
+def _agree(run_folder: Path, record: Mapping[str, object]) -> None:
+    """Refuse a configuration that differs from that of the folder's run in more than its number of steps."""
+    there = read_settings(run_folder / "config.json") or record
+    if lines := differences(there | {"steps": record["steps"]}, record):
+        raise RunFolderError(f"{run_folder} holds a run with another configuration:\n{lines}\nGive another folder.")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalleflamingo.denoising import fast_unet, load_scheduler, side_by_side, spread_steps
-from dalleflamingo.registry import check_weights
+from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -141,10 +141,11 @@ class Generator:
         """
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         options = {"dtype": torch.float32, "use_safetensors": True} | unchecked | options
-        pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
-        wanted = type(pipeline.scheduler).__name__ if scheduler is None else scheduler
-        pipeline.scheduler = load_scheduler(wanted, pipeline.scheduler)
-        return cls(pipeline.to(device), image_size)
+        with loading(name_or_path):
+            pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
+            wanted = type(pipeline.scheduler).__name__ if scheduler is None else scheduler
+            pipeline.scheduler = load_scheduler(wanted, pipeline.scheduler)
+            return cls(pipeline.to(device), image_size)
 
     def render(
         self,

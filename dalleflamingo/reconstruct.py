@@ -25,7 +25,7 @@ from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableIma
 from dalleflamingo.decoding import PAPER_SAMPLING, Strategy
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
-from dalleflamingo.runs import RunFolder, derive_seed
+from dalleflamingo.runs import RunFolder, derive_seed, hold
 from dalleflamingo.settings import Count, GuidanceScale, Seed, check
 from dalleflamingo.similarity import ClipImage, Dino, Similarity
 
@@ -160,7 +160,11 @@ class ImageTextImage(Journey):
         return self.rows(examples, images, run, noise_seed=noise_seeds, caption=captions)
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> Image:
-        return open_image(run.folder / row["image"])
+        try:
+            return open_image(run.folder / row["image"])
+        except UnreadableImage as error:
+            again = "delete it, and the same call makes it again"
+            raise UnreadableImage(error.path, error.reason, again) from error
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,8 @@ def image_text_image(
             image, the generated PNG relative to run_folder; each similarity, higher is more alike.
         `.attrs`: "run_folder", and "skipped": the unreadable images as {"image_id", "path", "reason"}.
     Raises:
-        RunFolderError: run_folder was made with other settings or other models.
+        RunFolderError: run_folder was made with other settings or other models, another process is at work there, or
+            it cannot be created or written to.
         DatasetError: not one image could be read.
         ValueError: the similarities' names are not usable as columns, or one gives a wrong number of values.
     """
@@ -270,6 +275,11 @@ def run_journey(journey: Journey, dataset: Dataset, run_folder: str | Path, chun
 
     Arguments, result and errors are those of `image_text_image`.
     """
+    with hold(run_folder):
+        return _run_journey(journey, dataset, run_folder, chunk)
+
+
+def _run_journey(journey: Journey, dataset: Dataset, run_folder: str | Path, chunk: int) -> pd.DataFrame:
     began = time.monotonic()
     run = RunFolder(run_folder, {"dataset": dataset.name} | journey.identity(), pa.schema(journey.columns))
     # the fingerprint keeps the scores of a retrained model of the same name apart

@@ -8,16 +8,23 @@ once and name their folders in environment variables. All weights but Inception-
     dataset = load_dataset(profile.dataset)
 """
 
+import errno
 import importlib.util
 import json
 import os
 import pkgutil
 import tomllib
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gaierror
 from typing import Annotated, Literal
+from urllib.error import URLError
 
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
@@ -242,6 +249,49 @@ def check_weights(name_or_path: str | Path) -> str:
                     f"{file} ({size:,} bytes) is damaged or cut short ({error}): {remedy.format(file)}"
                 ) from error
     return str(name_or_path)
+
+
+@contextmanager
+def loading(name_or_path: str | Path) -> Iterator[None]:
+    """Let what a library raises inside become an error that names the model and the remedy.
+
+    Args:
+        name_or_path: what is loaded: a folder, a hub id or a URL.
+    Raises:
+        RegistryError: the folder is damaged, or the model neither on this machine nor within reach.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = "OutOfMemoryError" in type(error).__name__ or getattr(error, "errno", None) == errno.ENOSPC
+        if full or isinstance(error, (RegistryError, MemoryError)) or is_ours(error):
+            raise
+        problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        if Path(name_or_path).is_dir():
+            remedy = f"cannot be loaded ({problem}): if it came with this repository, restore it: git checkout -- "
+            raise RegistryError(f"{name_or_path} {remedy}{name_or_path}; else copy or download it again") from error
+        if is_unreachable(error):
+            unset = "unset HF_HUB_OFFLINE and " if constants.HF_HUB_OFFLINE else ""
+            raise RegistryError(
+                f"{name_or_path} is not on this machine, and cannot be downloaded: {unset}connect to the network once, "
+                f"or copy {constants.HF_HUB_CACHE} from a machine that has it (smoke and mini need neither)"
+            ) from error
+        raise RegistryError(
+            f"{name_or_path} cannot be loaded ({problem}): its page on the hub says whether its licence must be "
+            f"accepted first; if its download is damaged, delete it from {constants.HF_HUB_CACHE}"
+        ) from error
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether this package raised the error itself, so that its message was written for the user."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == __package__
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that of a network that cannot be reached."""
+    absent = (LocalEntryNotFoundError, OfflineModeIsEnabled, URLError, gaierror, ConnectionError, TimeoutError)
+    return error is not None and (isinstance(error, absent) or is_unreachable(error.__cause__ or error.__context__))
 
 
 def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:

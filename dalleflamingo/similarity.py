@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor, PreTrainedModel, ViTModel
 
-from dalleflamingo.registry import check_weights
+from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
 
 BATCH = 32  # images or texts encoded at once; bounds memory, does not change an embedding
@@ -187,9 +187,11 @@ class Dino(Encoder[Image]):
             RegistryError: the folder's weights are missing or cut short.
         """
         source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
-        model = ViTModel.from_pretrained(**source, dtype=torch.float32, add_pooling_layer=False, use_safetensors=True)
+        options = dict(dtype=torch.float32, add_pooling_layer=False, use_safetensors=True)
         size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-        return cls(model.to(device), AutoImageProcessor.from_pretrained(**source, **size))
+        with loading(name_or_path):
+            model = ViTModel.from_pretrained(**source, **options)
+            return cls(model.to(device), AutoImageProcessor.from_pretrained(**source, **size))
 
     def _encode(self, images: Sequence[Image]) -> Tensor:
         images = [image.convert("RGB") for image in images]
@@ -213,8 +215,9 @@ class Sbert(Encoder[str]):
     def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "Sbert":
         """SBERT from a folder or a hub; arguments and errors as `Dino.from_pretrained`."""
         source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
-        model = AutoModel.from_pretrained(**source, dtype=torch.float32, use_safetensors=True)
-        return cls(model.to(device), AutoTokenizer.from_pretrained(**source))
+        with loading(name_or_path):
+            model = AutoModel.from_pretrained(**source, dtype=torch.float32, use_safetensors=True)
+            return cls(model.to(device), AutoTokenizer.from_pretrained(**source))
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
         options = dict(padding=True, truncation=True, max_length=SBERT_TOKENS, return_tensors="pt")
@@ -236,8 +239,9 @@ def load_clip(name_or_path: str, revision: str | None = None) -> tuple[open_clip
     """
     if Path(name_or_path).is_dir():
         local = f"local-dir:{check_weights(name_or_path)}"
-        model, _, preprocess = open_clip.create_model_and_transforms(local)
-        return model, preprocess, open_clip.get_tokenizer(local)
+        with loading(name_or_path):
+            model, _, preprocess = open_clip.create_model_and_transforms(local)
+            return model, preprocess, open_clip.get_tokenizer(local)
     published = {
         weights["hf_hub"].rstrip("/"): (architecture, weights)
         for architecture, tag in reversed(open_clip.list_pretrained())
@@ -249,9 +253,10 @@ def load_clip(name_or_path: str, revision: str | None = None) -> tuple[open_clip
             "such as 'timm/vit_large_patch14_clip_224.openai'"
         )
     architecture, weights = published[name_or_path]
-    file = hf_hub_download(name_or_path, "open_clip_model.safetensors", revision=revision)
-    # the activation belongs to the weights; where the architecture's name implies another, open_clip only warns
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        architecture, pretrained=file, force_quick_gelu=weights.get("quick_gelu", False)
-    )
-    return model, preprocess, open_clip.get_tokenizer(architecture)
+    with loading(name_or_path):
+        file = hf_hub_download(name_or_path, "open_clip_model.safetensors", revision=revision)
+        # the activation belongs to the weights; where the architecture's name implies another, open_clip only warns
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            architecture, pretrained=file, force_quick_gelu=weights.get("quick_gelu", False)
+        )
+        return model, preprocess, open_clip.get_tokenizer(architecture)

@@ -1,18 +1,24 @@
 """The command line as a user meets it: help, errors in one line, and an interruption that loses nothing."""
 
 import dataclasses
+import importlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import fakes
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dalleflamingo import __main__ as command_line
 from dalleflamingo import cycle, profiles, reconstruct
 from dalleflamingo.evaluation import similarities
+from dalleflamingo.registry import RegistryError
 from dalleflamingo.similarity import PairSimilarity
 
 ROOT = Path(__file__).parent.parent
@@ -211,29 +217,127 @@ def interrupted_after(images: int, sample):
     return sampled
 
 
-def stopped(arguments: list[str]) -> int:
-    """A command that the user interrupts, that fills the GPU, or that has a bug."""
-    raise {"ctrl-c": KeyboardInterrupt, "memory": OutOfMemoryError, "bug": KeyError}[arguments[0]]("blue")
-
-
 class OutOfMemoryError(RuntimeError):
     """Torch's has the same name, and needs torch."""
 
 
-def test_other_endings_of_a_command(monkeypatch, capsys):
-    train = dataclasses.replace(command_line.COMMANDS["train"], function="test_command_line:stopped")
+def no_network() -> None:
+    """What a hub's client raises: an error of its own, which a failed look-up of the host's name led to."""
+    try:
+        raise socket.gaierror(-2, "Name or service not known")
+    except OSError:
+        raise RuntimeError("ConnectError: [Errno -2]")  # noqa: B904, the libraries do not say `from` either
+
+
+ENDINGS = {
+    "ctrl-c": lambda: exec("raise KeyboardInterrupt"),
+    "gpu": lambda: exec("raise OutOfMemoryError('CUDA')", {"OutOfMemoryError": OutOfMemoryError}),
+    "memory": lambda: np.zeros(2**50),
+    "bug": lambda: {}["blue"],
+    "shapes": lambda: np.zeros(2) + np.zeros(3),
+    "lines": lambda: torch.nn.Linear(1, 1).load_state_dict({}),
+    "gone": lambda: open("gone.json"),
+    "disk": lambda: exec("raise OSError(28, 'No space left on device', 'a.png')"),
+    "weights": lambda: save_file({"a": torch.zeros(2)}, "nowhere/a.safetensors"),
+    "network": no_network,
+    "package": lambda: importlib.import_module("no_such_package"),
+}
+
+
+def ending(arguments: list[str]) -> int:
+    """A command that ends in one of these ways."""
+    return ENDINGS[arguments[0]]()
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "message"),
+    [
+        ("gpu", 2, "the GPU's memory is full: give a smaller --batch-size"),
+        ("memory", 2, "the memory is full: give a smaller --batch-size, or fewer --images"),
+        ("gone", 2, "No such file or directory: 'gone.json'"),
+        (
+            "disk",
+            2,
+            "the disk is full ([Errno 28] No space left on device: 'a.png'): make room, and give the same",
+        ),
+        ("weights", 2, "No such file or directory"),
+        ("network", 2, "the network cannot be reached (ConnectError: [Errno -2]): connect, and give"),
+        ("package", 2, "No module named 'no_such_package': install the environment"),
+        (
+            "bug",
+            1,
+            "a fault of the program, KeyError: 'blue': DALLEFLAMINGO_DEBUG=1 shows its traceback; please report",
+        ),
+        ("shapes", 1, "a fault of the program, ValueError: operands could not be broadcast"),
+        ("lines", 1, "a fault of the program, RuntimeError: Error(s) in loading state_dict for Linear: Missing key(s)"),
+    ],
+)
+def test_an_error_ends_in_one_line_and_debugging_shows_where_it_was(monkeypatch, capsys, how, status, message):
+    train = dataclasses.replace(command_line.COMMANDS["train"], function="test_command_line:ending")
+    monkeypatch.setitem(command_line.COMMANDS, "train", train)
+    monkeypatch.delenv("DALLEFLAMINGO_DEBUG", raising=False)
+    found, error = run("train", how, capsys=capsys)
+    assert found == status and error.startswith("python -m dalleflamingo train: ") and message in error
+    assert len(error.splitlines()) == 1
+    monkeypatch.setenv("DALLEFLAMINGO_DEBUG", "1")
+    found, debugged = run("train", how, capsys=capsys)
+    assert found == status and "Traceback (most recent call last)" in debugged and __file__ in debugged
+    assert debugged.splitlines()[-1][:60] == error[:60]
+
+
+def test_an_interrupted_command_says_what_is_kept(monkeypatch, capsys):
+    train = dataclasses.replace(command_line.COMMANDS["train"], function="test_command_line:ending")
     monkeypatch.setitem(command_line.COMMANDS, "train", train)
     status, error = run("train", "ctrl-c", capsys=capsys)
     assert status == 130 and error.strip() == f"Interrupted: {train.interrupted}."
-    status, error = run("train", "memory", capsys=capsys)
-    assert status == 2 and "give a smaller --batch-size" in error and len(error.splitlines()) == 1
-    with pytest.raises(KeyError, match="blue"):  # a mistake of ours keeps its traceback
-        command_line.main(["train", "bug"])
+
+
+def test_a_folder_that_cannot_hold_the_run_is_told_before_models_are_loaded(models, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "mine.txt").write_text("a red thing\n")
+    for source in ("mine", "mine.txt"):
+        status, error = run("reconstruct", tmp_path / source, "--out", tmp_path / "file", capsys=capsys)
+        assert status == 2 and "file cannot hold a run (it is a file)" in error and len(error.splitlines()) == 1
+    assert not models[1] and (tmp_path / "file").read_text() == "mine"
+    status, error = run("cycle", "--run", tmp_path / "file", "--tracker", "none", capsys=capsys)
+    assert status == 2 and "file cannot hold a run (it is a file)" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--runs", "--docs"])
+@pytest.mark.parametrize(("place", "problem"), [("file", "is no folder"), ("file/x/y", "is no folder")])
+def test_a_study_refuses_a_folder_that_is_a_file_before_it_works(tmp_path, capsys, option, place, problem):
+    (tmp_path / "file").write_text("mine")
+    status, error = run("research", "insight-1", option, tmp_path / place, capsys=capsys)
+    assert status == 2 and f"{option} {tmp_path / place}: {tmp_path / 'file'} {problem}" in error
+
+
+def test_a_model_that_is_neither_here_nor_within_reach_is_named(tmp_path):
+    fakes.dataset(tmp_path / "mine", 2)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    line = [
+        sys.executable,
+        "-m",
+        "dalleflamingo",
+        "--profile",
+        "colab",
+        "reconstruct",
+        tmp_path / "mine",
+        "--out",
+        "run",
+    ]
+    done = subprocess.run(
+        line, capture_output=True, text=True, cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}
+    )
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("python -m dalleflamingo reconstruct: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "timm/vit_large_patch14_clip_224.openai is not on this machine, and cannot be downloaded: unset" in error
+    assert f"or copy {tmp_path / 'cache/hub'} from a machine that has it" in error
+    assert not (tmp_path / "run/run.json").exists()
 
 
 def test_cycle_takes_the_profiles_models_and_the_options(monkeypatch, tmp_path, capsys):
     def load(config, device):
-        raise ValueError(f"asked for {config}")
+        raise RegistryError(f"asked for {config}")
 
     monkeypatch.setenv(profiles.VARIABLE, "smoke")
     monkeypatch.setattr(cycle, "load_cycle", load)

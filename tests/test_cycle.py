@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -30,6 +31,7 @@ from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle, Losses
 from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.evaluation import accelerators, caption_metrics, cycle_reporting
 from dalleflamingo.evaluation.cycle_validation import Validation
+from dalleflamingo.runs import RunFolderError
 
 HERE = Path(__file__).parent
 
@@ -231,6 +233,38 @@ def test_another_configuration_is_refused_by_name(folder, whole):
     other = dataclasses.replace(SMALL, losses=Losses(caption=0.5), steps=9)
     with pytest.raises(ValueError, match=r"(?s)another configuration:\n  losses: .*'caption': 1.0.* there, .*0.5"):
         run(other, folder, whole[1])
+
+
+def test_a_run_that_another_process_is_at_work_on_is_refused(folder, whole):
+    made, batches, trainable = build(SMALL, folder)
+    before = {path: path.read_bytes() for path in whole[1].iterdir()}
+    with FileLock(whole[1] / ".lock", timeout=0):  # not the object that `hold` has
+        with pytest.raises(RunFolderError, match=f"another process is at work in {whole[1]}"):
+            cycle.train_cycle(SMALL, made, batches, trainable, whole[1], Accelerator(cpu=True))
+    assert {path: path.read_bytes() for path in whole[1].iterdir()} == before
+
+
+def test_a_configuration_that_the_models_refuse_leaves_the_folder_to_others(folder, tmp_path):
+    made, batches, trainable = build(dataclasses.replace(SMALL, fit="crop"), folder)
+    batches.batch = lambda *part: exec("raise ValueError('not so')")
+    with pytest.raises(ValueError, match="not so"):
+        cycle.train_cycle(dataclasses.replace(SMALL, fit="crop"), made, batches, trainable, tmp_path, Accelerator())
+    assert not (tmp_path / "config.json").exists()
+    run(dataclasses.replace(SMALL, steps=1), folder, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["fit"] == "resize"
+
+
+def test_damaged_files_of_a_run_are_named_and_a_cut_log_goes_on(folder, whole, tmp_path):
+    run(dataclasses.replace(SMALL, steps=2), folder, tmp_path)
+    log, config, state = (tmp_path / name for name in ("log.jsonl", "config.json", "state.safetensors"))
+    log.write_bytes(log.read_bytes()[:-20] + b"\0" * 20)
+    run(SMALL, folder, tmp_path)
+    expected = cycle_reporting.read_log(whole[1])
+    assert cycle_reporting.read_log(tmp_path) == [expected[0], *expected[2:]]
+    for file in (state, config):
+        file.write_bytes(file.read_bytes()[:-20])
+        with pytest.raises(RunFolderError, match=f"{file} .*is (damaged|not the settings of a run)"):
+            run(SMALL, folder, tmp_path)
 
 
 def test_what_is_exported_opens_in_the_stock_libraries(whole, tmp_path):

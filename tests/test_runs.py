@@ -55,7 +55,8 @@ def test_an_example_with_a_lost_image_is_not_done(tmp_path):
 
 
 def test_other_settings_are_named_and_nothing_is_changed(tmp_path):
-    RunFolder(tmp_path / "run", {"seed": 0, "steps": 20}, SCHEMA)
+    run = RunFolder(tmp_path / "run", {"seed": 0, "steps": 20}, SCHEMA)
+    run.add([row(run, 3, 0)])
     with pytest.raises(RunFolderError, match=r"(?s)steps: 20 there, 50 now\nGive another run_folder, or delete"):
         RunFolder(tmp_path / "run", {"seed": 0, "steps": 50}, SCHEMA)
     assert json.loads((tmp_path / "run/run.json").read_text()) == {"settings": {"seed": 0, "steps": 20}}

@@ -15,6 +15,7 @@ from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle
 from dalleflamingo.evaluation.accelerators import make_accelerator
 from dalleflamingo.profiles import Profile
+from dalleflamingo.runs import RunFolderError
 
 MODELS = ("captioner", "generator")
 
@@ -42,7 +43,7 @@ def read_config(path: Path, profile: Profile) -> CycleConfig:
 
 
 def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
-    """An accelerator with the configuration's precision, whose tracker writes into the run folder.
+    """An accelerator with the configuration's precision; its tracker, begun by `train_cycle`, writes to the run folder.
 
     Args:
         tracker: "none", or one that accelerate knows, such as "tensorboard".
@@ -133,6 +134,24 @@ def push(run_folder: Path, owner: str, hub: HfApi | None = None) -> list[str]:
 
 
 def read_log(run_folder: Path) -> list[dict]:
-    """A row for each step, in order: its number, its losses and validation's results. Repeated steps occur once."""
-    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return list({row["step"]: row for row in rows}.values())
+    """A row for each step, in order: its number, its losses and validation's results. Repeated steps occur once.
+
+    A line that a kill, a full disk or a power failure has damaged is left out, and a printed line says so.
+
+    Raises:
+        RunFolderError: there is no log.
+    """
+    file = run_folder / "log.jsonl"
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{file} is missing: train first, or name the folder of a run") from error
+    rows = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line:
+                row = json.loads(line)
+                rows[int(row["step"])] = row
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            print(f"{file}: line {number} is damaged, and left out")
+    return list(rows.values())

@@ -116,7 +116,9 @@ class FeatureExtractor:
             RegistryError: unknown name, or weights that are missing or cut short.
         """
         network = registry.class_of(name) or InceptionV3
-        return cls(network.from_pretrained(registry.check_weights(registry.locate(name))).to(device))
+        where = registry.check_weights(registry.locate(name))
+        with registry.loading(where):
+            return cls(network.from_pretrained(where).to(device))
 
     @torch.no_grad()
     def extract(self, images: Sequence[Image], batch_size: int = 32) -> InceptionOutput:

@@ -17,7 +17,7 @@ import ot
 from transformers import AutoModel, AutoTokenizer
 
 from dalleflamingo import registry
-from dalleflamingo.registry import check_weights
+from dalleflamingo.registry import check_weights, loading
 
 FARTHEST = 2.0  # the diameter of vectors of length 1; the distance to a text without a known word
 _LONGEST = 2**20  # bytes of a line; a file without line ends is not read whole to find that out
@@ -63,8 +63,9 @@ class WordVectors:
             RegistryError: the folder's weights are missing or cut short.
         """
         where = {} if revision is None else {"revision": revision}
-        model = AutoModel.from_pretrained(check_weights(folder), use_safetensors=True, **where)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+        with loading(folder):
+            model = AutoModel.from_pretrained(check_weights(folder), use_safetensors=True, **where)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **where)
         table = model.get_input_embeddings().weight.detach().float().numpy()
         table = table - table.mean(axis=0)  # the common part would make all words seem alike
 

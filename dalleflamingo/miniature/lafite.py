@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dalleflamingo import registry
 from dalleflamingo.generator import render_distinct
-from dalleflamingo.registry import check_weights
+from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
 from dalleflamingo.similarity import ClipText
 
@@ -127,7 +127,8 @@ class LafiteGenerator:
         Raises:
             RegistryError: weights are missing or incomplete.
         """
-        model = Lafite.from_pretrained(check_weights(name_or_path), revision=revision, dtype=dtype).to(device)
+        with loading(name_or_path):
+            model = Lafite.from_pretrained(check_weights(name_or_path), revision=revision, dtype=dtype).to(device)
         folder = Path(registry.locate(model.config.autoencoder))
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype).to(device)
         return cls(model, vae, ClipText.from_pretrained(registry.locate(model.config.clip), device))

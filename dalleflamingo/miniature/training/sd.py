@@ -33,6 +33,7 @@ from dalleflamingo.miniature.training.base import Recipe
 from dalleflamingo.miniature.training.tokenizers import save_tokenizer
 from dalleflamingo.miniature.training.vae import vae_pixels
 from dalleflamingo.miniature.world import draw, sample_scene
+from dalleflamingo.runs import write_whole
 
 BANK_SIZE = 40_000  # images whose latents are computed once; their captions are written anew each time
 UNCONDITIONAL_SHARE = 0.12  # of captions are "", for classifier-free guidance (Ho & Salimans 2022)
@@ -109,7 +110,8 @@ def latent_bank(vae: AutoencoderKL, file: Path, count: int = BANK_SIZE) -> Tenso
             for first in trange(0, count, 100, desc="latents", mininterval=10)
         ]
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": torch.cat(batches).half().cpu().contiguous()}, file)
+        latents = torch.cat(batches).half().cpu().contiguous()
+        write_whole(file, lambda path: save_file({"latents": latents}, path))
     return load_file(file)["latents"]
 
 
