@@ -1,24 +1,43 @@
 """Images with their reference captions: readers and writers of the formats that captioning uses.
 
-COCO captions, Karpathy's splits, NoCaps, and a folder or text file of the user's own all become a `Dataset` of
+COCO captions, Karpathy's splits, NoCaps, and a user's own files (`dalleflamingo.sources`) all become a `Dataset` of
 `Example`s, so that the rest of the package does not depend on the source. Predictions are exchanged as COCO results
 JSON. Captions are kept exactly as published: metrics tokenize them, training cleans them (`clean_caption`).
 """
 
+import codecs
+import hashlib
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import ExifTags, Image
 
-from dalleflamingo.runs import derive_seed, write_whole
+from dalleflamingo.runs import derive_seed, printable, write_whole
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # NoCaps: are the image's things among COCO's 80 classes?
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+_BYTE_ORDER_MARKS = {  # of UTF-32 first, as it begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_UPRIGHT = {  # EXIF's orientation -> what undoes it; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class DatasetError(ValueError):
@@ -33,7 +52,7 @@ class UnreadableImage(DatasetError):
         self.path, self.reason, self.remedy = path, reason, remedy
 
     def __str__(self) -> str:
-        return f"cannot read the image {self.path}: {self.reason}; {self.remedy}"
+        return f"cannot read the image {printable(self.path)}: {self.reason}; {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -110,24 +129,73 @@ class Dataset(Sequence[Example]):
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open an image file as RGB, turned upright by its EXIF tag, with transparent pixels on white.
+    """Open an image file, of any suffix, as 8-bit RGB, turned upright by its EXIF tag, transparent pixels on white.
+
+    Deep grey becomes 8 bits by one rule, 0 black and the end of its range white: 65,535 for 16 bits; for 32-bit
+    integers and for floats, whose range no file states, the first of 1 (floats), 255 and 65,535 that no value exceeds.
 
     Raises:
-        UnreadableImage: the file is missing, truncated or not an image.
+        UnreadableImage: the file is missing, truncated or not an image, has more pixels than Pillow opens (twice
+            `Image.MAX_IMAGE_PIXELS`), or is grey in another range.
     """
     path = Path(path)
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
+            image.load()  # before the metadata is read, so that a truncated image is not taken for damaged metadata
+            upright = _eight_bits(image)
+            if (turn := _turn(image)) is not None:
+                upright = upright.transpose(turn)
             if upright.has_transparency_data:
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
             return upright.convert("RGB")
-    except FileNotFoundError as error:
-        raise UnreadableImage(path, "there is no such file", "download or draw it, or leave the example out") from error
     except Exception as error:  # for broken files, decoders raise OSError, SyntaxError, ValueError, zlib.error and more
-        size = f"it has {path.stat().st_size:,} bytes, and " if path.is_file() else ""
-        reason = f"{size}{type(error).__name__} says: {error}"
-        raise UnreadableImage(path, reason, "fetch or draw it again, or leave the example out") from error
+        raise unreadable(path, error) from error
+
+
+def digest_of_file(path: Path) -> str:
+    """16 hexadecimal digits that tell a file's content from others. Raises UnreadableImage where it is not readable."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=8)).hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> UnreadableImage:
+    """What opening an image failed of, with a remedy that helps."""
+    if isinstance(error, FileNotFoundError):
+        return UnreadableImage(path, "there is no such file", "download or draw it, or leave the example out")
+    size = f"it has {os.path.getsize(path):,} bytes, and " if os.path.isfile(path) else ""
+    remedy = "fetch or draw it again, save it anew as PNG or JPEG of 8 bits, or leave the example out"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return UnreadableImage(path, f"{size}Pillow knows no image format with such content", remedy)
+    if isinstance(error, (Image.DecompressionBombError, MemoryError)):
+        remedy = "make it smaller (the models read at most some hundred pixels a side), or leave the example out"
+    return UnreadableImage(path, f"{size}{type(error).__name__} says: {error}", remedy)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns an image upright; a damaged orientation counts as none, other damage of the EXIF block as nothing."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # not an EXIF block at all: its readers raise SyntaxError, struct.error and more
+        return None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Deep grey, of which Pillow would clip what is above 255, in 8 bits; images of other modes as they are."""
+    whites = {"I": (255, 65_535), "F": (1, 255, 65_535)}.get(image.mode, (65_535,))
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    white = next((white for white in whites if low >= 0 and high <= white), None)
+    if white is None:
+        raise ValueError(f"its grey values go from {low} to {high}, not from 0 to {' or '.join(map(str, whites))}")
+    grey = (values.astype(np.float32) * (255 / white)).round().astype(np.uint8)
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
 
 
 def clean_caption(caption: str) -> str:
@@ -154,7 +222,7 @@ def read_coco(annotations: Path, images: Path, name: str | None = None) -> Datas
             one of `DOMAINS`.
     """
     path = Path(annotations)
-    payload = _load(path)
+    payload = load_json(path)
     records = _objects(payload, "images", path)
     references = _references(_objects(payload, "annotations", path), records, path)
     return Dataset(name or path.stem, tuple(_example(record, Path(images), references, path) for record in records))
@@ -174,58 +242,12 @@ def read_karpathy(dataset_json: Path, images: Path, split: str) -> Dataset:
         raise DatasetError(f"Karpathy's splits are {', '.join(KARPATHY_SPLITS)}, not {split!r}")
     path, images = Path(dataset_json), Path(images)
     members = []
-    for record in _objects(_load(path), "images", path):
+    for record in _objects(load_json(path), "images", path):
         if _value(record, "split", str, path) in KARPATHY_SPLITS[split]:
             file = images / _value(record, "filepath", str, path) / _value(record, "filename", str, path)
             captions = (_value(sentence, "raw", str, path) for sentence in _objects(record, "sentences", path))
             members.append(Example(_value(record, "cocoid", int, path), file, tuple(captions)))
     return Dataset(f"{path.stem}/{split}", tuple(members))
-
-
-def read_folder(folder: Path) -> Dataset:
-    """The images in one of the user's own folders, sorted by name; its subfolders are not searched.
-
-    An image id is a hash of the file's name, so neither it nor a seed derived from it changes when images are added.
-
-    Raises:
-        DatasetError: there is no such folder, or it holds no image.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DatasetError(f"there is no folder {folder}: give the path of a folder that holds images")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
-        found = f"{len(files)} other files, such as {files[0].name}" if files else "no files at all"
-        raise DatasetError(
-            f"{folder} holds no images but {found}: put files ending in {' '.join(IMAGE_SUFFIXES)} there "
-            "(subfolders are not searched)"
-        )
-    return Dataset(folder.name, tuple(Example(derive_seed("picture", p.name), p) for p in images))
-
-
-def read_captions(path: str | Path) -> Dataset:
-    """A text file of the user's own captions, one per line, each an example without image; blank lines are skipped.
-
-    An image id is a hash of the caption and of how often it occurred before: adding lines does not change it.
-
-    Raises:
-        DatasetError: there is no such file, it is not text, or it holds no caption.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} is no text file ({error}): give one with a caption on each line") from error
-    captions = [line.strip() for line in lines if line.strip()]
-    if not captions:
-        raise DatasetError(f"{path} holds no caption: write one on each line")
-    before: Counter[str] = Counter()
-    examples = []
-    for caption in captions:
-        examples.append(Example(derive_seed("caption", caption, before[caption]), path, (caption,)))
-        before[caption] += 1
-    return Dataset(path.stem, tuple(examples))
 
 
 def read_results(path: Path) -> dict[int, str]:
@@ -235,10 +257,10 @@ def read_results(path: Path) -> dict[int, str]:
         DatasetError: not JSON, another format, or two captions for one image.
     """
     path = Path(path)
-    payload = _load(path)
+    payload = load_json(path)
     if not isinstance(payload, list) or not all(isinstance(record, dict) for record in payload):
         raise DatasetError(
-            f"{path} holds {_shape(payload)}; expected COCO results, a list of objects with image_id and caption: "
+            f"{path} holds {shape_of(payload)}; expected COCO results, a list of objects with image_id and caption: "
             "references are read by read_coco"
         )
     _unique([_value(record, "image_id", int, path) for record in payload], str(path), "image_id")
@@ -280,19 +302,38 @@ def _references(captions: list[dict], images: list[dict], path: Path) -> dict[in
     return references
 
 
-def _load(path: Path):
+def read_text(path: Path) -> str:
+    """A text in UTF-8, with or without a byte order mark; CRLF and CR become LF, and nothing else is a line's end.
+
+    Raises:
+        DatasetError: there is no such file, it cannot be read, or it is in another encoding, which the message names.
+    """
+    path, shown = Path(path), printable(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except FileNotFoundError as error:
-        raise DatasetError(f"there is no file {path}: check the path, or download or make the file") from error
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        kind = "a folder" if path.is_dir() else "binary"
-        raise DatasetError(f"{path} is not JSON but {kind}: give the path of the .json file itself") from error
+        raise DatasetError(f"there is no file {shown}: check the path, or download or make the file") from error
+    except OSError as error:
+        raise DatasetError(f"{shown} cannot be read ({error.strerror}): give the path of a file that can") from error
+    try:
+        text = content.decode("utf-8-sig")
+        encoding = "UTF-16 without a byte order mark, or no text at all: it holds zero bytes" if "\0" in text else ""
+    except UnicodeDecodeError as error:
+        marked = (name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark))
+        encoding = next(marked, f"Latin-1 or Windows-1252, if it is text at all: byte {error.start + 1} is not UTF-8")
+    if encoding:
+        raise DatasetError(f"{shown} is not in UTF-8 but in {encoding}; save it as UTF-8 in a text editor")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def load_json(path: Path):
+    """The value of a JSON file. Raises DatasetError: as `read_text`, or it is not JSON."""
+    text = read_text(path)
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: of JSON, or a number of thousands of digits
         raise DatasetError(
-            f"{path} is not JSON ({error}); it has {len(text)} characters and begins {text[:40]!r}: "
+            f"{printable(path)} is not JSON ({error}); it has {len(text)} characters and begins {text[:40]!r}: "
             "fetch it again, the download may have been cut short or have brought a web page"
         ) from error
 
@@ -302,7 +343,7 @@ def _objects(payload, key: str, path: Path) -> list[dict]:
     records = payload.get(key) if isinstance(payload, dict) else None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DatasetError(
-            f'{path} holds {_shape(payload)}; expected an object whose "{key}" is a list of objects: '
+            f'{path} holds {shape_of(payload)}; expected an object whose "{key}" is a list of objects: '
             "is it for another reader (read_coco, read_karpathy, read_results)?"
         )
     return records
@@ -328,10 +369,10 @@ def _unique(ids: list, where: str, what: str) -> set:
     return set(counts)
 
 
-def _shape(payload) -> str:
+def shape_of(payload) -> str:
     """What a JSON value is, in words, for errors."""
     if isinstance(payload, dict):
         return f"an object with the keys {', '.join(map(repr, list(payload)[:8])) or '(none)'}"
     if isinstance(payload, list):
-        return f"a list of {len(payload)}" + (f", the first one {_shape(payload[0])}" if payload else "")
+        return f"a list of {len(payload)}" + (f", the first one {shape_of(payload[0])}" if payload else "")
     return f"a {type(payload).__name__}"

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from dalleflamingo.denoising import fast_unet, load_scheduler, side_by_side, spread_steps
 from dalleflamingo.registry import check_weights
 from dalleflamingo.runs import fingerprint
+from dalleflamingo.tokens import check_caption
 
 PREDICTIONS = ("epsilon", "v_prediction")
 FITS = {"resize": Image.resize, "crop": ImageOps.fit}  # how an image is made square
@@ -193,6 +194,10 @@ class Generator:
         with fast_unet(self.pipeline.unet) as caches_text:
             split = partial(side_by_side, generate, self.pipeline.device)
             return render_distinct(keys, seeds, split, batch_size, progress)
+
+    def check_caption(self, caption: str) -> None:
+        """Refuse a caption that the text encoder cannot read as a whole; errors as `tokens.check_caption`."""
+        check_caption(caption, self.pipeline.tokenizer, self.pipeline.text_encoder.config.max_position_embeddings)
 
     def predict(self, noisy: NoisyLatents, encoder_hidden_states: Tensor) -> Tensor:
         """The U-Net's prediction (B, 4, h, w) for noisy latents, given text (B, T, D); gradients pass."""

@@ -29,8 +29,10 @@ from PIL.Image import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-_ROW = ["image_id", "candidate"]  # identifies a row
-_SCORES = pa.schema({"image_id": pa.int64(), "candidate": pa.int64(), "score": pa.float64()})
+SOURCE = ["image_id", "digest"]  # columns that say what a row was made from: an example, and its content at that time
+_ROW = [*SOURCE, "candidate"]  # identifies a row
+_SCORES = pa.schema({"image_id": pa.int64(), "digest": pa.string(), "candidate": pa.int64(), "score": pa.float64()})
+_LAYOUT = 2  # of run.json and the parts; 1 had no digests
 _PER_TENSOR = 64  # values of each tensor that go into a model's fingerprint; training changes every tensor
 
 
@@ -44,7 +46,8 @@ class RunFolder:
     Args:
         folder: the run's folder; created if missing.
         settings: all settings that the rows depend on, as JSON values.
-        schema: columns of the rows; (image_id, candidate) identifies a row, `image` is the path of its generated image.
+        schema: columns of the rows; (image_id, digest, candidate) identifies a row, `digest` being that of the content
+            that it was made from; `image` is the path of its generated image.
     Raises:
         RunFolderError: the folder was made with other settings.
     """
@@ -69,7 +72,8 @@ class RunFolder:
         """All rows of examples whose images all exist. A damaged part is deleted, and a printed line says so."""
         rows = _read_parts(self.folder / "parts", self.schema)
         images = {f"images/{path.name}" for path in (self.folder / "images").glob("*.png")}
-        whole = rows[rows.image.isin(images).groupby(rows.image_id).transform("all").astype(bool)]
+        exists = rows.assign(exists=rows.image.isin(images))
+        whole = rows[exists.groupby(SOURCE).exists.transform("all").astype(bool)]
         return whole.reset_index(drop=True)
 
     def add_scores(self, key: str, rows: Sequence[Mapping], values: Sequence[float]) -> None:
@@ -81,7 +85,7 @@ class RunFolder:
         _add_part(folder, pa.Table.from_pylist(scored, _SCORES))
 
     def scores(self, key: str) -> pd.DataFrame:
-        """The scores that the similarity `key` has given so far: columns image_id, candidate, score."""
+        """The scores that the similarity `key` has given so far: columns image_id, digest, candidate, score."""
         return _read_parts(self._scores(key), _SCORES)
 
     def finish(self, table: pd.DataFrame, skipped: list[dict]) -> Path:
@@ -100,14 +104,21 @@ class RunFolder:
         if not path.exists():
             if _parts(self.folder / "parts"):
                 raise RunFolderError(f"{self.folder} holds parts of a run but no run.json: give another run_folder")
-            write_whole(path, lambda part: part.write_text(json.dumps({"settings": now}, indent=1) + "\n"))
+            whole = {"layout": _LAYOUT, "settings": now}
+            write_whole(path, lambda part: part.write_text(json.dumps(whole, indent=1) + "\n"))
             return
         try:
-            there = dict(json.loads(path.read_text())["settings"])
+            found = json.loads(path.read_text())
+            there, layout = dict(found["settings"]), found.get("layout", 1)
         except (ValueError, KeyError, TypeError) as error:
             raise RunFolderError(
                 f"{path} is not the settings of a run ({type(error).__name__}: {error}): give another run_folder"
             ) from error
+        if layout != _LAYOUT:
+            raise RunFolderError(
+                f"{self.folder} was made by another version of dalleflamingo (layout {layout}, this one writes "
+                f"{_LAYOUT}), whose rows do not say of which content they are: its table stays; give another run_folder"
+            )
         if lines := differences(there, now):
             raise RunFolderError(
                 f"{self.folder} holds a run with other settings:\n{lines}\nGive another run_folder, or delete this "
@@ -195,6 +206,11 @@ def derive_seed(*parts: int | str) -> int:
             ) from None
     digest = hashlib.blake2b(json.dumps(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 2**31
+
+
+def printable(text: object) -> str:
+    """A path or text for people: control characters, and bytes of a file's name that are no UTF-8, are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -88,6 +88,24 @@ class TokenizedCaption(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
 
+def check_caption(caption: str, tokenizer: Tokenizer, positions: int) -> None:
+    """Refuse a caption that a model could read in part only, or not at all.
+
+    Args:
+        caption: a text.
+        tokenizer: the model's, of transformers.
+        positions: entries of the model's position table; the tokenizer's special tokens take some of them.
+    Raises:
+        ValueError: half of a surrogate pair, which is no character, or more tokens than positions.
+    """
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start + 1} is half of a surrogate pair: write the caption again") from None
+    if (tokens := len(tokenizer(caption, verbose=False).input_ids)) > positions:
+        raise ValueError(f"it has {tokens} tokens and the model reads {positions}: shorten the caption")
+
+
 def tokenize_captions(tokenizer: Tokenizer, captions: Sequence[str]) -> list[TokenizedCaption]:
     r"""Captions as tokens, without special tokens, truncation and padding, whatever the tokenizer is set to.
 

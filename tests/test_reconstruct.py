@@ -125,9 +125,8 @@ def test_each_text_row_is_its_own_picture_description_and_similarity(clean_texts
 
 def test_source_text_is_drawn_from_the_human_captions_by_the_seed(tmp_path):
     many = [dataclasses.replace(e, references=("one", "two", "three")) for e in fakes.dataset(tmp_path / "p")]
-    journeys = [
-        reconstruct.TextImageText(None, None, [], dataclasses.replace(fakes.SETTINGS, seed=seed)) for seed in (5, 6, 5)
-    ]
+    settings = [dataclasses.replace(fakes.SETTINGS, seed=seed) for seed in (5, 6, 5)]
+    journeys = [reconstruct.TextImageText(None, fakes.Generator(), [], changed) for changed in settings]
     first, second, again = ([journey.open_source(None, example) for example in many] for journey in journeys)
     assert set(first) == {"one", "two", "three"} and first != second and first == again
 

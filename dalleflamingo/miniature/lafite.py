@@ -22,6 +22,7 @@ from dalleflamingo.generator import render_distinct
 from dalleflamingo.registry import check_weights
 from dalleflamingo.runs import fingerprint
 from dalleflamingo.similarity import ClipText
+from dalleflamingo.tokens import check_caption
 
 FIRST_CHANNELS = 32  # of the first map, at 4 × 4 positions
 
@@ -136,6 +137,10 @@ class LafiteGenerator:
         """Digest of the weights, by which a run notices another generator."""
         settings = {"clip": self.clip_text.fingerprint()}
         return fingerprint("LafiteGenerator", modules=[self.model, self.vae], settings=settings)
+
+    def check_caption(self, caption: str) -> None:
+        """As `Generator.check_caption`."""
+        check_caption(caption, self.clip_text.tokenizer.tokenizer, self.clip_text.tokenizer.context_length)
 
     @torch.no_grad()
     def render(
