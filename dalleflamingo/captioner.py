@@ -26,7 +26,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from dalleflamingo.datasets import Dataset
+from dalleflamingo.datasets import Dataset, to_rgb
 from dalleflamingo.decoding import PAPER_SAMPLING, GumbelNoise, Strategy, WordLimits, decoding_threads
 from dalleflamingo.registry import check_weights
 from dalleflamingo.runs import fingerprint
@@ -189,7 +189,7 @@ class Captioner(ABC):
 
     def _pixel_values(self, images: Sequence[Image] | Tensor) -> Tensor:
         if not isinstance(images, Tensor):
-            images = self.processor(images=list(images), return_tensors="pt").pixel_values
+            images = self.processor(images=list(map(to_rgb, images)), return_tensors="pt").pixel_values
         return images.to(self.model.device, self.model.dtype)  # (B, 3, H, W)
 
     def _sample(self, features: Tensor, *rules: LogitsProcessor) -> list[str]:

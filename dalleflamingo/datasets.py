@@ -129,27 +129,36 @@ class Dataset(Sequence[Example]):
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open an image file, of any suffix, as 8-bit RGB, turned upright by its EXIF tag, transparent pixels on white.
-
-    Deep grey becomes 8 bits by one rule, 0 black and the end of its range white: 65,535 for 16 bits; for 32-bit
-    integers and for floats, whose range no file states, the first of 1 (floats), 255 and 65,535 that no value exceeds.
+    """Open an image file, of any suffix, as `to_rgb` gives it, turned upright by its EXIF tag.
 
     Raises:
         UnreadableImage: the file is missing, truncated or not an image, has more pixels than Pillow opens (twice
-            `Image.MAX_IMAGE_PIXELS`), or is grey in another range.
+            `Image.MAX_IMAGE_PIXELS`), or `to_rgb` refuses it.
     """
     path = Path(path)
     try:
         with Image.open(path) as image:
             image.load()  # before the metadata is read, so that a truncated image is not taken for damaged metadata
-            upright = _eight_bits(image)
-            if (turn := _turn(image)) is not None:
-                upright = upright.transpose(turn)
-            if upright.has_transparency_data:
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
-            return upright.convert("RGB")
+            turn = _turn(image)
+            return to_rgb(image if turn is None else image.transpose(turn))
     except Exception as error:  # for broken files, decoders raise OSError, SyntaxError, ValueError, zlib.error and more
         raise unreadable(path, error) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as every model reads it: 8-bit RGB, with transparent pixels on white.
+
+    Grey of 16 or 32 bits or in floats, whose files do not say what is white, becomes 8 bits by one rule: 0 is black,
+    white the first of 255, 4,095 and 65,535 (8, 12, 16 bits; for floats 1 comes before them) that no value exceeds.
+
+    Raises:
+        ValueError: grey values that are negative, NaN or above 65,535, or a mode that Pillow does not convert.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def digest_of_file(path: Path) -> str:
@@ -166,7 +175,7 @@ def unreadable(path: Path, error: Exception) -> UnreadableImage:
     if isinstance(error, FileNotFoundError):
         return UnreadableImage(path, "there is no such file", "download or draw it, or leave the example out")
     size = f"it has {os.path.getsize(path):,} bytes, and " if os.path.isfile(path) else ""
-    remedy = "fetch or draw it again, save it anew as PNG or JPEG of 8 bits, or leave the example out"
+    remedy = "fetch or draw it again, save it as PNG or JPEG with 8 bits a channel, or leave the example out"
     if isinstance(error, Image.UnidentifiedImageError):
         return UnreadableImage(path, f"{size}Pillow knows no image format with such content", remedy)
     if isinstance(error, (Image.DecompressionBombError, MemoryError)):
@@ -183,15 +192,12 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Deep grey, of which Pillow would clip what is above 255, in 8 bits; images of other modes as they are."""
-    whites = {"I": (255, 65_535), "F": (1, 255, 65_535)}.get(image.mode, (65_535,))
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    values = np.asarray(image)
+    """Deep grey, of which Pillow would clip what is above 255, in 8 bits."""
+    whites, values = (1, 255, 4095, 65_535)[image.mode != "F" :], np.asarray(image)
     low, high = values.min(), values.max()
     white = next((white for white in whites if low >= 0 and high <= white), None)
     if white is None:
-        raise ValueError(f"its grey values go from {low} to {high}, not from 0 to {' or '.join(map(str, whites))}")
+        raise ValueError(f"its grey values go from {low} to {high}, expected 0 to {' or '.join(map(str, whites))}")
     grey = (values.astype(np.float32) * (255 / white)).round().astype(np.uint8)
     if "transparency" in image.info:
         grey[values == image.info["transparency"]] = 255

@@ -22,6 +22,7 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalleflamingo.datasets import to_rgb
 from dalleflamingo.denoising import fast_unet, load_scheduler, side_by_side, spread_steps
 from dalleflamingo.registry import check_weights
 from dalleflamingo.runs import fingerprint
@@ -225,7 +226,7 @@ class Generator:
         if fit not in FITS:
             raise ValueError(f"fit = {fit!r}: choose one of {', '.join(FITS)}")
         pipeline, size = self.pipeline, (self.image_size, self.image_size)
-        squares = [FITS[fit](image.convert("RGB"), size, Resampling.BICUBIC) for image in images]
+        squares = [FITS[fit](to_rgb(image), size, Resampling.BICUBIC) for image in images]
         pixels = pipeline.image_processor.preprocess(squares).to(like)  # (B, 3, H, W) in [-1, 1]
         return pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
 

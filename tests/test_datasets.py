@@ -1,16 +1,18 @@
 """Readers and writers: parity with pycocotools, the real files, round trips, and errors that name file and remedy."""
 
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from coco_files import write_coco
 from hypothesis import example as and_also
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
 from dalleflamingo import datasets
@@ -235,8 +237,9 @@ def test_an_image_that_claims_to_be_enormous_is_unreadable_not_a_crash(tmp_path)
     content[16:24] = struct.pack(">II", 40_000, 40_000)  # width and height in the header, 1.6 gigapixels
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     (tmp_path / "huge.png").write_bytes(content)
-    with pytest.raises(UnreadableImage, match="DecompressionBombError"):
+    with pytest.raises(UnreadableImage, match="1600000000 pixels.*; make it smaller") as refusal:
         datasets.open_image(tmp_path / "huge.png")
+    assert "draw it again" not in str(refusal.value)  # which would not help
 
 
 def test_a_missing_image_is_unreadable_too(tmp_path):
@@ -263,6 +266,116 @@ def test_images_open_as_rgb_upright_and_over_white(tmp_path):
         Image.new("L", (2, 2), "white").convert("RGB").convert(mode).save(file)
         opened = datasets.open_image(file)
         assert opened.mode == "RGB" and opened.getpixel((1, 1)) == (255, 255, 255)
+
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)  # every grey of 8 bits
+DEEP = {  # the same picture in deep grey, its greatest value white: (dtype, white, suffix)
+    "16-bit PNG": (np.uint16, 65_535, "png"),
+    "16-bit TIFF": (np.uint16, 65_535, "tif"),
+    "16-bit TIFF, big-endian": (np.dtype(">u2"), 65_535, "tif"),
+    "16-bit JPEG 2000": (np.uint16, 65_535, "jp2"),
+    "16-bit PGM": (np.uint16, 65_535, "pgm"),
+    "12 bits in 16": (np.uint16, 4095, "png"),
+    "8 bits in 16": (np.uint16, 255, "tif"),
+    "32-bit integers of 16 bits": (np.int32, 65_535, "tif"),
+    "32-bit integers of 8 bits": (np.int32, 255, "tif"),
+    "floats in 0 to 1": (np.float32, 1, "tif"),
+    "floats in 0 to 255": (np.float32, 255, "tif"),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_grey_opens_as_the_same_picture_in_8_bits(tmp_path, kind):
+    dtype, white, suffix = DEEP[kind]
+    values = RAMP.astype(np.float64) / 255 * white
+    values = values.round() if np.issubdtype(dtype, np.integer) else values
+    deep = Image.fromarray(values.astype(dtype))
+    assert deep.mode in ("I", "F", "I;16", "I;16B")
+    deep.save(tmp_path / f"deep.{suffix}", **({"irreversible": False} if suffix == "jp2" else {}))
+    opened = np.asarray(datasets.open_image(tmp_path / f"deep.{suffix}"))
+    assert (opened == RAMP[..., None]).all()
+    assert (np.asarray(datasets.to_rgb(deep)) == opened).all()  # a model that is given the image itself
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, float("nan")), (0.0, 7e4), (0.0, float("inf"))])
+def test_grey_of_an_unknown_range_is_refused_with_its_range(tmp_path, low, high):
+    Image.fromarray(np.array([[low, high]] * 2, np.float32)).save(tmp_path / "depth.tif")
+    with pytest.raises(UnreadableImage, match=r"depth\.tif: .*grey values go from .*expected 0 to 1 or 255 or 4095"):
+        datasets.open_image(tmp_path / "depth.tif")
+    Image.fromarray(np.array([[0, 70_000]], np.int32)).save(tmp_path / "count.tif")
+    with pytest.raises(UnreadableImage, match="from 0 to 70000, expected 0 to 255 or 4095 or 65535"):
+        datasets.open_image(tmp_path / "count.tif")
+
+
+def test_transparent_deep_grey_is_white(tmp_path):
+    deep = Image.fromarray(RAMP.astype(np.uint16) * 257)
+    deep.save(tmp_path / "clear.png", transparency=257 * 3)
+    opened = np.asarray(datasets.open_image(tmp_path / "clear.png"))[..., 0]
+    assert (opened == np.where(RAMP == 3, 255, RAMP)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_undone_as_pillow_does(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(RAMP[:, :9]).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert (np.asarray(datasets.open_image(tmp_path / "turned.png")) == expected).all()
+
+
+def _exif(orientation: bytes, *others: bytes) -> bytes:
+    """An EXIF block of entries of 12 bytes as they are in the file: tag, type, count, value."""
+    entries = [orientation, *others]
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+TURNED = struct.pack("<HHII", 0x0112, 3, 1, 6)
+DAMAGED = {  # -> is it turned?
+    "a description of another type": (_exif(TURNED, struct.pack("<HHII", 0x010E, 5, 1, 4)), True),
+    "a value beyond the block": (_exif(TURNED, struct.pack("<HHII", 0x010F, 2, 999, 60_000)), True),
+    "an unknown type": (_exif(TURNED, struct.pack("<HHII", 0x9209, 77, 1, 1)), True),
+    "an orientation out of range": (_exif(struct.pack("<HHII", 0x0112, 3, 1, 77)), False),
+    "an orientation that is text": (_exif(struct.pack("<HHI4s", 0x0112, 2, 4, b"up!")), False),
+    "an orientation divided by 0": (_exif(struct.pack("<HHII", 0x0112, 5, 1, 8)), False),
+    "no TIFF header": (b"Exif\0\0not at all", False),
+    "cut short": (_exif(TURNED)[:18], False),
+    "empty": (b"Exif\0\0", False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of the damage
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_metadata_does_not_refuse_an_image(tmp_path, kind, suffix):
+    block, turned = DAMAGED[kind]
+    Image.new("RGB", (16, 8), "red").save(tmp_path / f"damaged.{suffix}", exif=block)
+    assert datasets.open_image(tmp_path / f"damaged.{suffix}").size == ((8, 16) if turned else (16, 8))
+
+
+def test_an_image_is_known_by_its_content_whatever_its_name(tmp_path):
+    for name in ("a.jpg", "a.txt", "a", "a.heic"):
+        Image.new("RGB", (2, 2), "red").save(tmp_path / name, format="PNG")
+        assert datasets.open_image(tmp_path / name).getpixel((0, 0)) == (255, 0, 0)
+    (tmp_path / "b.png").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    with pytest.raises(UnreadableImage, match="Pillow knows no image format.*save it as PNG or JPEG"):
+        datasets.open_image(tmp_path / "b.png")
+
+
+def test_a_name_that_cannot_be_printed_is_escaped_in_the_message(tmp_path):
+    for name, shown in ((b"caf\xe9.png", r"caf\udce9.png"), (b"two\nlines.png", r"two\nlines.png")):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        path.write_bytes(b"")
+        with pytest.raises(UnreadableImage) as refusal:
+            datasets.open_image(path)
+        assert shown in str(refusal.value) and str(refusal.value).isprintable()
+        assert refusal.value.path == path  # itself, by which it can be found
+
+
+def test_a_json_number_of_thousands_of_digits_is_refused_not_a_crash(tmp_path):
+    (tmp_path / "a.json").write_text("[" + "9" * 5000 + "]")
+    with pytest.raises(DatasetError, match="a.json is not JSON .*digits"):
+        datasets.read_results(tmp_path / "a.json")
 
 
 # Labels

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -73,7 +74,7 @@ def read_captions(path: str | Path) -> Dataset:
     """
     path = Path(path)
     shown, suffix = printable(path), path.suffix.lower()
-    if suffix in Image.registered_extensions() or (path.is_file() and b"\0" in _beginning(path) and _opens(path)):
+    if suffix in Image.registered_extensions() or (os.path.isfile(path) and _opens(path)):
         raise DatasetError(f"{shown} is a single image: put it into a folder, and give the folder")
     if suffix == ".json":
         found = _of_json(load_json(path), shown)
@@ -107,7 +108,7 @@ def _not_an_image(path: Path) -> str:
     """Why a file is left out, for a list of such files; empty where Pillow knows its format."""
     if path.is_dir():
         return "a folder, which is not searched"
-    if not path.is_file():
+    if not path.is_file():  # a device or a pipe might never end
         return "a broken link or a device"
     try:
         path.open("rb").close()
@@ -126,14 +127,6 @@ def _opens(path: Path) -> bool:
     except Exception:  # readers of broken headers raise anything
         return False
     return True
-
-
-def _beginning(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(1024)
-    except OSError:
-        return b""
 
 
 def _listed(names: list[str]) -> str:
