@@ -116,8 +116,8 @@ class RunFolder:
             ) from error
         if layout != _LAYOUT:
             raise RunFolderError(
-                f"{self.folder} was made by another version of dalleflamingo (layout {layout}, this one writes "
-                f"{_LAYOUT}), whose rows do not say of which content they are: its table stays; give another run_folder"
+                f"{self.folder} has layout {layout!r} and this version writes {_LAYOUT}, whose rows say which content they "
+                "were made from: keep it for its table and its images, and give another run_folder"
             )
         if lines := differences(there, now):
             raise RunFolderError(
