@@ -116,8 +116,8 @@ class RunFolder:
             ) from error
         if layout != _LAYOUT:
             raise RunFolderError(
-                f"{self.folder} has layout {layout!r} and this version writes {_LAYOUT}, whose rows say which content they "
-                "were made from: keep it for its table and its images, and give another run_folder"
+                f"{self.folder} has layout {layout!r} and this version writes {_LAYOUT}, whose rows say which content "
+                "they were made from: keep it for its table and its images, and give another run_folder"
             )
         if lines := differences(there, now):
             raise RunFolderError(
