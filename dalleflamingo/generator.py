@@ -198,7 +198,9 @@ class Generator:
 
     def check_caption(self, caption: str) -> None:
         """Refuse a caption that the text encoder cannot read as a whole; errors as `tokens.check_caption`."""
-        check_caption(caption, self.pipeline.tokenizer, self.pipeline.text_encoder.config.max_position_embeddings)
+        parts = self.pipeline
+        positions = parts.text_encoder.config.max_position_embeddings
+        check_caption(caption, lambda text: len(parts.tokenizer(text, verbose=False).input_ids), positions)
 
     def predict(self, noisy: NoisyLatents, encoder_hidden_states: Tensor) -> Tensor:
         """The U-Net's prediction (B, 4, h, w) for noisy latents, given text (B, T, D); gradients pass."""

@@ -140,7 +140,8 @@ class LafiteGenerator:
 
     def check_caption(self, caption: str) -> None:
         """As `Generator.check_caption`."""
-        check_caption(caption, self.clip_text.tokenizer.tokenizer, self.clip_text.tokenizer.context_length)
+        tokenizer = self.clip_text.tokenizer
+        check_caption(caption, lambda text: len(tokenizer.tokenizer(text).input_ids), tokenizer.context_length)
 
     @torch.no_grad()
     def render(
