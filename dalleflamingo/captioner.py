@@ -310,14 +310,6 @@ class Blip2Captioner(Captioner):
         return {"inputs_embeds": torch.cat([features.to(words.dtype), words], dim=1)}  # (B, T, D)
 
 
-def describe_dataset(captioner: Captioner, dataset: Dataset, batch_size: int = 32) -> dict[int, str]:
-    """Image id -> caption by beam search, for every image of a data set; errors as `Dataset.open`."""
-    captions = []
-    for start in range(0, len(dataset), batch_size):
-        captions += captioner.describe([dataset.open(example) for example in dataset[start : start + batch_size]])
-    return {example.image_id: caption for example, caption in zip(dataset, captions, strict=True)}
-
-
 def without_unreadable(dataset: Dataset, captioner: Captioner) -> Dataset:
     """The data set without captions that the captioner cannot read as labels, which are named, and images left bare."""
     examples = []

@@ -1,11 +1,10 @@
-"""Images with their reference captions: readers and writers of the formats that captioning uses.
+"""Images with their reference captions: readers of the formats that captioning uses.
 
 COCO captions, Karpathy's splits, NoCaps, and a user's own files (`dalleflamingo.sources`) all become a `Dataset` of
-`Example`s, so that the rest of the package does not depend on the source. Predictions are exchanged as COCO results
-JSON. Captions are kept exactly as published: metrics tokenize them, training cleans them (`clean_caption`).
+`Example`s, so that the rest of the package does not depend on the source. Captions are kept exactly as published:
+metrics tokenize them, training cleans them (`clean_caption`).
 """
 
-import codecs
 import hashlib
 import json
 import os
@@ -19,16 +18,10 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from dalleflamingo.runs import derive_seed, printable, write_whole
+from dalleflamingo.runs import derive_seed, printable
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # NoCaps: are the image's things among COCO's 80 classes?
 KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
-_BYTE_ORDER_MARKS = {  # of UTF-32 first, as it begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 _UPRIGHT = {  # EXIF's orientation -> what undoes it; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -89,7 +82,7 @@ class Dataset(Sequence[Example]):
 
     def __post_init__(self):
         object.__setattr__(self, "examples", tuple(self.examples))
-        _unique([example.image_id for example in self.examples], f"data set {self.name}", "image id")
+        distinct([example.image_id for example in self.examples], f"data set {self.name}", "image id")
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -249,42 +242,17 @@ def read_karpathy(dataset_json: Path, images: Path, split: str) -> Dataset:
     path, images = Path(dataset_json), Path(images)
     members = []
     for record in _objects(load_json(path), "images", path):
-        if _value(record, "split", str, path) in KARPATHY_SPLITS[split]:
-            file = images / _value(record, "filepath", str, path) / _value(record, "filename", str, path)
-            captions = (_value(sentence, "raw", str, path) for sentence in _objects(record, "sentences", path))
-            members.append(Example(_value(record, "cocoid", int, path), file, tuple(captions)))
+        if value_of(record, "split", str, path) in KARPATHY_SPLITS[split]:
+            file = images / value_of(record, "filepath", str, path) / value_of(record, "filename", str, path)
+            captions = (value_of(sentence, "raw", str, path) for sentence in _objects(record, "sentences", path))
+            members.append(Example(value_of(record, "cocoid", int, path), file, tuple(captions)))
     return Dataset(f"{path.stem}/{split}", tuple(members))
-
-
-def read_results(path: Path) -> dict[int, str]:
-    """COCO results JSON, `[{"image_id", "caption"}]`, as {image_id: caption}.
-
-    Raises:
-        DatasetError: not JSON, another format, or two captions for one image.
-    """
-    path = Path(path)
-    payload = load_json(path)
-    if not isinstance(payload, list) or not all(isinstance(record, dict) for record in payload):
-        raise DatasetError(
-            f"{path} holds {shape_of(payload)}; expected COCO results, a list of objects with image_id and caption: "
-            "references are read by read_coco"
-        )
-    _unique([_value(record, "image_id", int, path) for record in payload], str(path), "image_id")
-    return {record["image_id"]: _value(record, "caption", str, path) for record in payload}
-
-
-def write_results(path: Path, captions: Mapping[int, str]) -> None:
-    """Write {image_id: caption} as COCO results JSON, replacing an older file; a missing folder is created."""
-    results = [{"image_id": int(image_id), "caption": caption} for image_id, caption in captions.items()]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # ASCII escapes, since captions may contain characters that UTF-8 cannot encode
-    write_whole(Path(path), lambda part: part.write_text(json.dumps(results), encoding="ascii"))
 
 
 def _example(record: dict, images: Path, references: Mapping[int, list[str]], path: Path) -> Example:
     image_id = record["id"]
     named = "file_name" in record
-    file_name = _value(record, "file_name", str, path) if named else f"COCO_val2014_{image_id:012d}.jpg"
+    file_name = value_of(record, "file_name", str, path) if named else f"COCO_val2014_{image_id:012d}.jpg"
     domain = record.get("domain")
     if domain is not None and domain not in DOMAINS:
         raise DatasetError(f"{path}: image {image_id} has domain {domain!r}; expected {', '.join(DOMAINS)} or none")
@@ -294,17 +262,19 @@ def _example(record: dict, images: Path, references: Mapping[int, list[str]], pa
 
 def _references(captions: list[dict], images: list[dict], path: Path) -> dict[int, list[str]]:
     """{image_id: its captions in file order}, after checking that every caption belongs to a listed image."""
-    listed = _unique([_value(image, "id", int, path) for image in images], str(path), "image id")
-    _unique([_value(caption, "id", int, path) for caption in captions if "id" in caption], str(path), "annotation id")
+    listed = distinct([value_of(image, "id", int, path) for image in images], str(path), "image id")
+    distinct(
+        [value_of(caption, "id", int, path) for caption in captions if "id" in caption], str(path), "annotation id"
+    )
     references = defaultdict(list)
     for caption in captions:
-        image_id = _value(caption, "image_id", int, path)
+        image_id = value_of(caption, "image_id", int, path)
         if image_id not in listed:
             raise DatasetError(
-                f"{path}: the caption {_value(caption, 'caption', str, path)!r} is of image {image_id}, which is not "
+                f"{path}: the caption {value_of(caption, 'caption', str, path)!r} is of image {image_id}, which is not "
                 f'among the {len(listed)} under "images": list the image or remove the caption'
             )
-        references[image_id].append(_value(caption, "caption", str, path))
+        references[image_id].append(value_of(caption, "caption", str, path))
     return references
 
 
@@ -314,22 +284,23 @@ def read_text(path: Path) -> str:
     Raises:
         DatasetError: there is no such file, it cannot be read, or it is in another encoding, which the message names.
     """
-    path, shown = Path(path), printable(path)
+    shown = printable(path)
     try:
-        content = path.read_bytes()
+        content = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise DatasetError(f"there is no file {shown}: check the path, or download or make the file") from error
     except OSError as error:
         raise DatasetError(f"{shown} cannot be read ({error.strerror}): give the path of a file that can") from error
-    try:
-        text = content.decode("utf-8-sig")
-        encoding = "UTF-16 without a byte order mark, or no text at all: it holds zero bytes" if "\0" in text else ""
-    except UnicodeDecodeError as error:
-        marked = (name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark))
-        encoding = next(marked, f"Latin-1 or Windows-1252, if it is text at all: byte {error.start + 1} is not UTF-8")
-    if encoding:
-        raise DatasetError(f"{shown} is not in UTF-8 but in {encoding}; save it as UTF-8 in a text editor")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    encoding = json.detect_encoding(content).upper()  # by a byte order mark, or by zero bytes among the first four
+    if encoding.startswith("UTF-8"):
+        try:
+            text = content.decode("utf-8-sig")
+            if "\0" not in text:
+                return text.replace("\r\n", "\n").replace("\r", "\n")
+            encoding = "another encoding, if it is text at all: it holds zero bytes"
+        except UnicodeDecodeError as error:
+            encoding = f"Latin-1 or Windows-1252, if it is text at all: byte {error.start + 1} is not UTF-8"
+    raise DatasetError(f"{shown} is not in UTF-8 but in {encoding}; save it as UTF-8 in a text editor")
 
 
 def load_json(path: Path):
@@ -350,15 +321,15 @@ def _objects(payload, key: str, path: Path) -> list[dict]:
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DatasetError(
             f'{path} holds {shape_of(payload)}; expected an object whose "{key}" is a list of objects: '
-            "is it for another reader (read_coco, read_karpathy, read_results)?"
+            "is it for another reader (read_coco, read_karpathy, caption_results.read_results)?"
         )
     return records
 
 
-def _value(record: dict, key: str, kind: type, path: Path):
+def value_of(record: dict, key: str, kind: type, path: Path):
     """record[key], checked to be of `kind`."""
     value = record.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and abs(value) >= 2**63):  # of a table
         raise DatasetError(
             f'{path}: expected "{key}" in every record, of type {kind.__name__}, but found {str(record)[:200]}: '
             "mend that record, or choose the reader for its format"
@@ -366,7 +337,7 @@ def _value(record: dict, key: str, kind: type, path: Path):
     return value
 
 
-def _unique(ids: list, where: str, what: str) -> set:
+def distinct(ids: list, where: str, what: str) -> set:
     """The ids as a set, checked to be distinct."""
     counts = Counter(ids)
     if len(counts) < len(ids):

@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 
 from dalleflamingo import datasets
 from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage
-from dalleflamingo.evaluation import image_features
+from dalleflamingo.evaluation import caption_results, image_features
 
 IMAGES = [{"id": 7, "file_name": "b.png", "scene": {"ground": "grass"}}, {"id": 3, "file_name": "a.png"}]
 CAPTIONS = [
@@ -91,6 +91,7 @@ def test_nocaps_domains_are_read_and_split_in_the_order_of_the_tables(tmp_path):
         ({"images": ["a.png"], "annotations": []}, 'whose "images" is a list of objects'),
         ({"images": [{"id": "7"}], "annotations": []}, '"id" in every record, of type int'),
         ({"images": [{"id": True}], "annotations": []}, '"id" in every record, of type int'),
+        ({"images": [{"id": 2**63}], "annotations": []}, '"id" in every record, of type int'),
         ({"images": [{"id": 7, "file_name": None}], "annotations": []}, '"file_name" in every record, of type str'),
         ({"images": IMAGES, "annotations": [{"image_id": 7}]}, '"caption" in every record, of type str'),
         ({"images": IMAGES * 2, "annotations": []}, "image id 7 occurs 2 times"),
@@ -118,7 +119,7 @@ def test_json_of_another_shape_is_refused_with_its_file_and_what_was_expected(tm
 def test_a_file_that_is_not_json_is_named_with_what_it_begins_with(tmp_path, content, message):
     path = tmp_path / "captions.json"
     path.write_bytes(content)
-    for read in (lambda: datasets.read_coco(path, tmp_path), lambda: datasets.read_results(path)):
+    for read in (lambda: datasets.read_coco(path, tmp_path), lambda: caption_results.read_results(path)):
         with pytest.raises(DatasetError, match=message) as refusal:
             read()
         assert str(path) in str(refusal.value)
@@ -143,8 +144,8 @@ def test_any_caption_survives_writing_and_reading(tmp_path_factory, captions):
     write_coco(folder / "a.json", examples)
     assert datasets.read_coco(folder / "a.json", folder).examples == examples
     results = {i: caption for i, c in enumerate(captions) for caption in c}
-    datasets.write_results(folder / "r.json", results)
-    assert datasets.read_results(folder / "r.json") == results
+    caption_results.write_results(folder / "r.json", results)
+    assert caption_results.read_results(folder / "r.json") == results
     assert sorted(path.name for path in folder.iterdir()) == ["a.json", "r.json"]
 
 
@@ -155,16 +156,16 @@ def test_subfolders_survive_a_round_trip_when_the_images_folder_is_named(tmp_pat
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    datasets.write_results(tmp_path / "r.json", {1: "kept"})
+    caption_results.write_results(tmp_path / "r.json", {1: "kept"})
     with pytest.raises(TypeError):
-        datasets.write_results(tmp_path / "r.json", {1: object()})
-    assert datasets.read_results(tmp_path / "r.json") == {1: "kept"}
+        caption_results.write_results(tmp_path / "r.json", {1: object()})
+    assert caption_results.read_results(tmp_path / "r.json") == {1: "kept"}
 
 
 def test_pycocotools_reads_what_we_write(tmp_path):
     found = datasets.read_coco(_coco(tmp_path), tmp_path)
     write_coco(tmp_path / "ours.json", found)
-    datasets.write_results(tmp_path / "results.json", {3: "a bird", 7: "a boat"})
+    caption_results.write_results(tmp_path / "results.json", {3: "a bird", 7: "a boat"})
     stock = COCO(str(tmp_path / "ours.json"))
     for example in found:
         assert [a["caption"] for a in stock.imgToAnns[example.image_id]] == list(example.references)
@@ -175,9 +176,9 @@ def test_pycocotools_reads_what_we_write(tmp_path):
 def test_results_with_two_captions_for_one_image_are_refused(tmp_path):
     path = _file(tmp_path, [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}])
     with pytest.raises(DatasetError, match="image_id 1 occurs 2 times"):
-        datasets.read_results(path)
+        caption_results.read_results(path)
     with pytest.raises(DatasetError, match="expected COCO results"):
-        datasets.read_results(_coco(tmp_path))
+        caption_results.read_results(_coco(tmp_path))
 
 
 def test_a_subset_is_chosen_by_its_seed_nested_and_in_file_order():
@@ -375,7 +376,7 @@ def test_a_name_that_cannot_be_printed_is_escaped_in_the_message(tmp_path):
 def test_a_json_number_of_thousands_of_digits_is_refused_not_a_crash(tmp_path):
     (tmp_path / "a.json").write_text("[" + "9" * 5000 + "]")
     with pytest.raises(DatasetError, match="a.json is not JSON .*digits"):
-        datasets.read_results(tmp_path / "a.json")
+        caption_results.read_results(tmp_path / "a.json")
 
 
 # Labels
@@ -463,11 +464,11 @@ def test_all_51_real_photographs_open_with_their_size_and_five_captions(real_dat
 def test_real_predictions_of_another_shape_are_refused_and_in_coco_shape_are_read(real_data, tmp_path):
     path = real_data / "magic-predictions/magic_result.json"
     with pytest.raises(DatasetError, match='magic_result.json: expected "image_id" in every record'):
-        datasets.read_results(path)
+        caption_results.read_results(path)
     published = json.loads(path.read_text())
     captions = {int(r["image_name"][-16:-4]): r["prediction"] for r in published}
-    datasets.write_results(tmp_path / "magic.json", captions)
-    assert datasets.read_results(tmp_path / "magic.json") == captions and len(captions) == 4982
+    caption_results.write_results(tmp_path / "magic.json", captions)
+    assert caption_results.read_results(tmp_path / "magic.json") == captions and len(captions) == 4982
 
 
 def test_image_files_are_opened_on_access_and_not_before(tmp_path):

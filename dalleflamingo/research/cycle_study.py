@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
-from dalleflamingo.captioner import describe_dataset
 from dalleflamingo.cycle import CycleConfig, build_cycle, load_cycle, make_accelerator, train_cycle
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.datasets import Dataset
+from dalleflamingo.evaluation.caption_results import describe_dataset
 from dalleflamingo.evaluation.cycle_validation import render_captions
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.generator import Generator
