@@ -159,7 +159,7 @@ def digest_of_file(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=8)).hexdigest()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         raise unreadable(path, error) from error
 
 
@@ -351,5 +351,6 @@ def shape_of(payload) -> str:
     if isinstance(payload, dict):
         return f"an object with the keys {', '.join(map(repr, list(payload)[:8])) or '(none)'}"
     if isinstance(payload, list):
-        return f"a list of {len(payload)}" + (f", the first one {shape_of(payload[0])}" if payload else "")
+        first = "a list" if payload and isinstance(payload[0], list) else payload and shape_of(payload[0])
+        return f"a list of {len(payload)}" + (f", the first one {first}" if payload else "")
     return f"a {type(payload).__name__}"

@@ -49,11 +49,15 @@ class RunFolder:
         schema: columns of the rows; (image_id, digest, candidate) identifies a row, `digest` being that of the content
             that it was made from; `image` is the path of its generated image.
     Raises:
-        RunFolderError: the folder was made with other settings.
+        RunFolderError: the folder was made with other settings or by another version, or its name is not UTF-8.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object], schema: pa.Schema):
         self.folder, self.schema = Path(folder), schema
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError as error:  # a name that is no UTF-8: the file system takes it, pyarrow does not
+            raise RunFolderError(f"{printable(folder)} is not in UTF-8: give another run_folder") from error
         for name in ("parts", "images"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._agree(settings)

@@ -65,6 +65,13 @@ def test_an_image_depends_on_its_caption_and_seed_alone(generator):
     assert len({picture.tobytes() for picture in (again, *others)}) == 3
 
 
+def test_a_caption_that_clip_would_read_in_part_is_refused(generator):
+    length = generator.clip_text.tokenizer.context_length
+    generator.check_caption("a " * (length - 2))
+    with pytest.raises(ValueError, match=f"it has {length + 1} tokens and the model reads {length}"):
+        generator.check_caption("a " * (length - 1))
+
+
 def test_fingerprint_follows_the_weights(generator):
     before = generator.fingerprint()
     other = LafiteGenerator(Lafite(feature_size=24, width=16), generator.vae, Letters())

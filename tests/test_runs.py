@@ -1,6 +1,8 @@
 """Runs: what is kept is whole, another model is another run, and a training goes on bit for bit."""
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,6 +61,26 @@ def test_other_settings_are_named_and_nothing_is_changed(tmp_path):
     with pytest.raises(RunFolderError, match=r"(?s)steps: 20 there, 50 now\nGive another run_folder, or delete"):
         RunFolder(tmp_path / "run", {"seed": 0, "steps": 50}, SCHEMA)
     assert json.loads((tmp_path / "run/run.json").read_text())["settings"] == {"seed": 0, "steps": 20}
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_any_work(tmp_path):
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(RunFolderError, match=r"caf\\udce9 is not in UTF-8: give another") as refusal:
+        RunFolder(named, {}, SCHEMA)
+    assert str(refusal.value).isprintable() and not named.exists()
+    RunFolder(tmp_path / "łódź 🚣", {}, SCHEMA).add([])
+
+
+def test_two_contents_of_one_example_are_kept_apart(tmp_path):
+    run = RunFolder(tmp_path / "run", {}, SCHEMA)
+    first, second = row(run, 3, 0), row(run, 3, 0) | {"digest": "other"}
+    run.add([first])
+    run.add([second])
+    run.add_scores("clip", [first, second], [0.5, 0.25])
+    assert run.rows().to_dict("records") == [first, second]
+    assert dict(zip(run.scores("clip").digest, run.scores("clip").score, strict=True)) == {"d3": 0.5, "other": 0.25}
+    run.add([first])  # of one content the later row replaces the earlier
+    assert len(run.rows()) == 2
 
 
 def test_a_write_that_fails_leaves_the_older_file(tmp_path):
