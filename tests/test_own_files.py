@@ -4,8 +4,11 @@ import csv
 import io
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
+import fakes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,8 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dalleflamingo import image_text_image
+from dalleflamingo.course import show
 from dalleflamingo.datasets import DatasetError
 from dalleflamingo.sources.own_files import read_captions, read_folder, stable_id
+
+ROOT = Path(__file__).parents[1]
 
 # ── a folder of images ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -108,6 +115,24 @@ def test_an_id_is_the_same_in_every_run():
 def test_a_file_of_a_hundred_thousand_captions_is_read(tmp_path):
     (tmp_path / "many.txt").write_text("".join(f"caption {i}\n" for i in range(100_000)))
     assert len(read_captions(tmp_path / "many.txt")) == 100_000
+
+
+def test_a_damaged_first_image_does_not_break_the_notebooks_own_cell(tmp_path, monkeypatch):
+    notebook = json.loads((ROOT / "notebooks/04_image_text_image.ipynb").read_text(encoding="utf-8"))
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    [start] = [i for i, source in enumerate(code) if "my_pictures" in source]
+    (tmp_path / "my_pictures").mkdir()
+    for name in "abc":
+        image(tmp_path / f"my_pictures/{name}.png")
+    (tmp_path / "my_pictures/a.png").write_bytes((tmp_path / "my_pictures/a.png").read_bytes()[:45])
+    monkeypatch.chdir(tmp_path)
+    models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()]
+    names = dict(Path=Path, tempfile=tempfile, shutil=shutil, show=show, read_folder=read_folder, models=models)
+    names |= dict(image_text_image=image_text_image, settings=fakes.SETTINGS, by="colour")
+    for source in code[start : start + 2]:
+        exec(source, names)
+    assert [Path(one["path"]).name for one in names["my_table"].attrs["skipped"]] == ["a.png"]
+    assert names["first_read"].path.name == "b.png"
 
 
 # ── files of captions ────────────────────────────────────────────────────────────────────────────────────────────────
