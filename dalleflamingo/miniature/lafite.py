@@ -141,7 +141,10 @@ class LafiteGenerator:
     def check_caption(self, caption: str) -> None:
         """As `Generator.check_caption`."""
         tokenizer = self.clip_text.tokenizer
-        check_caption(caption, lambda text: len(tokenizer.tokenizer(text).input_ids), tokenizer.context_length)
+        if hasattr(tokenizer, "tokenizer"):  # open_clip wraps one of transformers
+            check_caption(caption, lambda text: len(tokenizer.tokenizer(text).input_ids), tokenizer.context_length)
+        else:  # or has its own, which leaves out both ends
+            check_caption(caption, lambda text: len(tokenizer.encode(text)) + 2, tokenizer.context_length)
 
     @torch.no_grad()
     def render(
