@@ -186,6 +186,9 @@ def test_utf_16_without_a_mark_is_not_read_as_captions_of_zero_bytes(tmp_path):
     (tmp_path / "a.txt").write_bytes(KITE.encode("utf-16-le"))  # also valid UTF-8
     with pytest.raises(DatasetError, match="in UTF-16-LE; save"):
         read_captions(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes(KITE.encode() + b"\0 and more")
+    with pytest.raises(DatasetError, match="if it is text at all: it holds zero bytes"):
+        read_captions(tmp_path / "a.txt")
 
 
 def table(separator: str, rows: list[list[str]]) -> str:

@@ -375,7 +375,7 @@ def test_a_name_that_is_not_printable_ends_no_run(tmp_path, capsys):
     assert table.image_id.max() > 2**31 and table.image_id.dtype == np.int64
 
 
-def test_captions_that_the_generator_cannot_read_are_skipped_by_name(tmp_path):
+def test_captions_that_the_generator_cannot_read_are_skipped_by_name(tmp_path, capsys):
     (tmp_path / "mine.json").write_text(json.dumps(["a red thing", "half \ud83d", "a blue " + "boat " * 80, "a cat"]))
     (tmp_path / "sd").mkdir()
     generator = Generator.from_pretrained(tiny.stable_diffusion(tmp_path / "sd") or tmp_path / "sd")
@@ -385,6 +385,8 @@ def test_captions_that_the_generator_cannot_read_are_skipped_by_name(tmp_path):
     assert table.caption.tolist() == ["a red thing", "a cat"]
     surrogate, long = (one["reason"] for one in table.attrs["skipped"])
     assert "cannot read the caption" in surrogate and "character 6 is half of a surrogate pair" in surrogate
+    out = capsys.readouterr().out
+    assert r'cannot read the caption "half \ud83d"' in out and out.encode()  # which a terminal takes
     assert re.search(r'"a blue boat .* and the model reads 16: shorten the caption, or leave it out', long)
 
 
