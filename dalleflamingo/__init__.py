@@ -20,7 +20,6 @@ __version__ = "0.1.0"
 _EXPORTS = {  # module -> the names that it exports here
     "profiles": ("current_profile",),
     "runs": ("derive_seed",),
-    "datasets": ("read_captions", "read_folder"),
     "registry": ("load_dataset",),
     "decoding": ("Nucleus", "Temperature", "TopK"),
     "captioner": ("Captioner",),
@@ -39,6 +38,7 @@ _EXPORTS = {  # module -> the names that it exports here
         "text_image_text",
     ),
     "cycle": ("CycleConfig", "load_cycle", "train_cycle"),
+    "sources.own_files": ("read_captions", "read_folder"),
     "evaluation.intervals": ("Interval", "mean_interval", "paired_bootstrap"),
     "evaluation.caption_metrics": ("evaluate",),
     "evaluation.similarities": ("load_text_similarities",),

@@ -186,8 +186,9 @@ def reconstruct(arguments: list[str]) -> int:
     """Send your own images, or your own captions, there and back with the profile's models.
 
     A folder of images: each is captioned several times, an image is generated from each caption, and CLIP and DINO
-    score how similar it is to the original. A text file, one caption a line: several images are generated from each,
-    each image is described, and four similarities of texts score how similar the description is to the caption.
+    score how similar it is to the original. A file of captions: several images are generated from each, each image is
+    described, and four similarities of texts score how similar the description is to the caption. Such a file is a text
+    with one caption a line, or .json, .jsonl, .csv or .tsv with a caption in each entry or row.
 
     The best candidates of the first images or captions are printed. All candidates with their scores are in
     candidates.parquet of the run folder. To rank them in Python (after a text file, by="text_clip"):
@@ -197,7 +198,7 @@ def reconstruct(arguments: list[str]) -> int:
         ranked = rank(pandas.read_parquet("OUT/candidates.parquet"), by="clip")
     """
     parser = _parser("reconstruct", reconstruct)
-    parser.add_argument("source", type=Path, help="a folder of images, or a text file with one caption a line")
+    parser.add_argument("source", type=Path, help="a folder of images, or a file of captions, one a line")
     parser.add_argument("--out", type=Path, required=True, help="run folder; a run that was interrupted goes on there")
     parser.add_argument("--images", type=_positive, metavar="N", help="take only the first N images or captions")
     parser.add_argument(
@@ -209,12 +210,10 @@ def reconstruct(arguments: list[str]) -> int:
     _add_shared(parser, steps="denoising steps of the generator", batch_size="images at once; fewer need less memory")
     options = parser.parse_args(arguments)
 
-    from dalleflamingo.datasets import IMAGE_SUFFIXES, read_captions, read_folder
     from dalleflamingo.runs import hold
+    from dalleflamingo.sources.own_files import read_captions, read_folder
 
-    is_text = options.source.suffix.lower() == ".txt" or options.source.is_file()
-    if options.source.suffix.lower() in IMAGE_SUFFIXES and not options.source.is_dir():
-        parser.error(f"{options.source} is a single image: put it into a folder, and give the folder")
+    is_text = not options.source.is_dir()
     source = (read_captions if is_text else read_folder)(options.source)[: options.images]
     with hold(options.out):  # before models are loaded, which may take minutes
         table, names = (_text_journey if is_text else _image_journey)(source, options)
@@ -282,12 +281,13 @@ def _print_best(table: "DataFrame", names: Mapping[int, str], column: str) -> No
         column: what to print of a candidate.
     """
     from dalleflamingo.reconstruct import ImageTextImage, TextImageText, select
+    from dalleflamingo.runs import printable
 
     for similarity in (name for name in table if name not in ImageTextImage.columns | TextImageText.columns):
         best = select(table, by=similarity).head(_SHOWN)
         print(f"best by {similarity}:")
         for image_id, score, candidate in zip(best["image_id"], best[similarity], best[column], strict=True):
-            print(f"  {names[image_id]:<24.24} {score:8.3f}  {candidate}")
+            print(f"  {printable(names[image_id]):<24.24} {score:8.3f}  {candidate}")
 
 
 def cycle(arguments: list[str]) -> int:

@@ -26,7 +26,7 @@ from tqdm.auto import trange
 
 from dalleflamingo import cycle_losses, registry
 from dalleflamingo.bridge import Bridge
-from dalleflamingo.captioner import Captioner
+from dalleflamingo.captioner import Captioner, without_unreadable
 from dalleflamingo.cycle_losses import LOSS_NAMES, Batch, Cycle, Losses, captioner_parameters, generator_parameters
 from dalleflamingo.datasets import Dataset, Example, clean_caption
 from dalleflamingo.generator import FITS, Generator
@@ -238,6 +238,7 @@ def build_cycle(
     if config.checkpointing:
         pipeline.unet.train().enable_gradient_checkpointing()  # diffusers wants training mode for it; nothing drops out
     pipeline.vae.disable_slicing()  # one image at a time is slower, and saves nothing where gradients keep all
+    dataset = without_unreadable(dataset, captioner)
     if bridge is None:
         labels = [clean_caption(caption) for example in dataset for caption in example.references]
         captions = captioner.behind_prompt(labels)

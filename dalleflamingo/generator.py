@@ -22,9 +22,11 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalleflamingo.datasets import to_rgb
 from dalleflamingo.denoising import fast_unet, load_scheduler, side_by_side, spread_steps
 from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
+from dalleflamingo.tokens import check_caption
 
 PREDICTIONS = ("epsilon", "v_prediction")
 FITS = {"resize": Image.resize, "crop": ImageOps.fit}  # how an image is made square
@@ -197,6 +199,12 @@ class Generator:
             split = partial(side_by_side, generate, self.pipeline.device)
             return render_distinct(keys, seeds, split, batch_size, progress)
 
+    def check_caption(self, caption: str) -> None:
+        """Refuse a caption that the text encoder cannot read as a whole; errors as `tokens.check_caption`."""
+        parts = self.pipeline
+        positions = parts.text_encoder.config.max_position_embeddings
+        check_caption(caption, lambda text: len(parts.tokenizer(text, verbose=False).input_ids), positions)
+
     def predict(self, noisy: NoisyLatents, encoder_hidden_states: Tensor) -> Tensor:
         """The U-Net's prediction (B, 4, h, w) for noisy latents, given text (B, T, D); gradients pass."""
         unet = self.pipeline.unet
@@ -223,7 +231,7 @@ class Generator:
         if fit not in FITS:
             raise ValueError(f"fit = {fit!r}: choose one of {', '.join(FITS)}")
         pipeline, size = self.pipeline, (self.image_size, self.image_size)
-        squares = [FITS[fit](image.convert("RGB"), size, Resampling.BICUBIC) for image in images]
+        squares = [FITS[fit](to_rgb(image), size, Resampling.BICUBIC) for image in images]
         pixels = pipeline.image_processor.preprocess(squares).to(like)  # (B, 3, H, W) in [-1, 1]
         return pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
 

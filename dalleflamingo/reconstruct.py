@@ -7,8 +7,10 @@ and a similarity compares the descriptions with w. Insight II: the image whose d
 image.
 """
 
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,15 +23,29 @@ from tqdm.auto import tqdm
 
 from dalleflamingo import registry
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage, open_image
+from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage, digest_of_file, open_image
 from dalleflamingo.decoding import PAPER_SAMPLING, Strategy
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
-from dalleflamingo.runs import RunFolder, derive_seed, hold
+from dalleflamingo.runs import SOURCE, RunFolder, derive_seed, hold, printable
 from dalleflamingo.settings import Count, GuidanceScale, Seed, check
 from dalleflamingo.similarity import ClipImage, Dino, Similarity
 
-_CANDIDATE = {"image_id": pa.int64(), "domain": pa.string(), "candidate": pa.int64(), "seed": pa.int64()}
+_SOURCE = {"image_id": pa.int64(), "file": pa.string(), "digest": pa.string(), "domain": pa.string()}
+_CANDIDATE = _SOURCE | {"candidate": pa.int64(), "seed": pa.int64()}
+
+
+class Source(NamedTuple):
+    """What a journey starts from: an example, its content, and a digest of the content."""
+
+    example: Example
+    digest: str
+    content: Image | str
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Image id and digest, by which rows and scores are found again."""
+        return self.example.image_id, self.digest
 
 
 @dataclass(frozen=True)
@@ -89,18 +105,22 @@ class Journey:
         """What the journey starts from. Raises DatasetError where the example has none."""
         raise NotImplementedError
 
-    def make(self, examples: list[Example], sources: list, run: RunFolder, bar: tqdm) -> list[dict]:
-        """The B · K rows of B examples and their sources; the generated images are saved in the run folder."""
+    def digest(self, example: Example) -> str:
+        """Of the content that the journey starts from; errors as `open_source`."""
+        raise NotImplementedError
+
+    def make(self, sources: list[Source], run: RunFolder, bar: tqdm) -> list[dict]:
+        """The B · K rows of B sources; the generated images are saved in the run folder."""
         raise NotImplementedError
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> Image | str:
         """What the similarities compare with the source, of one row that was made."""
         raise NotImplementedError
 
-    def seeds(self, examples: Sequence[Example]) -> list[list[int]]:
-        """(B, K): a seed for each candidate of B examples."""
+    def seeds(self, sources: Sequence[Source]) -> list[list[int]]:
+        """(B, K): a seed for each candidate of B sources."""
         seed, candidates = self.settings.seed, range(self.settings.candidates)
-        return [[derive_seed(seed, example.image_id, k) for k in candidates] for example in examples]
+        return [[derive_seed(seed, source.example.image_id, k) for k in candidates] for source in sources]
 
     def render(self, captions: Sequence[str], seeds: Sequence[int], bar: tqdm) -> list[Image]:
         """One generated image for each caption and seed; the bar shows how many there are."""
@@ -114,13 +134,14 @@ class Journey:
         how = self.settings
         return self.generator.render(captions, seeds, how.steps, how.guidance_scale, how.batch_size, show)
 
-    def rows(self, examples: list[Example], images: list[Image], run: RunFolder, **columns: Sequence) -> list[dict]:
-        """The B · K rows of B examples, each of `columns` with B · K values; the images are saved."""
-        columns |= {"seed": list(chain.from_iterable(self.seeds(examples)))}
-        candidates, rows = [(example, k) for example in examples for k in range(self.settings.candidates)], []
-        for (example, k), image, *values in zip(candidates, images, *columns.values(), strict=True):
-            row = {"image_id": example.image_id, "domain": example.domain, "candidate": k}
-            row["image"] = run.save_image(f"{example.image_id:012d}-{k:02d}", image)
+    def rows(self, sources: list[Source], images: list[Image], run: RunFolder, **columns: Sequence) -> list[dict]:
+        """The B · K rows of B sources, each of `columns` with B · K values; the images are saved."""
+        columns |= {"seed": list(chain.from_iterable(self.seeds(sources)))}
+        candidates, rows = [(source, k) for source in sources for k in range(self.settings.candidates)], []
+        for ((example, digest, _), k), image, *values in zip(candidates, images, *columns.values(), strict=True):
+            row = {"image_id": example.image_id, "file": printable(example.path.name), "digest": digest}
+            row |= {"domain": example.domain, "candidate": k}
+            row["image"] = run.save_image(f"{example.image_id:012d}-{digest}-{k:02d}", image)
             rows.append(row | dict(zip(columns, values, strict=True)))
         return rows
 
@@ -151,13 +172,17 @@ class ImageTextImage(Journey):
     def open_source(self, dataset: Dataset, example: Example) -> Image:
         return dataset.open(example)
 
-    def make(self, examples: list[Example], sources: list[Image], run: RunFolder, bar: tqdm) -> list[dict]:
-        seeds = self.seeds(examples)  # (B, K)
+    def digest(self, example: Example) -> str:
+        return digest_of_file(example.path)
+
+    def make(self, sources: list[Source], run: RunFolder, bar: tqdm) -> list[dict]:
+        seeds = self.seeds(sources)  # (B, K)
         bar.set_postfix_str("captions")
-        captions = list(chain.from_iterable(self.captioner.sample(sources, seeds, self.strategy)))
+        sampled = self.captioner.sample([source.content for source in sources], seeds, self.strategy)
+        captions = list(chain.from_iterable(sampled))
         noise_seeds = [row[0] if self.shared_noise else seed for row in seeds for seed in row]
         images = self.render(captions, noise_seeds, bar)
-        return self.rows(examples, images, run, noise_seed=noise_seeds, caption=captions)
+        return self.rows(sources, images, run, noise_seed=noise_seeds, caption=captions)
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> Image:
         try:
@@ -178,16 +203,25 @@ class TextImageText(Journey):
         """One of the example's captions, sampled by the journey's seed (§3.2)."""
         if not example.path.is_file():  # generated images are compared with the real one later
             raise UnreadableImage(example.path, "there is no such file", "fetch it, or leave the example out")
-        return example.sample_reference(self.settings.seed)
+        caption = example.sample_reference(self.settings.seed)
+        try:
+            self.generator.check_caption(caption)
+        except ValueError as error:
+            raise DatasetError(f'cannot read the caption "{caption[:40]}": {error}, or leave it out') from error
+        return caption
 
-    def make(self, examples: list[Example], sources: list[str], run: RunFolder, bar: tqdm) -> list[dict]:
-        captions = [source for source in sources for _ in range(self.settings.candidates)]
-        images = self.render(captions, list(chain.from_iterable(self.seeds(examples))), bar)
+    def digest(self, example: Example) -> str:
+        caption = example.sample_reference(self.settings.seed).encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(caption, digest_size=8).hexdigest()
+
+    def make(self, sources: list[Source], run: RunFolder, bar: tqdm) -> list[dict]:
+        captions = [source.content for source in sources for _ in range(self.settings.candidates)]
+        images = self.render(captions, list(chain.from_iterable(self.seeds(sources))), bar)
         bar.set_postfix_str("descriptions")
         size = self.settings.batch_size
         batches = [images[start : start + size] for start in range(0, len(images), size)]
         recovered = list(chain.from_iterable(map(self.captioner.describe, batches)))
-        return self.rows(examples, images, run, caption=captions, recovered=recovered)
+        return self.rows(sources, images, run, caption=captions, recovered=recovered)
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> str:
         return row["recovered"]
@@ -209,7 +243,8 @@ def image_text_image(
 
     A candidate depends on the models, the settings, its image and its number, and on nothing else in the data set. So a
     run that was killed goes on when called again and ends with the same table, and a run over more images of the same
-    data set reuses those that are there. An image that changes under the same image id goes unnoticed.
+    data set reuses those that are there. An image is known by its id and its content: one that was replaced is
+    captioned anew.
 
     Args:
         dataset: the images.
@@ -225,7 +260,8 @@ def image_text_image(
         chunk: images finished together: at most so many are lost when the run is killed.
     Returns:
         one row for each image × candidate, in the order of the data set:
-            image_id; domain (None outside NoCaps); candidate, 0 … K − 1;
+            image_id; file, its name (control characters are escaped); digest, of its content;
+            domain (None outside NoCaps); candidate, 0 … K − 1;
             seed, of the caption's sampling; noise_seed, of the generated image; caption;
             image, the generated PNG relative to run_folder; each similarity, higher is more alike.
         `.attrs`: "run_folder", and "skipped": the unreadable images as {"image_id", "path", "reason"}.
@@ -254,7 +290,7 @@ def text_image_text(
     The caption is one of the image's, sampled by `settings.seed`. Errors are those of `image_text_image`.
 
     Args:
-        dataset: of images with captions; `datasets.read_captions` makes one of your own texts.
+        dataset: of images with captions; `read_captions` makes one of your own texts.
         captioner: describes the generated images, by beam search.
         generator: makes N images of each caption.
         similarities: of two texts; else as in `image_text_image`.
@@ -263,9 +299,11 @@ def text_image_text(
         chunk: as in `image_text_image`.
     Returns:
         one row for each image × candidate, in the order of the data set:
-            image_id; domain; candidate, 0 … N − 1; seed, of the generated image; caption, the source;
-            image, the generated PNG relative to run_folder; recovered, its description; each similarity.
-        `.attrs`: "run_folder", and "skipped": examples without a caption as {"image_id", "path", "reason"}.
+            image_id; file; digest, of the caption; domain; candidate, 0 … N − 1; seed, of the generated image;
+            caption, the source; image, the generated PNG relative to run_folder; recovered, its description; each
+            similarity.
+        `.attrs`: "run_folder", and "skipped": examples without a caption, or with one that the generator cannot read
+            as a whole, as {"image_id", "path", "reason"}.
     """
     return run_journey(TextImageText(captioner, generator, similarities, settings), dataset, run_folder, chunk)
 
@@ -284,66 +322,84 @@ def _run_journey(journey: Journey, dataset: Dataset, run_folder: str | Path, chu
     run = RunFolder(run_folder, {"dataset": dataset.name} | journey.identity(), pa.schema(journey.columns))
     # the fingerprint keeps the scores of a retrained model of the same name apart
     keys = {similarity.name: f"{similarity.name} {similarity.fingerprint()}" for similarity in journey.similarities}
-    kept = run.rows().groupby("image_id")
-    scored = {name: set(run.scores(key).image_id) for name, key in keys.items()}
-    finished = {example.image_id for example in dataset}.intersection(kept.groups, *scored.values())
+    kept = run.rows().groupby(SOURCE)
+    found = {name: run.scores(key) for name, key in keys.items()}
+    scored = {name: set(zip(scores.image_id, scores.digest, strict=True)) for name, scores in found.items()}
+    finished = _finished(journey, dataset, set(kept.groups).intersection(*scored.values()))
+    current = dict(finished)  # image id -> digest of what the table is of
     skipped: list[dict] = []
     with tqdm(total=len(dataset), initial=len(finished), desc=journey.name, unit="image") as bar:
         try:
             for start in range(0, len(dataset), chunk):
                 pending = [example for example in dataset[start : start + chunk] if example.image_id not in finished]
                 sources = _open_sources(journey, dataset, pending, skipped, bar)
-                rows = {i: kept.get_group(i).to_dict("records") for i in sources if i in kept.groups}
-                if missing := [example for example in pending if example.image_id in sources.keys() - rows]:
-                    made = journey.make(missing, [sources[example.image_id] for example in missing], run, bar)
+                there = [source.key for source in sources if source.key in kept.groups]
+                rows = {key: kept.get_group(key).to_dict("records") for key in there}
+                if missing := [source for source in sources if source.key not in rows]:
+                    made = journey.make(missing, run, bar)
                     run.add(made)
                     for row in made:
-                        rows.setdefault(row["image_id"], []).append(row)
+                        rows.setdefault(tuple(row[name] for name in SOURCE), []).append(row)
                 bar.set_postfix_str("similarities")
                 for similarity in journey.similarities:
-                    if ids := [i for i in sources if i not in scored[similarity.name]]:
-                        own = [rows[i] for i in ids]
-                        values = journey.compare(similarity, [sources[i] for i in ids], own, run)
+                    if unscored := [source for source in sources if source.key not in scored[similarity.name]]:
+                        own = [rows[source.key] for source in unscored]
+                        values = journey.compare(similarity, [source.content for source in unscored], own, run)
                         run.add_scores(keys[similarity.name], list(chain.from_iterable(own)), values)
+                current |= dict(source.key for source in sources)
                 bar.update(len(sources))
         except BaseException as error:
             how = "Interrupted" if isinstance(error, KeyboardInterrupt) else "Stopped"
-            bar.write(f"{how}: {bar.n} of {len(dataset)} images are kept; the same call goes on in {run.folder}")
+            kept_in = f"{bar.n} of {len(dataset)} images are kept; the same call goes on in {printable(run.folder)}"
+            bar.write(f"{how}: {kept_in}")
             raise
-    table = _collect(run, dataset, keys, skipped)
+    table = _collect(run, dataset, current, keys, skipped)
     path, seconds = run.finish(table, skipped), time.monotonic() - began
     print(
         f"{len(table)} candidates of {len(dataset) - len(skipped)} images ({len(finished)} were there already, "
-        f"{len(skipped)} skipped) in {seconds:.0f} s: {path}, images in {run.folder / 'images'}"
+        f"{len(skipped)} skipped) in {seconds:.0f} s: {printable(path)}, images in {printable(run.folder / 'images')}"
     )
     table.attrs = {"run_folder": str(run.folder), "skipped": skipped}
     return table
 
 
-def _open_sources(journey: Journey, dataset: Dataset, examples: list[Example], skipped: list[dict], bar: tqdm) -> dict:
-    """Image id -> source of the examples that can be opened; the others are named and noted in `skipped`."""
-    sources = {}
+def _finished(journey: Journey, dataset: Dataset, done: Collection[tuple[int, str]]) -> dict[int, str]:
+    """Image id -> digest of the examples whose content is among `done`, which holds both."""
+    ids, finished = {image_id for image_id, _ in done}, {}
+    for example in dataset:
+        with suppress(DatasetError):  # what cannot be read now is opened later, and skipped by name
+            if example.image_id in ids and (key := (example.image_id, journey.digest(example))) in done:
+                finished |= [key]
+    return finished
+
+
+def _open_sources(
+    journey: Journey, dataset: Dataset, examples: list[Example], skipped: list[dict], bar: tqdm
+) -> list[Source]:
+    """The examples that can be opened; the others are named and noted in `skipped`."""
+    sources = []
     for example in examples:
-        try:
-            sources[example.image_id] = journey.open_source(dataset, example)
+        try:  # the digest first: a file that is replaced in between is then made again, never taken for the new one
+            sources.append(Source(example, journey.digest(example), journey.open_source(dataset, example)))
         except DatasetError as error:
             skipped.append({"image_id": example.image_id, "path": str(example.path), "reason": str(error)})
-            bar.write(f"Skipped image {example.image_id}: {error}")
+            bar.write(printable(f"Skipped image {example.image_id}: {error}"))
     return sources
 
 
-def _collect(run: RunFolder, dataset: Dataset, keys: Mapping[str, str], skipped: list[dict]) -> pd.DataFrame:
-    """The candidate table, in the order of the data set, with a column for each similarity of `keys`."""
-    lost = [image["image_id"] for image in skipped]  # a kept candidate whose source is gone has no new scores
-    order = {example.image_id: i for i, example in enumerate(dataset) if example.image_id not in lost}
-    rows = run.rows().sort_values("candidate").query("image_id in @order")
+def _collect(
+    run: RunFolder, dataset: Dataset, current: Mapping[int, str], keys: Mapping[str, str], skipped: list[dict]
+) -> pd.DataFrame:
+    """The candidates of the `current` contents, in the order of the data set, with a column for each of `keys`."""
+    order, rows = {example.image_id: i for i, example in enumerate(dataset)}, run.rows()
+    rows = rows[rows.digest == rows.image_id.map(current)].sort_values("candidate")
     table = rows.sort_values("image_id", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
     if table.empty:
         reason = skipped[0]["reason"] if skipped else f"the data set {dataset.name} is empty"
         raise DatasetError(f"not one of {len(dataset)} images could be read; the first: {reason}")
     for name, key in keys.items():
         scores = run.scores(key).rename(columns={"score": name})
-        table = table.merge(scores, how="left", on=["image_id", "candidate"])
+        table = table.merge(scores, how="left", on=[*SOURCE, "candidate"])
     return table
 
 

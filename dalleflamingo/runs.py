@@ -32,8 +32,10 @@ from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-_ROW = ["image_id", "candidate"]  # identifies a row
-_SCORES = pa.schema({"image_id": pa.int64(), "candidate": pa.int64(), "score": pa.float64()})
+SOURCE = ["image_id", "digest"]  # columns that say what a row was made from: an example, and its content at that time
+_ROW = [*SOURCE, "candidate"]  # identifies a row
+_SCORES = pa.schema({"image_id": pa.int64(), "digest": pa.string(), "candidate": pa.int64(), "score": pa.float64()})
+_LAYOUT = 2  # of run.json and the parts; 1 had no digests
 _PER_TENSOR = 64  # values of each tensor that go into a model's fingerprint; training changes every tensor
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)  # of some network drives
 
@@ -76,14 +78,19 @@ class RunFolder:
         folder: the run's folder; created if missing.
         settings: all settings that the rows depend on, as JSON values; kept with the first rows, so that settings that
             models or scheduler refuse leave the folder to others.
-        schema: columns of the rows; (image_id, candidate) identifies a row, `image` is the path of its generated image.
+        schema: columns of the rows; (image_id, digest, candidate) identifies a row, `digest` being that of the content
+            that it was made from; `image` is the path of its generated image.
     Raises:
-        RunFolderError: the folder was made with other settings.
+        RunFolderError: the folder was made with other settings or by another version, or its name is not UTF-8.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object], schema: pa.Schema):
         self.folder, self.schema = Path(folder), schema
         self.settings = json.loads(json.dumps(settings))
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError as error:  # a name that is no UTF-8: the file system takes it, pyarrow does not
+            raise RunFolderError(f"{printable(folder)} is not in UTF-8: give another run_folder") from error
         for name in ("parts", "images"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._agree()
@@ -98,14 +105,16 @@ class RunFolder:
         """Write rows as a new part; their images must have been saved before."""
         path = self.folder / "run.json"
         if not path.exists():
-            write_whole(path, lambda part: part.write_text(json.dumps({"settings": self.settings}, indent=1) + "\n"))
+            record = json.dumps({"layout": _LAYOUT, "settings": self.settings}, indent=1)
+            write_whole(path, lambda part: part.write_text(record + "\n"))
         _add_part(self.folder / "parts", pa.Table.from_pylist(rows, self.schema))
 
     def rows(self) -> pd.DataFrame:
         """All rows of examples whose images all exist. A damaged part is deleted, and a printed line says so."""
         rows = _read_parts(self.folder / "parts", self.schema)
         images = {f"images/{path.name}" for path in (self.folder / "images").glob("*.png")}
-        whole = rows[rows.image.isin(images).groupby(rows.image_id).transform("all").astype(bool)]
+        exists = rows.assign(exists=rows.image.isin(images))
+        whole = rows[exists.groupby(SOURCE).exists.transform("all").astype(bool)]
         return whole.reset_index(drop=True)
 
     def add_scores(self, key: str, rows: Sequence[Mapping], values: Sequence[float]) -> None:
@@ -117,7 +126,7 @@ class RunFolder:
         _add_part(folder, pa.Table.from_pylist(scored, _SCORES))
 
     def scores(self, key: str) -> pd.DataFrame:
-        """The scores that the similarity `key` has given so far: columns image_id, candidate, score."""
+        """The scores that the similarity `key` has given so far: columns image_id, digest, candidate, score."""
         return _read_parts(self._scores(key), _SCORES)
 
     def finish(self, table: pd.DataFrame, skipped: list[dict]) -> Path:
@@ -132,10 +141,18 @@ class RunFolder:
         return self.folder / "scores" / quote(key, safe=" ")
 
     def _agree(self) -> None:
-        there = read_settings(self.folder / "run.json", lambda run: dict(run["settings"]))
-        if there is None and _parts(self.folder / "parts"):
-            raise RunFolderError(f"{self.folder} holds parts of a run but no run.json: give another run_folder")
-        if there is not None and (lines := differences(there, self.settings)):
+        there = read_settings(self.folder / "run.json", lambda run: (dict(run["settings"]), run.get("layout", 1)))
+        if there is None:
+            if _parts(self.folder / "parts"):
+                raise RunFolderError(f"{self.folder} holds parts of a run but no run.json: give another run_folder")
+            return
+        settings, layout = there
+        if layout != _LAYOUT:
+            raise RunFolderError(
+                f"{self.folder} has layout {layout!r} and this version writes {_LAYOUT}, whose rows say which content "
+                "they were made from: keep it for its table and its images, and give another run_folder"
+            )
+        if lines := differences(settings, self.settings):
             raise RunFolderError(
                 f"{self.folder} holds a run with other settings:\n{lines}\nGive another run_folder, or delete this "
                 "one to start again. (The code after a model's name is a digest of its weights and settings.)"
@@ -243,6 +260,11 @@ def derive_seed(*parts: int | str) -> int:
             ) from None
     digest = hashlib.blake2b(json.dumps(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 2**31
+
+
+def printable(text: object) -> str:
+    """A path or text for people: control characters, and bytes of a file's name that are no UTF-8, are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor, PreTrainedModel, ViTModel
 
+from dalleflamingo.datasets import to_rgb
 from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
 
@@ -138,7 +139,7 @@ class ClipImage(Encoder[Image]):
         return cls(model.to(device), preprocess)
 
     def _encode(self, images: Sequence[Image]) -> Tensor:
-        return self.model(torch.stack([self.preprocess(image) for image in images]).to(self._device))
+        return self.model(torch.stack([self.preprocess(to_rgb(image)) for image in images]).to(self._device))
 
 
 class ClipText(Encoder[str]):
@@ -194,8 +195,7 @@ class Dino(Encoder[Image]):
             return cls(model.to(device), AutoImageProcessor.from_pretrained(**source, **size))
 
     def _encode(self, images: Sequence[Image]) -> Tensor:
-        images = [image.convert("RGB") for image in images]
-        pixel_values = self.processor(images, return_tensors="pt").pixel_values.to(self._device)
+        pixel_values = self.processor(list(map(to_rgb, images)), return_tensors="pt").pixel_values.to(self._device)
         return self.model(pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 0]
 
 

@@ -59,6 +59,10 @@ class Generator:
     def fingerprint(self):
         return "Generator"
 
+    def check_caption(self, caption):
+        if not caption.isprintable():
+            raise ValueError("it is not printable: write it again")
+
     pipeline = SimpleNamespace(scheduler=DPMSolverMultistepScheduler())  # needs 10 steps
 
     def render(self, captions, seeds, steps=50, guidance_scale=7.5, batch_size=16, progress=None):

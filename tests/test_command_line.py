@@ -173,8 +173,8 @@ def test_too_few_steps_for_the_scheduler_are_told_in_one_line(models, tmp_path, 
         (["mine", "--images", "0"], "--images: '0': give a whole number, 1 or more"),
         (["photo.JPG"], "photo.JPG is a single image: put it into a folder"),
         (["mine", "--prof", "mini"], "unrecognized arguments: --prof mini"),
-        (["gone.txt"], "gone.txt is no text file"),
-        (["empty"], "holds no images but no files at all: put files ending in"),
+        (["gone.txt"], "there is no file gone.txt: check the path"),
+        (["empty"], "holds no images but no files at all: put images there"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -189,7 +189,7 @@ def test_an_error_of_the_user_is_one_line_and_status_2(models, tmp_path, monkeyp
 
 def test_no_traceback_reaches_the_user_of_the_real_command_line(tmp_path):
     done = command("reconstruct", tmp_path / "gone.txt", "--out", tmp_path / "run")
-    assert done.returncode == 2 and "gone.txt is no text file" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and "gone.txt: check the path" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_an_interrupted_journey_says_what_is_kept_and_goes_on(models, tmp_path, capsys):

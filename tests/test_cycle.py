@@ -191,6 +191,16 @@ def test_the_configuration_says_how_the_generators_images_are_made_square(folder
     assert (expected - other).abs().max() > 0.01
 
 
+def test_a_caption_that_no_model_reads_is_skipped_and_training_goes_on(folder, tmp_path, capsys):
+    odd = dataset(folder)
+    first = dataclasses.replace(odd[0], references=("half \ud83d", *odd[0].references, "catsssssssss " * 30))
+    made, batches, trainable = build_cycle(SMALL, *models(folder), Dataset("odd", (first, *odd[1:])))
+    assert batches.dataset[0] == odd[0] and len(batches.dataset) == 6
+    cycle.train_cycle(dataclasses.replace(SMALL, steps=2), made, batches, trainable, tmp_path, Accelerator(cpu=True))
+    out = capsys.readouterr().out
+    assert r'Skipped the caption "half \ud83d" of image 0' in out and '"catsssssssss catsssssssss' in out
+
+
 def test_a_half_that_has_no_loss_has_no_steps():
     labels = dataclasses.replace(SMALL, losses=Losses(generation=0.0, caption_reconstruction=0.0))
     assert [labels.halves(step) for step in range(3)] == [("image",)] * 3

@@ -375,6 +375,15 @@ def test_what_is_not_read_of_a_long_caption_is_named_in_a_warning(generator, cap
     assert "up to 16 tokens" in message and message.count("tree") == 1 and "bird" not in message
 
 
+def test_a_caption_that_would_be_read_in_part_is_refused_on_request(generator):
+    fits = "a " * (generator.pipeline.tokenizer.model_max_length - 2)
+    generator.check_caption(fits)
+    with pytest.raises(ValueError, match="it has 17 tokens and the model reads 16: shorten"):
+        generator.check_caption(fits + "a")
+    with pytest.raises(ValueError, match="character 1 is half of a surrogate pair"):
+        generator.check_caption("\udc00 a")
+
+
 def test_progress_counts_every_image(generator):
     done = []
     generator.render(CAPTIONS, SEEDS, steps=1, batch_size=2, progress=done.append)

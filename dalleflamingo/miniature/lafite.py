@@ -22,6 +22,7 @@ from dalleflamingo.generator import render_distinct
 from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
 from dalleflamingo.similarity import ClipText
+from dalleflamingo.tokens import check_caption
 
 FIRST_CHANNELS = 32  # of the first map, at 4 × 4 positions
 
@@ -137,6 +138,14 @@ class LafiteGenerator:
         """Digest of the weights, by which a run notices another generator."""
         settings = {"clip": self.clip_text.fingerprint()}
         return fingerprint("LafiteGenerator", modules=[self.model, self.vae], settings=settings)
+
+    def check_caption(self, caption: str) -> None:
+        """As `Generator.check_caption`."""
+        tokenizer = self.clip_text.tokenizer
+        if hasattr(tokenizer, "tokenizer"):  # open_clip wraps one of transformers
+            check_caption(caption, lambda text: len(tokenizer.tokenizer(text).input_ids), tokenizer.context_length)
+        else:  # or has its own, which leaves out both ends
+            check_caption(caption, lambda text: len(tokenizer.encode(text)) + 2, tokenizer.context_length)
 
     @torch.no_grad()
     def render(

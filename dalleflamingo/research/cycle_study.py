@@ -19,11 +19,11 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
-from dalleflamingo.captioner import describe_dataset
 from dalleflamingo.cycle import CycleConfig, build_cycle, load_cycle, train_cycle
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.accelerators import make_accelerator
+from dalleflamingo.evaluation.caption_results import describe_dataset
 from dalleflamingo.evaluation.cycle_validation import render_captions
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.generator import Generator

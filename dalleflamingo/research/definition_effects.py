@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from dalleflamingo.captioner import Captioner, describe_dataset
+from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.datasets import Dataset, clean_caption
+from dalleflamingo.evaluation.caption_results import describe_dataset
 from dalleflamingo.evaluation.caption_tokenizer import tokenize
 from dalleflamingo.evaluation.image_features import FeatureExtractor, ImageFiles
 from dalleflamingo.evaluation.image_metrics import fid, inception_score

@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 
 from dalleflamingo import profiles, registry
-from dalleflamingo.captioner import Captioner, describe_dataset
-from dalleflamingo.datasets import Dataset, read_results, write_results
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import PAPER_SAMPLING
+from dalleflamingo.evaluation.caption_results import describe_dataset, read_results, write_results
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.image_metrics import RESAMPLES as RESAMPLES_OF_IMAGES
 from dalleflamingo.evaluation.intervals import Interval, mean_interval, within_group_spearman

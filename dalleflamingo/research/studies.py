@@ -21,8 +21,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dalleflamingo import profiles, registry
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.course import show
-from dalleflamingo.datasets import Dataset, read_coco, read_results, write_results
+from dalleflamingo.datasets import Dataset, read_coco
 from dalleflamingo.decoding import Nucleus
+from dalleflamingo.evaluation.caption_results import read_results, write_results
 from dalleflamingo.evaluation.intervals import Interval, paired_bootstraps
 from dalleflamingo.evaluation.ngrams import Cider
 from dalleflamingo.evaluation.vocabulary_report import caption_tokens, clip_tokenizer, same_tokens, wordpiece_tokenizer
