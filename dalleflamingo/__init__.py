@@ -24,7 +24,7 @@ _EXPORTS = {  # module -> the names that it exports here
     "decoding": ("Nucleus", "Temperature", "TopK"),
     "captioner": ("Captioner",),
     "generator": ("Generator",),
-    "similarity": ("ClipImage", "ClipText", "Dino", "PairSimilarity", "Sbert"),
+    "similarity": ("ClipImage", "Dino"),
     "vocabulary": ("VocabularyMap",),
     "bridge": ("Bridge", "relax"),
     "reconstruct": (
@@ -41,7 +41,8 @@ _EXPORTS = {  # module -> the names that it exports here
     "sources.own_files": ("read_captions", "read_folder"),
     "evaluation.intervals": ("Interval", "mean_interval", "paired_bootstrap"),
     "evaluation.caption_metrics": ("evaluate",),
-    "evaluation.similarities": ("load_text_similarities",),
+    "evaluation.similarities": ("PairSimilarity", "load_text_similarities"),
+    "evaluation.text_encoders": ("ClipText", "Sbert"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 _OTHER_NAME = {"current_profile": "current"}  # in its own module, where that name is clear by itself

@@ -1,16 +1,15 @@
-"""Images with their reference captions: readers of the formats that captioning uses.
+"""Images with their reference captions.
 
-COCO captions, Karpathy's splits, NoCaps, and a user's own files (`dalleflamingo.sources`) all become a `Dataset` of
-`Example`s, so that the rest of the package does not depend on the source. Captions are kept exactly as published:
-metrics tokenize them, training cleans them (`clean_caption`).
+COCO captions, Karpathy's splits, NoCaps, and a user's own files all become a `Dataset` of `Example`s, so that the rest
+of the package does not depend on the source; their readers are in `dalleflamingo.sources`. Captions are kept exactly as
+published: metrics tokenize them, training cleans them (`clean_caption`).
 """
 
 import hashlib
-import json
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from PIL import ExifTags, Image
 from dalleflamingo.runs import derive_seed, printable
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # NoCaps: are the image's things among COCO's 80 classes?
-KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 _UPRIGHT = {  # EXIF's orientation -> what undoes it; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -206,137 +204,6 @@ def clean_caption(caption: str) -> str:
     return " ".join(re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()[:30])
 
 
-def read_coco(annotations: Path, images: Path, name: str | None = None) -> Dataset:
-    """COCO captions: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
-
-    NoCaps has the same format, with a `domain` in each image record. An image without annotations has no references.
-
-    Args:
-        annotations: the JSON file. Karpathy's `*_gt.json` names no image files; then their paths are
-            `images/COCO_val2014_{id:012d}.jpg`, because both of his evaluation splits are from val2014.
-        images: the folder that file names are relative to.
-        name: the data set's name; by default the file's.
-    Raises:
-        DatasetError: not JSON, another format, a repeated id, a caption of an unlisted image, or a domain that is not
-            one of `DOMAINS`.
-    """
-    path = Path(annotations)
-    payload = load_json(path)
-    records = _objects(payload, "images", path)
-    references = _references(_objects(payload, "annotations", path), records, path)
-    return Dataset(name or path.stem, tuple(_example(record, Path(images), references, path) for record in records))
-
-
-def read_karpathy(dataset_json: Path, images: Path, split: str) -> Dataset:
-    """Karpathy's file: `{"images": [{"cocoid", "filepath", "filename", "split", "sentences": [{"raw"}]}]}`.
-
-    Args:
-        dataset_json: `dataset_coco.json`, as published.
-        images: the folder that holds `train2014` and `val2014`.
-        split: "train" (its `train` and `restval`, 113,287 images in all), "val" or "test" (5,000 each).
-    Raises:
-        DatasetError: no such split, or as `read_coco`.
-    """
-    if split not in KARPATHY_SPLITS:
-        raise DatasetError(f"Karpathy's splits are {', '.join(KARPATHY_SPLITS)}, not {split!r}")
-    path, images = Path(dataset_json), Path(images)
-    members = []
-    for record in _objects(load_json(path), "images", path):
-        if value_of(record, "split", str, path) in KARPATHY_SPLITS[split]:
-            file = images / value_of(record, "filepath", str, path) / value_of(record, "filename", str, path)
-            captions = (value_of(sentence, "raw", str, path) for sentence in _objects(record, "sentences", path))
-            members.append(Example(value_of(record, "cocoid", int, path), file, tuple(captions)))
-    return Dataset(f"{path.stem}/{split}", tuple(members))
-
-
-def _example(record: dict, images: Path, references: Mapping[int, list[str]], path: Path) -> Example:
-    image_id = record["id"]
-    named = "file_name" in record
-    file_name = value_of(record, "file_name", str, path) if named else f"COCO_val2014_{image_id:012d}.jpg"
-    domain = record.get("domain")
-    if domain is not None and domain not in DOMAINS:
-        raise DatasetError(f"{path}: image {image_id} has domain {domain!r}; expected {', '.join(DOMAINS)} or none")
-    extra = {key: value for key, value in record.items() if key not in ("id", "file_name", "domain")}
-    return Example(image_id, images / file_name, tuple(references.get(image_id, ())), domain, extra)
-
-
-def _references(captions: list[dict], images: list[dict], path: Path) -> dict[int, list[str]]:
-    """{image_id: its captions in file order}, after checking that every caption belongs to a listed image."""
-    listed = distinct([value_of(image, "id", int, path) for image in images], str(path), "image id")
-    distinct(
-        [value_of(caption, "id", int, path) for caption in captions if "id" in caption], str(path), "annotation id"
-    )
-    references = defaultdict(list)
-    for caption in captions:
-        image_id = value_of(caption, "image_id", int, path)
-        if image_id not in listed:
-            raise DatasetError(
-                f"{path}: the caption {value_of(caption, 'caption', str, path)!r} is of image {image_id}, which is not "
-                f'among the {len(listed)} under "images": list the image or remove the caption'
-            )
-        references[image_id].append(value_of(caption, "caption", str, path))
-    return references
-
-
-def read_text(path: Path) -> str:
-    """A text in UTF-8, with or without a byte order mark; CRLF and CR become LF, and nothing else is a line's end.
-
-    Raises:
-        DatasetError: there is no such file, it cannot be read, or it is in another encoding, which the message names.
-    """
-    shown = printable(path)
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise DatasetError(f"there is no file {shown}: check the path, or download or make the file") from error
-    except OSError as error:
-        raise DatasetError(f"{shown} cannot be read ({error.strerror}): give the path of a file that can") from error
-    encoding = json.detect_encoding(content).upper()  # by a byte order mark, or by zero bytes among the first four
-    if encoding.startswith("UTF-8"):
-        try:
-            text = content.decode("utf-8-sig")
-            if "\0" not in text:
-                return text.replace("\r\n", "\n").replace("\r", "\n")
-            encoding = "another encoding, if it is text at all: it holds zero bytes"
-        except UnicodeDecodeError as error:
-            encoding = f"Latin-1 or Windows-1252, if it is text at all: byte {error.start + 1} is not UTF-8"
-    raise DatasetError(f"{shown} is not in UTF-8 but in {encoding}; save it as UTF-8 in a text editor")
-
-
-def load_json(path: Path):
-    """The value of a JSON file. Raises DatasetError: as `read_text`, or it is not JSON."""
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: of JSON, or a number of thousands of digits
-        raise DatasetError(
-            f"{printable(path)} is not JSON ({error}); it has {len(text)} characters and begins {text[:40]!r}: "
-            "fetch it again, the download may have been cut short or have brought a web page"
-        ) from error
-
-
-def _objects(payload, key: str, path: Path) -> list[dict]:
-    """payload[key], checked to be a list of objects."""
-    records = payload.get(key) if isinstance(payload, dict) else None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise DatasetError(
-            f'{path} holds {shape_of(payload)}; expected an object whose "{key}" is a list of objects: '
-            "is it for another reader (read_coco, read_karpathy, caption_results.read_results)?"
-        )
-    return records
-
-
-def value_of(record: dict, key: str, kind: type, path: Path):
-    """record[key], checked to be of `kind`."""
-    value = record.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and abs(value) >= 2**63):  # of a table
-        raise DatasetError(
-            f'{path}: expected "{key}" in every record, of type {kind.__name__}, but found {str(record)[:200]}: '
-            "mend that record, or choose the reader for its format"
-        )
-    return value
-
-
 def distinct(ids: list, where: str, what: str) -> set:
     """The ids as a set, checked to be distinct."""
     counts = Counter(ids)
@@ -344,13 +211,3 @@ def distinct(ids: list, where: str, what: str) -> set:
         twice, times = counts.most_common(1)[0]
         raise DatasetError(f"{where}: {what} {twice} occurs {times} times: an id names one thing, remove the copies")
     return set(counts)
-
-
-def shape_of(payload) -> str:
-    """What a JSON value is, in words, for errors."""
-    if isinstance(payload, dict):
-        return f"an object with the keys {', '.join(map(repr, list(payload)[:8])) or '(none)'}"
-    if isinstance(payload, list):
-        first = "a list" if payload and isinstance(payload[0], list) else payload and shape_of(payload[0])
-        return f"a list of {len(payload)}" + (f", the first one {first}" if payload else "")
-    return f"a {type(payload).__name__}"

@@ -57,9 +57,10 @@ class Entry:
         shipped: it comes with the repository, and belongs to the miniature.
         prompt: of a captioner: the words that preceded its captions in finetuning.
         decoding: of a captioner: the beam search of its published scores, as `Captioner` takes it.
-        opened_by: "module:Class" of a subpackage whose `from_pretrained` loads it; "" for a class of the core.
+        opened_by: "module:name" of a subpackage: the class whose `from_pretrained` loads a model, "" for one of the
+            core; the function that reads a data set from its folder, `annotations` and a split.
         splits: of a data set; empty if it has only one.
-        annotations: of a data set: the name of its annotation file, with "{split}" where it depends on the split.
+        annotations: of a data set: its annotation file, with "{split}" where that depends on the split.
         development: of a data set: the name of a similar one, on which settings may be chosen; "" if there is none.
         counterpart: of a captioner: the paper's model that it is, or represents: a key of `research.paper.TABLE_3`.
         label: of a captioner: its name in tables.
@@ -309,7 +310,7 @@ def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
         raise RegistryError(f"{name} is a model: registry.locate({name!r}) says where it is")
     require_split(entry, split)
     folder = data_root() / name if entry.shipped else user_folder(name)
-    found = _read(entry, folder, split)
+    found = pkgutil.resolve_name(entry.opened_by)(folder, entry.annotations.format(split=split), split)
     missing = [example.path for example in found if not example.path.is_file()]
     if missing and (entry.shipped or len(missing) == len(found)):  # a run skips and lists single lost photographs
         remedy = "run `make data` (or `python -m dalleflamingo data`)" if entry.shipped else entry.notes
@@ -317,17 +318,6 @@ def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
             f"{len(missing)} of the {len(found)} images of {name} are missing, {missing[0]} for one: {remedy}"
         )
     return datasets.Dataset(f"{name}/{split}" if split else name, found.examples)
-
-
-def _read(entry: Entry, folder: Path, split: str | None) -> datasets.Dataset:
-    if entry.shipped:
-        return datasets.read_coco(folder / "annotations" / entry.annotations.format(split=split), folder / "images")
-    if entry.name == "nocaps":
-        return datasets.read_coco(folder / entry.annotations, folder / "images")
-    ground_truth = folder / f"coco_karpathy_{split}_gt.json"
-    if ground_truth.is_file():
-        return datasets.read_coco(ground_truth, folder / "val2014")
-    return datasets.read_karpathy(folder / entry.annotations, folder, split)
 
 
 def user_folder(name: str) -> Path:

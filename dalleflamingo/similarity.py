@@ -6,7 +6,6 @@ would say; DINO was trained on images alone and compares what they look like; SB
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -17,14 +16,13 @@ from huggingface_hub import hf_hub_download
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor, PreTrainedModel, ViTModel
+from transformers import AutoImageProcessor, BaseImageProcessor, ViTModel
 
 from dalleflamingo.datasets import to_rgb
 from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
 
 BATCH = 32  # images or texts encoded at once; bounds memory, does not change an embedding
-SBERT_TOKENS = 256
 T = TypeVar("T", Image, str)
 
 
@@ -105,24 +103,6 @@ class Encoder(Generic[T]):
         return next(self.model.parameters()).device
 
 
-@dataclass(frozen=True)
-class PairSimilarity(Generic[T]):
-    """A similarity of one's own, by a function of a source and a candidate, higher where they are more similar."""
-
-    name: str  # of its column in a run's table
-    function: Callable[[T, T], float]
-    version: str = "1"  # change it when you change the function, so that a kept run is scored again
-
-    def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
-        """As `Similarity.compare`."""
-        pairs = zip(sources, candidates, strict=True)
-        return torch.tensor([[float(self.function(source, other)) for other in others] for source, others in pairs])
-
-    def fingerprint(self) -> str:
-        """As `Similarity.fingerprint`, by name and version."""
-        return fingerprint(type(self).__name__, settings={"name": self.name, "version": self.version})
-
-
 class ClipImage(Encoder[Image]):
     """CLIP's projected image embedding (the paper: ViT-L/14, 768-d)."""
 
@@ -140,26 +120,6 @@ class ClipImage(Encoder[Image]):
 
     def _encode(self, images: Sequence[Image]) -> Tensor:
         return self.model(torch.stack([self.preprocess(to_rgb(image)) for image in images]).to(self._device))
-
-
-class ClipText(Encoder[str]):
-    """CLIP's projected text embedding (the paper: ViT-L/14). Tokens beyond the model's limit, 77, are not read."""
-
-    name = "text_clip"
-
-    def __init__(self, model: open_clip.CLIP, tokenizer: Callable[[Sequence[str]], Tensor]):
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.settings = {"tokens": getattr(tokenizer, "context_length", None)}
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "ClipText":
-        """CLIP's text encoder on `device`; other arguments and errors as `load_clip`."""
-        model, _, tokenizer = load_clip(name_or_path, revision)
-        model.visual = nn.Identity()  # not needed, and the larger half
-        return cls(model.to(device), tokenizer)
-
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(list(texts)).to(self._device))
 
 
 class Dino(Encoder[Image]):
@@ -197,34 +157,6 @@ class Dino(Encoder[Image]):
     def _encode(self, images: Sequence[Image]) -> Tensor:
         pixel_values = self.processor(list(map(to_rgb, images)), return_tensors="pt").pixel_values.to(self._device)
         return self.model(pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 0]
-
-
-class Sbert(Encoder[str]):
-    """SBERT, all-MiniLM-L6-v2: the mean of the last layer's token embeddings, 384-d and of length 1.
-
-    The paper takes the [CLS] embedding; this model was trained for the mean, of texts of at most `SBERT_TOKENS`.
-    """
-
-    name = "text_sbert"
-
-    def __init__(self, model: PreTrainedModel, tokenizer: Callable):
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.settings = {"vocabulary": tokenizer.get_vocab(), "tokens": SBERT_TOKENS}
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "Sbert":
-        """SBERT from a folder or a hub; arguments and errors as `Dino.from_pretrained`."""
-        source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
-        with loading(name_or_path):
-            model = AutoModel.from_pretrained(**source, dtype=torch.float32, use_safetensors=True)
-            return cls(model.to(device), AutoTokenizer.from_pretrained(**source))
-
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        options = dict(padding=True, truncation=True, max_length=SBERT_TOKENS, return_tensors="pt")
-        inputs = self.tokenizer(list(texts), **options).to(self._device)
-        mask = inputs.attention_mask.unsqueeze(-1)  # (B, T, 1)
-        hidden_states = self.model(**inputs).last_hidden_state * mask
-        return F.normalize(hidden_states.sum(1) / mask.sum(1), dim=-1)
 
 
 def load_clip(name_or_path: str, revision: str | None = None) -> tuple[open_clip.CLIP, Callable, Callable]:

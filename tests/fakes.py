@@ -12,9 +12,10 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from dalleflamingo import datasets, reconstruct
+from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.runs import derive_seed
-from dalleflamingo.similarity import Encoder, PairSimilarity
+from dalleflamingo.similarity import Encoder
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "white": (250, 250, 250)}
 SETTINGS = JourneySettings(candidates=3, steps=2, guidance_scale=4.0, seed=5, batch_size=4)

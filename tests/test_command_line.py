@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from dalleflamingo import __main__ as command_line
 from dalleflamingo import cycle, profiles, reconstruct
 from dalleflamingo.evaluation import similarities
+from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.registry import RegistryError
-from dalleflamingo.similarity import PairSimilarity
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 from dalleflamingo import datasets
 from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage
 from dalleflamingo.evaluation import caption_results, image_features
+from dalleflamingo.sources import annotations
 
 IMAGES = [{"id": 7, "file_name": "b.png", "scene": {"ground": "grass"}}, {"id": 3, "file_name": "a.png"}]
 CAPTIONS = [
@@ -42,7 +43,7 @@ def _many(n: int) -> Dataset:
 
 
 def test_coco_keeps_image_order_caption_order_and_the_rest_of_the_record(tmp_path):
-    found = datasets.read_coco(_coco(tmp_path), tmp_path / "images", name="tiny")
+    found = annotations.read_coco(_coco(tmp_path), tmp_path / "images", name="tiny")
     assert found.name == "tiny"
     assert found[0] == Example(7, tmp_path / "images/b.png", ("a boat",), None, {"scene": {"ground": "grass"}})
     assert found[1] == Example(3, tmp_path / "images/a.png", ("a red bird ", "bird"))
@@ -62,24 +63,26 @@ def test_karpathy_splits_gather_restval_into_train_and_keep_the_folder(tmp_path)
     ]
     path = _file(tmp_path, {"images": records, "dataset": "coco"})
     for split, ids in {"train": [1, 2], "val": [3], "test": [4]}.items():
-        assert [e.image_id for e in datasets.read_karpathy(path, tmp_path, split)] == ids
-    assert datasets.read_karpathy(path, tmp_path, "test")[0] == Example(4, tmp_path / "val2014/4.jpg", ("caption 4",))
+        assert [e.image_id for e in annotations.read_karpathy(path, tmp_path, split)] == ids
+    assert annotations.read_karpathy(path, tmp_path, "test")[0] == Example(
+        4, tmp_path / "val2014/4.jpg", ("caption 4",)
+    )
     with pytest.raises(DatasetError, match="splits are train, val, test, not 'restval'"):
-        datasets.read_karpathy(path, tmp_path, "restval")
+        annotations.read_karpathy(path, tmp_path, "restval")
 
 
 def test_nocaps_domains_are_read_and_split_in_the_order_of_the_tables(tmp_path):
     domains = datasets.DOMAINS[::-1] * 2
     images = [{"id": i, "file_name": f"{i}.png", "domain": domain} for i, domain in enumerate(domains)]
     path = _coco(tmp_path, images, [{"image_id": 5, "caption": "a kite"}])
-    found = datasets.read_coco(path, tmp_path)
+    found = annotations.read_coco(path, tmp_path)
     by_domain = found.by_domain()
     assert list(by_domain) == ["in-domain", "near-domain", "out-domain"]
     assert [e.image_id for e in by_domain["out-domain"]] == [0, 3]
     assert by_domain["in-domain"][1].references == ("a kite",)
     images[0]["domain"] = "overseas"
     with pytest.raises(DatasetError, match="image 0 has domain 'overseas'; expected in-domain, near-domain"):
-        datasets.read_coco(_coco(tmp_path, images, []), tmp_path)
+        annotations.read_coco(_coco(tmp_path, images, []), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_nocaps_domains_are_read_and_split_in_the_order_of_the_tables(tmp_path):
 def test_json_of_another_shape_is_refused_with_its_file_and_what_was_expected(tmp_path, payload, message):
     path = _file(tmp_path, payload)
     with pytest.raises(DatasetError, match=message) as refusal:
-        datasets.read_coco(path, tmp_path)
+        annotations.read_coco(path, tmp_path)
     assert str(path) in str(refusal.value)
 
 
@@ -119,7 +122,7 @@ def test_json_of_another_shape_is_refused_with_its_file_and_what_was_expected(tm
 def test_a_file_that_is_not_json_is_named_with_what_it_begins_with(tmp_path, content, message):
     path = tmp_path / "captions.json"
     path.write_bytes(content)
-    for read in (lambda: datasets.read_coco(path, tmp_path), lambda: caption_results.read_results(path)):
+    for read in (lambda: annotations.read_coco(path, tmp_path), lambda: caption_results.read_results(path)):
         with pytest.raises(DatasetError, match=message) as refusal:
             read()
         assert str(path) in str(refusal.value)
@@ -127,9 +130,9 @@ def test_a_file_that_is_not_json_is_named_with_what_it_begins_with(tmp_path, con
 
 def test_a_missing_file_or_a_folder_instead_of_a_file_is_named(tmp_path):
     with pytest.raises(DatasetError, match="there is no file .*nowhere.json"):
-        datasets.read_coco(tmp_path / "nowhere.json", tmp_path)
+        annotations.read_coco(tmp_path / "nowhere.json", tmp_path)
     with pytest.raises(DatasetError, match="cannot be read .Is a directory"):
-        datasets.read_karpathy(tmp_path, tmp_path, "test")
+        annotations.read_karpathy(tmp_path, tmp_path, "test")
 
 
 @and_also([["half an emoji: \ud83d", "\u2028 \x00 é"]])
@@ -142,7 +145,7 @@ def test_any_caption_survives_writing_and_reading(tmp_path_factory, captions):
         for i, c in enumerate(captions)
     )
     write_coco(folder / "a.json", examples)
-    assert datasets.read_coco(folder / "a.json", folder).examples == examples
+    assert annotations.read_coco(folder / "a.json", folder).examples == examples
     results = {i: caption for i, c in enumerate(captions) for caption in c}
     caption_results.write_results(folder / "r.json", results)
     assert caption_results.read_results(folder / "r.json") == results
@@ -152,7 +155,7 @@ def test_any_caption_survives_writing_and_reading(tmp_path_factory, captions):
 def test_subfolders_survive_a_round_trip_when_the_images_folder_is_named(tmp_path):
     examples = (Example(1, tmp_path / "val2014/1.jpg"), Example(2, tmp_path / "train2014/2.jpg"))
     write_coco(tmp_path / "a.json", examples, images=tmp_path)
-    assert datasets.read_coco(tmp_path / "a.json", tmp_path).examples == examples
+    assert annotations.read_coco(tmp_path / "a.json", tmp_path).examples == examples
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -163,7 +166,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 
 def test_pycocotools_reads_what_we_write(tmp_path):
-    found = datasets.read_coco(_coco(tmp_path), tmp_path)
+    found = annotations.read_coco(_coco(tmp_path), tmp_path)
     write_coco(tmp_path / "ours.json", found)
     caption_results.write_results(tmp_path / "results.json", {3: "a bird", 7: "a boat"})
     stock = COCO(str(tmp_path / "ours.json"))
@@ -412,7 +415,7 @@ def test_a_label_is_lower_case_without_ten_marks_of_at_most_30_words_and_clean_a
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_three_in_four_real_captions_end_in_a_full_stop_and_no_label_does(real_data, split):
-    found = datasets.read_coco(real_data / "coco-karpathy" / f"coco_karpathy_{split}_gt.json", real_data)
+    found = annotations.read_coco(real_data / "coco-karpathy" / f"coco_karpathy_{split}_gt.json", real_data)
     captions = [caption for example in found for caption in example.references]
     assert sum(caption.rstrip().endswith(".") for caption in captions) / len(captions) == pytest.approx(0.75, abs=0.01)
     labels = list(map(datasets.clean_caption, captions))
@@ -423,7 +426,7 @@ def test_three_in_four_real_captions_end_in_a_full_stop_and_no_label_does(real_d
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_real_karpathy_ground_truth_equals_what_pycocotools_finds(real_data, split):
     path = real_data / "coco-karpathy" / f"coco_karpathy_{split}_gt.json"
-    found = datasets.read_coco(path, Path("val2014"))
+    found = annotations.read_coco(path, Path("val2014"))
     assert len(found) == 5000 and sum(len(e.references) for e in found) == 25010
     stock = COCO(str(path))
     for example in found:
@@ -432,15 +435,15 @@ def test_real_karpathy_ground_truth_equals_what_pycocotools_finds(real_data, spl
 
 
 def test_real_karpathy_ground_truth_survives_a_round_trip(real_data, tmp_path):
-    found = datasets.read_coco(real_data / "coco-karpathy/coco_karpathy_test_gt.json", tmp_path, "gt")
+    found = annotations.read_coco(real_data / "coco-karpathy/coco_karpathy_test_gt.json", tmp_path, "gt")
     write_coco(tmp_path / "copy.json", found)
-    assert datasets.read_coco(tmp_path / "copy.json", tmp_path, "gt") == found
+    assert annotations.read_coco(tmp_path / "copy.json", tmp_path, "gt") == found
 
 
 def test_real_nocaps_header_names_4500_images_and_has_no_captions_or_domains(real_data, tmp_path):
     header = json.loads((real_data / "nocaps/nocaps_val_image_info.json").read_text())
     assert "annotations" not in header
-    found = datasets.read_coco(_coco(tmp_path, header["images"], []), Path("images"))
+    found = annotations.read_coco(_coco(tmp_path, header["images"], []), Path("images"))
     assert len(found) == 4500
     assert found[0].path == Path("images/0013ea2087020901.jpg")
     assert found[0].extra["open_images_id"] == "0013ea2087020901"
@@ -452,7 +455,7 @@ def test_all_51_real_photographs_open_with_their_size_and_five_captions(real_dat
     photos = []
     for split in ("train2017", "val2017"):
         root = real_data / "coco-photos"
-        whole = datasets.read_coco(root / f"captions_{split}.json", root / split)
+        whole = annotations.read_coco(root / f"captions_{split}.json", root / split)
         photos += [(whole, example) for example in whole if example.path.exists()]
     assert len(photos) == 51
     for whole, example in photos:

@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
 from dalleflamingo import registry
+from dalleflamingo.evaluation.text_encoders import ClipText
 from dalleflamingo.miniature.corpora import texts
 from dalleflamingo.miniature.lafite import Lafite, LafiteGenerator, StyledBlock
 from dalleflamingo.miniature.training import clip, lafite, sd
 from dalleflamingo.miniature.training.tokenizers import train_clip_bpe
-from dalleflamingo.similarity import ClipText
 
 
 class Letters:

@@ -19,8 +19,8 @@ from PIL import Image
 
 from dalleflamingo import datasets, profiles, reconstruct, registry, runs
 from dalleflamingo.decoding import TopK
+from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.generator import Generator
-from dalleflamingo.similarity import PairSimilarity
 from dalleflamingo.sources import own_files
 
 HERE = Path(__file__).parent

@@ -5,8 +5,8 @@ import torch
 
 from dalleflamingo import profiles
 from dalleflamingo.course import show
+from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.research import cycle_report, cycle_study, insights, metrics, options, stability, studies, variants
-from dalleflamingo.similarity import PairSimilarity
 
 MAINS = [
     insights.main_1,

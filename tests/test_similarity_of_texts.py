@@ -13,9 +13,9 @@ from scipy.optimize import linear_sum_assignment
 from dalleflamingo import registry
 from dalleflamingo.evaluation import caption_tokenizer
 from dalleflamingo.evaluation.ngrams import Cider
-from dalleflamingo.evaluation.similarities import CiderSimilarity, WordMoversSimilarity
+from dalleflamingo.evaluation.similarities import CiderSimilarity, PairSimilarity, WordMoversSimilarity
+from dalleflamingo.evaluation.text_encoders import ClipText, Sbert
 from dalleflamingo.evaluation.word_movers import FARTHEST, WordVectors, read_glove
-from dalleflamingo.similarity import ClipText, PairSimilarity, Sbert
 
 TEXTS = [f"a red cat number {i} " + "sits " * (i % 5) for i in range(37)]
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.datasets import Dataset, DatasetError, distinct, load_json, shape_of, value_of
+from dalleflamingo.datasets import Dataset, DatasetError, distinct
 from dalleflamingo.runs import write_whole
+from dalleflamingo.sources.text_files import load_json, shape_of, value_of
 
 
 def describe_dataset(captioner: Captioner, dataset: Dataset, batch_size: int = 32) -> dict[int, str]:

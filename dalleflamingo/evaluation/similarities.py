@@ -4,8 +4,10 @@ Higher is more alike. CIDEr counts shared n-grams. Word Mover's Distance adds up
 those of the other. Image fidelity compares the features that FID compares.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
+from typing import Generic, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -15,10 +17,31 @@ from dalleflamingo import registry
 from dalleflamingo.evaluation.caption_tokenizer import tokenize
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.ngrams import Cider
+from dalleflamingo.evaluation.text_encoders import ClipText, Sbert
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.profiles import Profile
 from dalleflamingo.runs import fingerprint
-from dalleflamingo.similarity import ClipText, Sbert, Similarity
+from dalleflamingo.similarity import Similarity
+
+T = TypeVar("T")  # an image or a text
+
+
+@dataclass(frozen=True)
+class PairSimilarity(Generic[T]):
+    """A similarity of one's own, by a function of a source and a candidate, higher where they are more similar."""
+
+    name: str  # of its column in a run's table
+    function: Callable[[T, T], float]
+    version: str = "1"  # change it when you change the function, so that a kept run is scored again
+
+    def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
+        """As `Similarity.compare`."""
+        pairs = zip(sources, candidates, strict=True)
+        return torch.tensor([[float(self.function(source, other)) for other in others] for source, others in pairs])
+
+    def fingerprint(self) -> str:
+        """As `Similarity.fingerprint`, by name and version."""
+        return fingerprint(type(self).__name__, settings={"name": self.name, "version": self.version})
 
 
 class Fidelity:

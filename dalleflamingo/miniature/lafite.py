@@ -18,10 +18,10 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from dalleflamingo import registry
+from dalleflamingo.evaluation.text_encoders import ClipText
 from dalleflamingo.generator import render_distinct
 from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
-from dalleflamingo.similarity import ClipText
 from dalleflamingo.tokens import check_caption
 
 FIRST_CHANNELS = 32  # of the first map, at 4 × 4 positions

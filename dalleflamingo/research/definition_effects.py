@@ -26,6 +26,7 @@ from dalleflamingo.evaluation.caption_tokenizer import tokenize
 from dalleflamingo.evaluation.image_features import FeatureExtractor, ImageFiles
 from dalleflamingo.evaluation.image_metrics import fid, inception_score
 from dalleflamingo.evaluation.intervals import Interval, paired_bootstraps
+from dalleflamingo.evaluation.text_encoders import ClipText
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.generator import Generator, add_noise
 from dalleflamingo.profiles import Profile
@@ -39,7 +40,7 @@ from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.ranking import EvaluatedCandidates
 from dalleflamingo.research.released import ANY_WORDS, ReleasedSampling, build_released_cycle, sample_latents
 from dalleflamingo.runs import derive_seed
-from dalleflamingo.similarity import ClipImage, ClipText, Encoder
+from dalleflamingo.similarity import ClipImage, Encoder
 
 CORPUS = "nocaps"  # development images of it
 PER_CAPTION = 5  # generated images of a caption, and captions of an image

@@ -28,6 +28,7 @@ from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.image_metrics import RESAMPLES as RESAMPLES_OF_IMAGES
 from dalleflamingo.evaluation.intervals import Interval, mean_interval, within_group_spearman
 from dalleflamingo.evaluation.similarities import Fidelity, load_text_similarities
+from dalleflamingo.evaluation.text_encoders import ClipText, Sbert
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
@@ -67,7 +68,7 @@ from dalleflamingo.research.ranking import (
     measure,
     similarities,
 )
-from dalleflamingo.similarity import ClipText, Encoder, Sbert, Similarity
+from dalleflamingo.similarity import Encoder, Similarity
 
 _OUT = "out-domain"
 RANKED = 10  # candidates, as in the paper; more are made for Fig. 9, and these are the first ten of them

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dalleflamingo.datasets import Dataset, DatasetError, Example, load_json, read_text, shape_of
+from dalleflamingo.datasets import Dataset, DatasetError, Example
 from dalleflamingo.runs import printable
+from dalleflamingo.sources.text_files import load_json, read_text, shape_of
 
 _NAMED = 10  # files that are named of those left out for one reason; of the others the number is said
 _SEPARATORS = {".csv": ",;\t", ".tsv": "\t"}  # between columns; of a .csv the first by which one is called caption
