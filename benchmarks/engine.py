@@ -40,9 +40,10 @@ from dalleflamingo.evaluation.intervals import mean_interval, within_group_spear
 from dalleflamingo.generator import Generator
 from dalleflamingo.miniature.scene_graph import Scene, f1
 from dalleflamingo.profiles import Profile
-from dalleflamingo.reconstruct import JourneySettings, image_text_image, load_models
+from dalleflamingo.reconstruct import JourneySettings, image_text_image
 from dalleflamingo.research.pages import SHIPPED, current_commit, table
 from dalleflamingo.runs import derive_seed
+from dalleflamingo.sources.models import load_models
 
 K, STEPS, MATRIX = 10, 20, 2048
 SAMPLING = dict(do_sample=True, top_p=0.9, top_k=0, min_new_tokens=5, max_new_tokens=60)

@@ -231,7 +231,8 @@ def _sized_profile(options: argparse.Namespace) -> "Profile":
 
 def _image_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[DataFrame, dict[int, str]]":
     """The table of candidates, and the file name of each image id."""
-    from dalleflamingo.reconstruct import JourneySettings, image_text_image, load_models
+    from dalleflamingo.reconstruct import JourneySettings, image_text_image
+    from dalleflamingo.sources.models import load_models
 
     profile = _sized_profile(options)
     settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
@@ -244,7 +245,8 @@ def _image_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[Dat
 def _text_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[DataFrame, dict[int, str]]":
     """The table of candidates, and the caption of each image id."""
     from dalleflamingo.evaluation.similarities import load_text_similarities
-    from dalleflamingo.reconstruct import JourneySettings, load_captioner, load_generator, text_image_text
+    from dalleflamingo.reconstruct import JourneySettings, text_image_text
+    from dalleflamingo.sources.models import load_captioner, load_generator
 
     profile = _sized_profile(options)
     settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))

@@ -325,9 +325,8 @@ def _train(config, cycle, batches, trainable, run_folder: Path, accelerator: Acc
         accelerator.log(report, step)
         if main:
             if step == first:  # only now has all of the configuration been accepted
-                write_whole(
-                    run_folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n")
-                )
+                text = json.dumps(record, indent=1) + "\n"
+                write_whole(run_folder / "config.json", lambda path, text=text: path.write_text(text))
             append_row(run_folder / "log.jsonl", {"step": step, **report})
             if done % config.checkpoint_every == 0 or done == config.steps:
                 checkpoint.save(done, minutes + (time.monotonic() - began) / 60)

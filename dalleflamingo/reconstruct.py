@@ -21,7 +21,6 @@ import pyarrow as pa
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
-from dalleflamingo import registry
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage, digest_of_file, open_image
 from dalleflamingo.decoding import PAPER_SAMPLING, Strategy
@@ -29,7 +28,7 @@ from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
 from dalleflamingo.runs import SOURCE, RunFolder, derive_seed, hold, printable
 from dalleflamingo.settings import Count, GuidanceScale, Seed, check
-from dalleflamingo.similarity import ClipImage, Dino, Similarity
+from dalleflamingo.similarity import Similarity
 
 _SOURCE = {"image_id": pa.int64(), "file": pa.string(), "digest": pa.string(), "domain": pa.string()}
 _CANDIDATE = _SOURCE | {"candidate": pa.int64(), "seed": pa.int64()}
@@ -300,8 +299,7 @@ def text_image_text(
     Returns:
         one row for each image × candidate, in the order of the data set:
             image_id; file; digest, of the caption; domain; candidate, 0 … N − 1; seed, of the generated image;
-            caption, the source; image, the generated PNG relative to run_folder; recovered, its description; each
-            similarity.
+            caption, the source; image, as in `image_text_image`; recovered, its description; each similarity.
         `.attrs`: "run_folder", and "skipped": examples without a caption, or with one that the generator cannot read
             as a whole, as {"image_id", "path", "reason"}.
     """
@@ -423,42 +421,3 @@ def rank(table: pd.DataFrame, by: str) -> pd.DataFrame:
 def select(table: pd.DataFrame, by: str) -> pd.DataFrame:
     """The candidate ranked first for each image, in the order of the table; arguments and errors as `rank`."""
     return rank(table, by).query("rank == 1").drop(columns="rank").reset_index(drop=True)
-
-
-class Models(NamedTuple):
-    """What image → text → image needs: `image_text_image(dataset, *load_models(profile), run_folder, settings)`."""
-
-    captioner: Captioner
-    generator: Generator
-    similarities: list[Similarity]
-
-
-def load_models(profile: Profile, scheduler: str | None = None) -> Models:
-    """The profile's captioner and generator, with CLIP and DINO; arguments and errors are those of `load_generator`."""
-    similarities = [
-        ClipImage.from_pretrained(**registry.source_of(profile.clip, profile.device)),
-        Dino.from_pretrained(**registry.source_of(profile.dino, profile.device), image_size=profile.dino_size),
-    ]
-    return Models(load_captioner(profile), load_generator(profile, scheduler=scheduler), similarities)
-
-
-def load_captioner(profile: Profile, name: str | None = None) -> Captioner:
-    """A captioner by its name in the registry (None: the profile's), for the profile's device; errors as `locate`."""
-    source = registry.source_of(profile.captioner if name is None else name, profile.device)
-    return Captioner.from_pretrained(**source, dtype=profile.torch_dtype)
-
-
-def load_generator(profile: Profile, name: str | None = None, scheduler: str | None = None) -> Generator:
-    """A generator by its name in the registry, for the profile's device.
-
-    Args:
-        profile: says which generator and scheduler where none are named, and the type of the weights.
-        name: in the registry; unknown names and missing weights are a RegistryError.
-        scheduler: of diffusers, as `Generator.from_pretrained` takes it; one that does not fit is a ValueError.
-    """
-    name = profile.generator if name is None else name
-    source = registry.source_of(name, profile.device) | {"dtype": profile.torch_dtype}
-    if other := registry.class_of(name):  # not a diffusion model: it has no scheduler
-        return other.from_pretrained(**source)
-    scheduler = profile.scheduler if scheduler is None else scheduler
-    return Generator.from_pretrained(**source, scheduler=scheduler, image_size=profile.image_size)

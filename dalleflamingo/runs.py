@@ -160,11 +160,8 @@ class RunFolder:
 
 
 def read_settings(path: Path, settings_of: Callable = dict) -> dict | None:
-    """The settings that a run was begun with; None if there are none yet.
+    """`settings_of` what a run's JSON file holds, its settings; None if there is no file yet.
 
-    Args:
-        path: JSON in the run's folder.
-        settings_of: what it holds -> the settings.
     Raises:
         RunFolderError: the file is damaged.
     """

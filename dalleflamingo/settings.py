@@ -1,15 +1,8 @@
 """What a setting may be: one place checks types and ranges, for files, command lines and notebooks alike.
 
-A dataclass of settings writes the range of a field into its annotation and calls `check` when it is made, so that a
-run with a wrong setting is refused before anything is computed or written. pydantic compares strictly: "8", 8.0 and
-true are no integers, and an integer is a number. NaN and infinity lie outside every range.
-
-    @dataclass(frozen=True)
-    class Settings:
-        steps: Count = 50
-
-        def __post_init__(self):
-            check(self)
+A dataclass of settings writes the range of a field into its annotation, as in `steps: Count`, and calls `check` in its
+`__post_init__`, so that a run with a wrong setting is refused before anything is computed or written. pydantic compares
+strictly: "8", 8.0 and true are no integers, and an integer is a number. NaN and infinity lie outside every range.
 """
 
 import reprlib

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dalleflamingo import profiles, reconstruct, registry
+from dalleflamingo.sources import models
 
 
 def test_profile_is_mini_unless_the_environment_names_another(monkeypatch):
@@ -54,15 +55,15 @@ def test_the_real_models_are_used_as_the_paper_uses_them(monkeypatch):
         loader = SimpleNamespace(from_pretrained=lambda kind=kind, **options: asked.update({kind: options}))
         monkeypatch.setattr(reconstruct, kind, loader)
     monkeypatch.setattr(registry, "locate", lambda name: name)
-    reconstruct.load_models(profiles.PROFILES["paper"])
+    models.load_models(profiles.PROFILES["paper"])
     assert asked["Generator"]["scheduler"] == "DDPM" and asked["Dino"]["image_size"] == 384
     assert asked["Captioner"]["prompt"] == "a picture of" and asked["Captioner"]["decoding"]["num_beams"] == 3
     assert all(asked[kind]["revision"] for kind in asked)
-    reconstruct.load_captioner(profiles.PROFILES["paper"], profiles.PROFILES["paper"].other_captioner)
+    models.load_captioner(profiles.PROFILES["paper"], profiles.PROFILES["paper"].other_captioner)
     assert asked["Captioner"]["prompt"] == "a photo of" and asked["Captioner"]["decoding"]["num_beams"] == 5
-    reconstruct.load_models(profiles.PROFILES["paper"], "DDIM")
+    models.load_models(profiles.PROFILES["paper"], "DDIM")
     assert asked["Generator"]["scheduler"] == "DDIM"
-    reconstruct.load_models(profiles.PROFILES["mini"])
+    models.load_models(profiles.PROFILES["mini"])
     assert asked["Generator"]["scheduler"] is asked["Dino"]["image_size"] is None and not asked["Captioner"]["prompt"]
 
 

@@ -21,7 +21,7 @@ from dalleflamingo import datasets, profiles, reconstruct, registry, runs
 from dalleflamingo.decoding import TopK
 from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.generator import Generator
-from dalleflamingo.sources import own_files
+from dalleflamingo.sources import models, own_files
 
 HERE = Path(__file__).parent
 
@@ -498,8 +498,8 @@ def test_similarities_that_cannot_be_columns_are_refused(tmp_path, names):
 
 def test_a_generator_is_opened_by_the_class_that_its_registry_entry_names():
     smoke = profiles.PROFILES["smoke"]
-    assert type(reconstruct.load_generator(smoke, "miniature/lafite")) is registry.class_of("miniature/lafite")
-    usual = reconstruct.load_generator(smoke, scheduler="DDIM")
+    assert type(models.load_generator(smoke, "miniature/lafite")) is registry.class_of("miniature/lafite")
+    usual = models.load_generator(smoke, scheduler="DDIM")
     assert type(usual) is Generator and type(usual.pipeline.scheduler).__name__ == "DDIMScheduler"
 
 
@@ -533,7 +533,7 @@ def test_model_folders_go_there_and_back_whatever_the_chunk(tmp_path, monkeypatc
         (tmp_path / name).mkdir()
         make(tmp_path / name)
     monkeypatch.setattr(registry, "locate", lambda name: str(tmp_path / name.removeprefix("miniature/")))
-    captioner, generator, similarities = reconstruct.load_models(profiles.PROFILES["smoke"])
+    captioner, generator, similarities = models.load_models(profiles.PROFILES["smoke"])
     dataset = fakes.dataset(tmp_path / "p", 3)
 
     def run(name, chunk, batch_size):

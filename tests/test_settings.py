@@ -24,8 +24,9 @@ from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.evaluation import accelerators
 from dalleflamingo.evaluation.cycle_reporting import read_config
 from dalleflamingo.miniature.training import train
-from dalleflamingo.reconstruct import JourneySettings, load_captioner, load_generator
+from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import options
+from dalleflamingo.sources.models import load_captioner, load_generator
 
 SMOKE = profiles.PROFILES["smoke"]
 MADE = (CycleConfig.of(SMOKE), Losses(), JourneySettings.of(SMOKE), SMOKE, registry.ENTRIES["blip-large"])

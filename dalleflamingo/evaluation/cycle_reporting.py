@@ -14,6 +14,7 @@ from dalleflamingo import registry
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle
 from dalleflamingo.evaluation.accelerators import make_accelerator
+from dalleflamingo.evaluation.map_files import save_map
 from dalleflamingo.profiles import Profile
 from dalleflamingo.runs import RunFolderError
 
@@ -67,7 +68,7 @@ def export(cycle: Cycle, folder: Path) -> None:
     cycle.captioner.model.save_pretrained(folder / "captioner")
     cycle.captioner.processor.save_pretrained(folder / "captioner")
     cycle.generator.pipeline.save_pretrained(folder / "generator")
-    cycle.bridge.vocabulary_map.save(folder / "vocabulary_map")
+    save_map(cycle.bridge.vocabulary_map, folder / "vocabulary_map")
 
 
 def write_model_cards(config: CycleConfig, run_folder: Path) -> None:

@@ -30,7 +30,7 @@ from dalleflamingo.evaluation.text_encoders import ClipText
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.generator import Generator, add_noise
 from dalleflamingo.profiles import Profile
-from dalleflamingo.reconstruct import JourneySettings, Models, image_text_image, text_image_text
+from dalleflamingo.reconstruct import JourneySettings, image_text_image, text_image_text
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.cycle_arms import Run
 from dalleflamingo.research.cycle_comparison import evaluated_captions
@@ -41,6 +41,7 @@ from dalleflamingo.research.ranking import EvaluatedCandidates
 from dalleflamingo.research.released import ANY_WORDS, ReleasedSampling, build_released_cycle, sample_latents
 from dalleflamingo.runs import derive_seed
 from dalleflamingo.similarity import ClipImage, Encoder
+from dalleflamingo.sources.models import Models
 
 CORPUS = "nocaps"  # development images of it
 PER_CAPTION = 5  # generated images of a caption, and captions of an image

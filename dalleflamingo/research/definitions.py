@@ -19,7 +19,6 @@ from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.text_encoders import ClipText
 from dalleflamingo.profiles import Profile
-from dalleflamingo.reconstruct import load_models
 from dalleflamingo.research import definition_effects as effects_of
 from dalleflamingo.research import pages
 from dalleflamingo.research.cycle_study import development_sets
@@ -27,6 +26,7 @@ from dalleflamingo.research.definition_effects import CORPUS, STEPS, Effect
 from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.runs import write_whole
 from dalleflamingo.similarity import ClipImage
+from dalleflamingo.sources.models import load_models
 
 COMMAND = "python -m dalleflamingo research definitions"
 SCHEDULER = "DPMSolverMultistep"

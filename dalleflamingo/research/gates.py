@@ -38,11 +38,11 @@ from dalleflamingo.miniature.scene_graph import (
 )
 from dalleflamingo.miniature.world import draw, sample_scene
 from dalleflamingo.profiles import PROFILES
-from dalleflamingo.reconstruct import load_captioner, load_generator
 from dalleflamingo.research.options import positive
 from dalleflamingo.research.probes import knn_accuracy, ridge_accuracy
 from dalleflamingo.runs import derive_seed, write_whole
 from dalleflamingo.similarity import ClipImage, Dino, load_clip
+from dalleflamingo.sources.models import load_captioner, load_generator
 
 SEED = 20  # of the held-out scenes; no training draws from it
 MINI = PROFILES["mini"]

@@ -32,13 +32,7 @@ from dalleflamingo.evaluation.text_encoders import ClipText, Sbert
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
-from dalleflamingo.reconstruct import (
-    JourneySettings,
-    image_text_image,
-    load_captioner,
-    load_models,
-    text_image_text,
-)
+from dalleflamingo.reconstruct import JourneySettings, image_text_image, text_image_text
 from dalleflamingo.research import baselines, report
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.claims import Claim, print_claims, weakest_of
@@ -69,6 +63,7 @@ from dalleflamingo.research.ranking import (
     similarities,
 )
 from dalleflamingo.similarity import Encoder, Similarity
+from dalleflamingo.sources.models import load_captioner, load_models
 
 _OUT = "out-domain"
 RANKED = 10  # candidates, as in the paper; more are made for Fig. 9, and these are the first ten of them

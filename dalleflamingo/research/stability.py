@@ -21,7 +21,7 @@ from dalleflamingo import profiles, registry
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.intervals import Interval, mean_interval, within_group_spearman
 from dalleflamingo.generator import Generator
-from dalleflamingo.reconstruct import ImageTextImage, JourneySettings, Source, load_models, run_journey
+from dalleflamingo.reconstruct import ImageTextImage, JourneySettings, Source, run_journey
 from dalleflamingo.research import pages, report
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.insights import RANKED
@@ -31,6 +31,7 @@ from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import ALL, RESAMPLES, EvaluatedCandidates, gains, measure
 from dalleflamingo.runs import RunFolder, derive_seed, write_whole
 from dalleflamingo.similarity import Similarity
+from dalleflamingo.sources.models import load_models
 
 
 class FixedCaptions:
