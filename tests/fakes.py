@@ -79,7 +79,7 @@ class Generator:
         on_draw()
         progress(1)
         noise = np.random.default_rng(seed).integers(-20, 20, (16, 16, 3))
-        colour = COLOURS.get(caption.split()[1], (90, 90, 90))
+        colour = COLOURS.get(" ".join(caption.split()[1:2]), (90, 90, 90))
         return Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
 
 

@@ -20,6 +20,7 @@ from dalleflamingo import cycle, profiles, reconstruct
 from dalleflamingo.evaluation import similarities
 from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.registry import RegistryError
+from dalleflamingo.sources import models as profile_models
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,17 +80,15 @@ def models(monkeypatch, tmp_path):
     """The models that a command loads are fakes; [(scheduler, size of images) asked for, ...]."""
     fakes.dataset(tmp_path / "mine", 3)
     monkeypatch.setenv(profiles.VARIABLE, "smoke")
-    loaded = reconstruct.Models(fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()])
+    loaded = profile_models.Models(fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()])
     asked = []
-    monkeypatch.setattr(
-        reconstruct, "load_models", lambda profile, scheduler: asked.append((scheduler, profile.image_size)) or loaded
-    )
-    monkeypatch.setattr(reconstruct, "load_captioner", lambda profile: loaded.captioner)
-    monkeypatch.setattr(
-        reconstruct,
-        "load_generator",
-        lambda profile, scheduler: asked.append((scheduler, profile.image_size)) or loaded.generator,
-    )
+
+    def asking(found):
+        return lambda profile, scheduler: asked.append((scheduler, profile.image_size)) or found
+
+    monkeypatch.setattr(profile_models, "load_models", asking(loaded))
+    monkeypatch.setattr(profile_models, "load_captioner", lambda profile: loaded.captioner)
+    monkeypatch.setattr(profile_models, "load_generator", asking(loaded.generator))
     texts = [PairSimilarity("letters", fakes.common_letters)]
     monkeypatch.setattr(similarities, "load_text_similarities", lambda profile, corpus: texts)
     return loaded, asked
@@ -150,7 +149,7 @@ def test_a_file_of_captions_goes_there_and_back_and_may_be_edited(models, tmp_pa
 
 
 def test_a_file_of_captions_needs_no_similarity_of_images(models, monkeypatch, tmp_path):
-    monkeypatch.setattr(reconstruct, "load_models", None)  # would load CLIP and DINO
+    monkeypatch.setattr(profile_models, "load_models", None)  # would load CLIP and DINO
     (tmp_path / "mine.txt").write_text("a red thing\n")
     arguments = ["reconstruct", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "texts"), "--scheduler", "DDIM"]
     assert command_line.main([*arguments, "--steps", "20"]) == 0 and models[1] == [("DDIM", 64)]
