@@ -35,6 +35,7 @@ _EXPORTS = {  # module -> the names that it exports here
         "text_image_text",
     ),
     "cycle": ("CycleConfig", "load_cycle", "train_cycle"),
+    "sources.annotations": ("read_coco", "read_karpathy"),
     "sources.models": ("load_captioner", "load_generator", "load_models"),
     "sources.own_files": ("read_captions", "read_folder"),
     "evaluation.intervals": ("Interval", "mean_interval", "paired_bootstrap"),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dalleflamingo.datasets import Dataset
     from dalleflamingo.generator import Generator
     from dalleflamingo.profiles import Profile
+    from dalleflamingo.reconstruct import JourneySettings
 
 # `profiles.VARIABLE`, spelled again because importing it would import torch, without which --help answers at once
 PROFILE = "DALLEFLAMINGO_PROFILE"
@@ -156,7 +157,10 @@ def _remedy(error: Exception) -> str:
     """What a user should do about an error; empty where it is the program's fault."""
     from safetensors import SafetensorError
 
-    from dalleflamingo.registry import RegistryError, is_ours, is_unreachable
+    try:
+        from dalleflamingo.registry import RegistryError, is_ours, is_unreachable
+    except LookupError as wrong:  # registry.toml has a wrong entry, which may be the error
+        return str(wrong)
 
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         return "the GPU's memory is full: give a smaller --batch-size, or in cycle's --config a larger accumulation"
@@ -210,13 +214,16 @@ def reconstruct(arguments: list[str]) -> int:
     _add_shared(parser, steps="denoising steps of the generator", batch_size="images at once; fewer need less memory")
     options = parser.parse_args(arguments)
 
+    from dalleflamingo.reconstruct import JourneySettings
     from dalleflamingo.runs import hold
     from dalleflamingo.sources.own_files import read_captions, read_folder
 
     is_text = not options.source.is_dir()
     source = (read_captions if is_text else read_folder)(options.source)[: options.images]
+    profile = _sized_profile(options)
+    settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
     with hold(options.out):  # before models are loaded, which may take minutes
-        table, names = (_text_journey if is_text else _image_journey)(source, options)
+        table, names = (_text_journey if is_text else _image_journey)(source, options, profile, settings)
     _print_best(table, names, "image" if is_text else "caption")
     return 0
 
@@ -229,27 +236,27 @@ def _sized_profile(options: argparse.Namespace) -> "Profile":
     return dataclasses.replace(profile, image_size=options.size) if options.size else profile
 
 
-def _image_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[DataFrame, dict[int, str]]":
+def _image_journey(
+    source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
+) -> "tuple[DataFrame, dict[int, str]]":
     """The table of candidates, and the file name of each image id."""
-    from dalleflamingo.reconstruct import JourneySettings, image_text_image
+    from dalleflamingo.reconstruct import image_text_image
     from dalleflamingo.sources.models import load_models
 
-    profile = _sized_profile(options)
-    settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
     models = load_models(profile, options.scheduler)
     require_steps(models.generator, options, settings.steps)
     table = image_text_image(source, *models, options.out, settings)
     return table, {image.image_id: image.path.name for image in source}
 
 
-def _text_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[DataFrame, dict[int, str]]":
+def _text_journey(
+    source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
+) -> "tuple[DataFrame, dict[int, str]]":
     """The table of candidates, and the caption of each image id."""
     from dalleflamingo.evaluation.similarities import load_text_similarities
-    from dalleflamingo.reconstruct import JourneySettings, text_image_text
+    from dalleflamingo.reconstruct import text_image_text
     from dalleflamingo.sources.models import load_captioner, load_generator
 
-    profile = _sized_profile(options)
-    settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
     captioner, generator = load_captioner(profile), load_generator(profile, scheduler=options.scheduler)
     require_steps(generator, options, settings.steps)
     similarities = load_text_similarities(profile, {text.image_id: text.references for text in source})

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dalleflamingo import profiles, reconstruct, registry
+from dalleflamingo import profiles, registry
 from dalleflamingo.sources import models
 
 
@@ -53,7 +53,7 @@ def test_the_real_models_are_used_as_the_paper_uses_them(monkeypatch):
     asked = {}
     for kind in ("Captioner", "Generator", "ClipImage", "Dino"):
         loader = SimpleNamespace(from_pretrained=lambda kind=kind, **options: asked.update({kind: options}))
-        monkeypatch.setattr(reconstruct, kind, loader)
+        monkeypatch.setattr(models, kind, loader)
     monkeypatch.setattr(registry, "locate", lambda name: name)
     models.load_models(profiles.PROFILES["paper"])
     assert asked["Generator"]["scheduler"] == "DDPM" and asked["Dino"]["image_size"] == 384

@@ -5,6 +5,9 @@ import json
 import math
 import os
 import re
+import shutil
+import subprocess
+import sys
 import typing
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +30,8 @@ from dalleflamingo.miniature.training import train
 from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import options
 from dalleflamingo.sources.models import load_captioner, load_generator
+
+ROOT = Path(__file__).parents[1]
 
 SMOKE = profiles.PROFILES["smoke"]
 MADE = (CycleConfig.of(SMOKE), Losses(), JourneySettings.of(SMOKE), SMOKE, registry.ENTRIES["blip-large"])
@@ -430,3 +435,13 @@ def test_settings_of_ones_own_are_checked_in_the_same_way():
     for wrong in ({"steps": "3"}, {"steps": 3, "side": 12}, {"side": 8}, {"steps": 3, "sides": 8}, [3], "steps"):
         with pytest.raises(ValueError):
             settings.from_mapping(Mine, wrong)
+
+
+def test_a_wrong_entry_of_the_registry_is_one_line_on_the_command_line(tmp_path):
+    shutil.copytree(ROOT / "dalleflamingo", tmp_path / "dalleflamingo")
+    file = tmp_path / "dalleflamingo/registry.toml"
+    file.write_text(file.read_text(encoding="utf-8").replace("size_mb = 990", "size_mb = -1"), encoding="utf-8")
+    line = [sys.executable, "-m", "dalleflamingo", "cycle", "--profile", "smoke", "--run", "run"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "registry.toml, [hub.'blip-base']: size_mb = -1" in done.stderr
