@@ -8,7 +8,7 @@ the traceback of an error. A command's module is imported when the command is ch
 import argparse
 import contextlib
 import dataclasses
-import errno
+import dis
 import importlib
 import inspect
 import os
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # `profiles.VARIABLE`, spelled again because importing it would import torch, without which --help answers at once
 PROFILE = "DALLEFLAMINGO_PROFILE"
 DEBUG = "DALLEFLAMINGO_DEBUG"
+ISSUES = "https://github.com/dalleflamingo/dalleflamingo/issues"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
     _add_profile(parser)
     chosen, arguments = parser.parse_known_args(arguments)
     if chosen.profile is not None:
-        from dalleflamingo.profiles import PROFILES
-
+        try:
+            from dalleflamingo.profiles import PROFILES
+        except Exception as error:
+            return _report(prog, error)
         if chosen.profile not in PROFILES:
             parser.error(f"argument --profile: unknown profile {chosen.profile!r}: one of {', '.join(PROFILES)}")
         os.environ[PROFILE] = chosen.profile  # before any module reads it
@@ -141,49 +144,63 @@ def _dispatch(commands: Mapping[str, Command], arguments: list[str], prog: str, 
     module, _, function = commands[name].function.partition(":")
     try:
         return getattr(importlib.import_module(module), function)(arguments[1:]) or 0
+    except BrokenPipeError:  # who read the output has seen enough, as `head` does
+        return 141
     except KeyboardInterrupt:
         if commands[name].interrupted:
             print(f"\nInterrupted: {commands[name].interrupted}.", file=sys.stderr)
         return 130
     except Exception as error:
-        if os.environ.get(DEBUG):
-            traceback.print_exc()
-        remedy = _remedy(error)
-        print(f"{prog} {name}: {remedy or _fault(error)}", file=sys.stderr)
-        return 2 if remedy else 1
+        return _report(f"{prog} {name}", error)
+
+
+def _report(what: str, error: Exception) -> int:
+    """Say in one line what is wrong with a command, and its traceback where that is asked for; the exit status."""
+    if os.environ.get(DEBUG):
+        traceback.print_exception(error)
+    remedy = _remedy(error)
+    print(f"{what}: {remedy or _fault(error)}", file=sys.stderr)
+    return 2 if remedy else 1
 
 
 def _remedy(error: Exception) -> str:
     """What a user should do about an error; empty where it is the program's fault."""
+    if isinstance(error, ImportError):  # first of all: what is imported here may be what is missing
+        return str(error) if "pip install" in str(error) else f"{error}: install the environment as README.md says"
     from safetensors import SafetensorError
 
     try:
-        from dalleflamingo.registry import RegistryError, is_ours, is_unreachable
+        from dalleflamingo.registry import RegistryError, is_full, is_unreachable
     except LookupError as wrong:  # registry.toml has a wrong entry, which may be the error
         return str(wrong)
 
+    if isinstance(error, (RegistryError, FloatingPointError)) or isinstance(error, ValueError) and _is_ours(error):
+        return str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         return "the GPU's memory is full: give a smaller --batch-size, or in cycle's --config a larger accumulation"
-    if isinstance(error, MemoryError):
-        return "the memory is full: give a smaller --batch-size, or fewer --images"
-    if isinstance(error, (RegistryError, FloatingPointError)) or isinstance(error, ValueError) and is_ours(error):
-        return str(error)
-    # safetensors has an error of its own for a full disk
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "the memory is full: close other programs, or work on less at once, as with a smaller --batch-size"
+    if is_full(error):
         return f"the disk is full ({error}): make room, and give the same command again; what is finished is kept"
     if is_unreachable(error):
         return f"the network cannot be reached ({error}): connect, and give the same command again"
-    if isinstance(error, ImportError):
-        return str(error) if "pip install" in str(error) else f"{error}: install the environment as README.md says"
     return str(error) if isinstance(error, (OSError, SafetensorError)) else ""
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a `raise` of this package raised the error, so that its message was written for the user."""
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    package = last.tb_frame.f_globals.get("__package__") or ""
+    is_raise = last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return is_raise and package.partition(".")[0] == __package__
 
 
 def _fault(error: Exception) -> str:
     """One line about an error that nobody foresaw."""
-    from dalleflamingo.registry import REPOSITORY
-
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"a fault of the program, {what}: {DEBUG}=1 shows its traceback; please report that at {REPOSITORY}/issues"
+    return f"this is a bug ({what}): give the command again with {DEBUG}=1 and report the traceback at {ISSUES}"
 
 
 def reconstruct(arguments: list[str]) -> int:
@@ -270,10 +287,11 @@ def require_steps(generator: "Generator", options: argparse.Namespace, steps: in
     The profile `smoke` has fewer, to be quick.
 
     Raises:
-        ValueError: they are too few.
+        ValueError: they are too few, or as `denoising.spread_steps`.
     """
-    from dalleflamingo.denoising import SCHEDULERS, short_name
+    from dalleflamingo.denoising import SCHEDULERS, short_name, spread_steps
 
+    spread_steps(generator.pipeline.scheduler, steps)
     name = short_name(type(generator.pipeline.scheduler))
     if (options.steps, options.scheduler) != (None, None) and steps < (least := SCHEDULERS[name]):
         quick = [other for other, fewest in SCHEDULERS.items() if fewest <= steps]
@@ -379,5 +397,6 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name, or an arrow, need not be in the terminal's set
+    # a terminal's encoding may lack a character of a file's name, or an arrow
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -77,10 +77,12 @@ class Captioner(ABC):
         source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
         with loading(name_or_path):
             kind = AutoConfig.from_pretrained(**source).model_type
-            if kind not in _KINDS:
-                raise ValueError(f"{name_or_path} holds a model of type {kind!r}: expected one of {', '.join(_KINDS)}")
+        if kind not in _KINDS:
+            raise ValueError(f"{name_or_path} holds a model of type {kind!r}: expected one of {', '.join(_KINDS)}")
+        with loading(name_or_path):
             model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype, use_safetensors=True)
-            return _KINDS[kind](model.to(device), AutoProcessor.from_pretrained(**source), prompt, decoding)
+            processor = AutoProcessor.from_pretrained(**source)
+        return _KINDS[kind](model.to(device), processor, prompt, decoding)
 
     @torch.no_grad()
     def sample(
@@ -160,7 +162,7 @@ class Captioner(ABC):
     def check_caption(self, caption: str) -> None:
         """Refuse a caption that `token_logits` cannot read; errors as `tokens.check_caption`."""
         positions = self.model.config.text_config.max_position_embeddings
-        # the logits at the end itself are not asked for
+        # the end is predicted but never read, so it needs no position
         check_caption(caption, lambda text: len(self.prompt_ids) + int(self.count_tokens([text])) - 1, positions)
 
     def behind_prompt(self, captions: Sequence[str]) -> list[str]:
@@ -313,7 +315,7 @@ class Blip2Captioner(Captioner):
 
 
 def without_unreadable(dataset: Dataset, captioner: Captioner) -> Dataset:
-    """The data set without captions that the captioner cannot read as labels, which are named, and images left bare."""
+    """The data set without captions that the captioner cannot read, which are named, and images that then have none."""
     examples = []
     for example in dataset:
         references = []

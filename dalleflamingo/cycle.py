@@ -24,23 +24,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from dalleflamingo import cycle_losses, registry
+from dalleflamingo import cycle_losses, registry, runs
 from dalleflamingo.bridge import Bridge
 from dalleflamingo.captioner import Captioner, without_unreadable
 from dalleflamingo.cycle_losses import LOSS_NAMES, Batch, Cycle, Losses, captioner_parameters, generator_parameters
 from dalleflamingo.datasets import Dataset, Example, clean_caption
 from dalleflamingo.generator import FITS, Generator
 from dalleflamingo.profiles import Profile
-from dalleflamingo.runs import (
-    Checkpoint,
-    RunFolderError,
-    append_row,
-    derive_seed,
-    differences,
-    hold,
-    read_settings,
-    write_whole,
-)
+from dalleflamingo.runs import Checkpoint, RunFolderError, derive_seed
 from dalleflamingo.settings import Count, Seed, check, from_mapping
 from dalleflamingo.vocabulary import MAP_KINDS, VocabularyMap
 
@@ -81,10 +72,10 @@ class CycleConfig:
     steps: Count = 1000
     batch_size: Count = 8
     accumulation: Count = 1
-    learning_rate: Annotated[float, Field(ge=1e-8, le=1)] = 1e-4  # less is lost when it is added to a weight
+    learning_rate: Annotated[float, Field(ge=1e-8, le=1)] = 1e-4  # a smaller step vanishes in float32
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     warmup: Annotated[int, Field(ge=0, le=10**6)] = 0
-    max_grad_norm: Annotated[float, Field(ge=1e-3, le=1e12)] = 1.0  # less is lost beside AdamW's ε
+    max_grad_norm: Annotated[float, Field(ge=1e-3, le=1e12)] = 1.0  # less vanishes beside AdamW's ε
     checkpointing: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
     vocabulary_map: Literal[MAP_KINDS] = "word-aligned"
@@ -94,7 +85,7 @@ class CycleConfig:
     validate_every: Annotated[int, Field(ge=0, le=10**9)] = 0
 
     @classmethod
-    def of(cls, profile: Profile, **changes: object) -> "CycleConfig":
+    def of(cls, profile: Profile, /, **changes: object) -> "CycleConfig":
         """A profile's models, data and settings (its field `cycle`), except for `changes` (`losses`: a mapping)."""
         models = {"captioner": profile.captioner, "generator": profile.generator, "dataset": profile.coco}
         named = {**models, "scheduler": profile.scheduler, **profile.cycle, **changes}
@@ -109,7 +100,7 @@ class CycleConfig:
             raise ValueError(f"{self.generator} has no U-Net to finetune: name a Stable Diffusion as generator")
         registry.require_split(registry.require_kind(self.dataset, "data set"), self.split)
         if max(getattr(self.losses, name) for name in LOSS_NAMES) < 1e-6:  # less is lost beside AdamW's ε
-            raise ValueError("all four losses have the weight 0, and nothing would be learned: give one a weight")
+            raise ValueError("no loss has a weight of 1e-6 or more, and nothing would be learned: give one a weight")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation = {self.accumulation}: it should divide batch_size = {self.batch_size}")
         if self.checkpointing and self.losses.image_updates == "captioner":
@@ -289,7 +280,7 @@ def train_cycle(
     """
     run_folder = Path(run_folder)
     batches.require_parts(accelerator.num_processes * config.accumulation)
-    with hold(run_folder) if accelerator.is_main_process else nullcontext():
+    with runs.hold(run_folder) if accelerator.is_main_process else nullcontext():
         _train(config, cycle, batches, trainable, run_folder, accelerator, validate)
 
 
@@ -326,8 +317,8 @@ def _train(config, cycle, batches, trainable, run_folder: Path, accelerator: Acc
         if main:
             if step == first:  # only now has all of the configuration been accepted
                 text = json.dumps(record, indent=1) + "\n"
-                write_whole(run_folder / "config.json", lambda path, text=text: path.write_text(text))
-            append_row(run_folder / "log.jsonl", {"step": step, **report})
+                runs.write_whole(run_folder / "config.json", lambda path, text=text: path.write_text(text))
+            runs.append_row(run_folder / "log.jsonl", {"step": step, **report})
             if done % config.checkpoint_every == 0 or done == config.steps:
                 checkpoint.save(done, minutes + (time.monotonic() - began) / 60)
     checkpoint.use_average()
@@ -389,6 +380,8 @@ def _average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator)
 
 def _agree(run_folder: Path, record: Mapping[str, object]) -> None:
     """Refuse a configuration that differs from that of the folder's run in more than its number of steps."""
-    there = read_settings(run_folder / "config.json") or record
-    if lines := differences(there | {"steps": record["steps"]}, record):
+    there = runs.read_settings(run_folder / "config.json")
+    if there is None:  # a checkpoint without its configuration could be of any
+        there = {} if (run_folder / "state.safetensors").exists() else record
+    if lines := runs.differences(there | {"steps": record["steps"]}, record):
         raise RunFolderError(f"{run_folder} holds a run with another configuration:\n{lines}\nGive another folder.")

@@ -82,7 +82,7 @@ class Losses:
     caption_updates: Literal["both", "captioner", "generator"] = "both"
     mode: Literal[BRIDGE_MODES] = "straight-through"
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
-    max_timestep: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_timestep: Annotated[float, Field(ge=1e-3, le=1)] = 1.0
     decoded_size: Side | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 

@@ -162,7 +162,7 @@ def digest_of_file(path: Path) -> str:
 
 
 def unreadable(path: Path, error: Exception) -> UnreadableImage:
-    """What opening an image failed of, with a remedy that helps."""
+    """The error that says why an image could not be opened, with a remedy that fits."""
     if isinstance(error, FileNotFoundError):
         return UnreadableImage(path, "there is no such file", "download or draw it, or leave the example out")
     size = f"it has {os.path.getsize(path):,} bytes, and " if os.path.isfile(path) else ""
@@ -170,12 +170,12 @@ def unreadable(path: Path, error: Exception) -> UnreadableImage:
     if isinstance(error, Image.UnidentifiedImageError):
         return UnreadableImage(path, f"{size}Pillow knows no image format with such content", remedy)
     if isinstance(error, (Image.DecompressionBombError, MemoryError)):
-        remedy = "make it smaller (the models read at most some hundred pixels a side), or leave the example out"
+        remedy = "make it smaller (the models read a few hundred pixels a side), or leave the example out"
     return UnreadableImage(path, f"{size}{type(error).__name__} says: {error}", remedy)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns an image upright; a damaged orientation counts as none, other damage of the EXIF block as nothing."""
+    """What turns an image upright; None if it is upright, or its orientation cannot be read."""
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # not an EXIF block at all: its readers raise SyntaxError, struct.error and more

@@ -145,9 +145,9 @@ class Generator:
         options = {"dtype": torch.float32, "use_safetensors": True} | unchecked | options
         with loading(name_or_path):
             pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
-            wanted = type(pipeline.scheduler).__name__ if scheduler is None else scheduler
-            pipeline.scheduler = load_scheduler(wanted, pipeline.scheduler)
-            return cls(pipeline.to(device), image_size)
+        wanted = type(pipeline.scheduler).__name__ if scheduler is None else scheduler
+        pipeline.scheduler = load_scheduler(wanted, pipeline.scheduler)
+        return cls(pipeline.to(device), image_size)
 
     def render(
         self,

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, InstanceOf
 
-from dalleflamingo.settings import Count, GuidanceScale, Side, check
+from dalleflamingo.settings import Count, GuidanceScale, Side, check, from_mapping
 
 VARIABLE = "DALLEFLAMINGO_PROFILE"
 
@@ -96,13 +96,15 @@ class Profile:
 
 def _read(file: Path) -> dict[str, Profile]:
     """The profiles of a TOML file: each has the fields of the group that it names, and its own."""
-    groups = tomllib.loads(file.read_text(encoding="utf-8"))
     profiles = {}
-    for name, own in groups.pop("profiles").items():
-        fields = groups[own.pop("models")] | {"name": name} | own
-        fields["cycle"] = fields["cycle"] | {"steps": fields.pop("cycle_steps")}
-        fields["captioners"] = tuple(fields["captioners"])
-        profiles[name] = Profile(**fields)
+    try:
+        groups = tomllib.loads(file.read_bytes().decode("utf-8-sig"))
+        for name, own in groups.pop("profiles").items():
+            fields = groups[own.pop("models")] | {"name": name} | own
+            fields["cycle"] = fields["cycle"] | {"steps": fields.pop("cycle_steps")}
+            profiles[name] = from_mapping(Profile, fields | {"captioners": tuple(fields["captioners"])})
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
     return profiles
 
 

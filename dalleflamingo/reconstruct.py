@@ -9,6 +9,7 @@ image.
 
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class JourneySettings:
         check(self)
 
     @classmethod
-    def of(cls, profile: Profile, **changes: float) -> "JourneySettings":
+    def of(cls, profile: Profile, /, **changes: float) -> "JourneySettings":
         """The profile's settings, with `changes` to some of the fields."""
         fields = ("candidates", "steps", "guidance_scale", "batch_size")
         return cls(**{name: getattr(profile, name) for name in fields} | changes)
@@ -362,12 +363,16 @@ def _run_journey(journey: Journey, dataset: Dataset, run_folder: str | Path, chu
 
 
 def _finished(journey: Journey, dataset: Dataset, done: Collection[tuple[int, str]]) -> dict[int, str]:
-    """Image id -> digest of the examples whose content is among `done`, which holds both."""
-    ids, finished = {image_id for image_id, _ in done}, {}
-    for example in dataset:
+    """Image id -> digest of the examples that are `done`, pairs of both; one that is gone since is as it was."""
+    known, finished = defaultdict(set), {}
+    for image_id, digest in done:
+        known[image_id].add(digest)
+    for example in tqdm([one for one in dataset if one.image_id in known], "finished before", leave=False):
+        digests = known[example.image_id]
         with suppress(DatasetError):  # what cannot be read now is opened later, and skipped by name
-            if example.image_id in ids and (key := (example.image_id, journey.digest(example))) in done:
-                finished |= [key]
+            is_there = example.path.exists() or len(digests) > 1
+            if (digest := journey.digest(example) if is_there else next(iter(digests))) in digests:
+                finished[example.image_id] = digest
     return finished
 
 

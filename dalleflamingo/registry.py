@@ -14,7 +14,6 @@ import json
 import os
 import pkgutil
 import tomllib
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +87,8 @@ class Entry:
 
     def __post_init__(self):
         check(self)
+        if self.kind == "data set" and not (self.opened_by and self.annotations):
+            raise ValueError("a data set needs opened_by and annotations")
 
 
 def _read_entries(file: Path) -> dict[str, Entry]:
@@ -151,11 +152,8 @@ def entry_of(name: str) -> Entry:
 
 
 def require_kind(name: str, kind: str) -> Entry:
-    """The entry of that name, of that kind.
+    """The entry of that name, of a kind as in `Entry.kind`.
 
-    Args:
-        name: of a model or of a data set.
-        kind: as `Entry.kind`.
     Raises:
         RegistryError: there is none; the message lists those of the kind.
     """
@@ -175,11 +173,7 @@ def require_split(entry: Entry, split: str | None) -> None:
 
 
 def class_of(name: str) -> type | None:
-    """The class of a subpackage whose `from_pretrained` loads a model; None if a class of the core does.
-
-    Args:
-        name: in `ENTRIES`; errors as `entry_of`.
-    """
+    """The class of a subpackage whose `from_pretrained` loads a model, None if one of the core does; as `entry_of`."""
     opened_by = entry_of(name).opened_by
     return pkgutil.resolve_name(opened_by) if opened_by else None
 
@@ -254,20 +248,17 @@ def check_weights(name_or_path: str | Path) -> str:
 
 @contextmanager
 def loading(name_or_path: str | Path) -> Iterator[None]:
-    """Let what a library raises inside become an error that names the model and the remedy.
+    """Let what a library raises while it loads a folder, hub id or URL become an error that names it and the remedy.
 
-    Args:
-        name_or_path: what is loaded: a folder, a hub id or a URL.
     Raises:
-        RegistryError: the folder is damaged, or the model neither on this machine nor within reach.
+        RegistryError: the folder is damaged, or the model is neither on this machine nor within reach.
     """
     try:
         yield
     except Exception as error:
-        full = "OutOfMemoryError" in type(error).__name__ or getattr(error, "errno", None) == errno.ENOSPC
-        if full or isinstance(error, (RegistryError, MemoryError)) or is_ours(error):
+        if isinstance(error, (RegistryError, ImportError, MemoryError)) or is_full(error):
             raise
-        problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if Path(name_or_path).is_dir():
             remedy = f"cannot be loaded ({problem}): if it came with this repository, restore it: git checkout -- "
             raise RegistryError(f"{name_or_path} {remedy}{name_or_path}; else copy or download it again") from error
@@ -283,16 +274,18 @@ def loading(name_or_path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def is_ours(error: Exception) -> bool:
-    """Whether this package raised the error itself, so that its message was written for the user."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").partition(".")[0] == __package__
-
-
 def is_unreachable(error: BaseException | None) -> bool:
     """Whether an error, or what led to it, is that of a network that cannot be reached."""
-    absent = (LocalEntryNotFoundError, OfflineModeIsEnabled, URLError, gaierror, ConnectionError, TimeoutError)
-    return error is not None and (isinstance(error, absent) or is_unreachable(error.__cause__ or error.__context__))
+    absent = (LocalEntryNotFoundError, OfflineModeIsEnabled, URLError, gaierror, ConnectionError)
+    if isinstance(error, absent) or getattr(error, "errno", None) in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+        return not isinstance(error, BrokenPipeError)  # of a terminal's pipe
+    return error is not None and is_unreachable(error.__cause__ or error.__context__)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a memory or a disk is full; safetensors and torch say it in errors of their own."""
+    signs = ("No space left", "quota exceeded", "allocate memory", "out of memory")
+    return any(sign in str(error) for sign in signs) or type(error).__name__ == "OutOfMemoryError"
 
 
 def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
@@ -332,7 +325,7 @@ def user_folder(name: str) -> Path:
 
 
 def manifest_path() -> Path:
-    """Of the file that lists what is shipped."""
+    """The path of MANIFEST.json, which lists what is shipped."""
     return data_root() / "miniature" / "MANIFEST.json"
 
 

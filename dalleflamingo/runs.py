@@ -76,8 +76,8 @@ class RunFolder:
 
     Args:
         folder: the run's folder; created if missing.
-        settings: all settings that the rows depend on, as JSON values; kept with the first rows, so that settings that
-            models or scheduler refuse leave the folder to others.
+        settings: all settings that the rows depend on, as JSON values; kept with the first rows, so that a run whose
+            settings a model or scheduler refuses leaves the folder free.
         schema: columns of the rows; (image_id, digest, candidate) identifies a row, `digest` being that of the content
             that it was made from; `image` is the path of its generated image.
     Raises:
@@ -169,7 +169,7 @@ def read_settings(path: Path, settings_of: Callable = dict) -> dict | None:
         return None
     try:
         return settings_of(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise RunFolderError(
             f"{path} is not the settings of a run ({type(error).__name__}: {error}): give another run_folder"
         ) from error
@@ -231,9 +231,10 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table | None:
         table.validate(full=True)
         return table.select(schema.names).cast(schema)
     except (pa.ArrowException, LookupError, ValueError, OSError) as error:
-        if getattr(error, "errno", None):  # the disk or the permissions, not the content
+        # of the disk, the permissions, the memory or this pyarrow, not of the content
+        if getattr(error, "errno", None) or isinstance(error, (MemoryError, pa.ArrowNotImplementedError)):
             raise
-        print(f"{path} is damaged ({error}); its images are made again")
+        print(f"{printable(path)} is damaged ({error}); what it held is computed again")
         path.unlink()
         return None
 
@@ -344,12 +345,14 @@ class Checkpoint:
             return 0, 0.0
         try:
             return self._load()
-        except torch.OutOfMemoryError:
-            raise
         except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError, OSError) as error:
+            of_the_file = not getattr(error, "errno", None) or self.file.is_dir()
+            if not of_the_file or "CUDA" in str(error) or "allocate" in str(error):
+                raise  # of the disk, the permissions, the memory or the GPU: the file may be whole
             raise RunFolderError(
-                f"{self.file} ({self.file.stat().st_size:,} bytes) is damaged, cut short or of another model "
-                f"({str(error).splitlines()[0]}): put a whole copy in its place, or delete it to train from the start"
+                f"{self.file} ({self.file.stat().st_size:,} bytes) is damaged, cut short or of another model ("
+                f"{str(error).partition(chr(10))[0]}): put a whole copy in its place, or delete it to train from the "
+                "start"
             ) from error
 
     def _load(self) -> tuple[int, float]:

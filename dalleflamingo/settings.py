@@ -17,7 +17,7 @@ Settings = TypeVar("Settings")
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy, torch and a column of int64 all take
 Side = Annotated[int, Field(ge=8, le=8192, multiple_of=8)]  # of an image, in pixels; an autoencoder divides it by 8
-GuidanceScale = Annotated[float, Field(ge=1, le=1000)]  # below 1 diffusers turns guidance off, as it does at 1
+GuidanceScale = Annotated[float, Field(ge=0, le=1000)]  # up to 1 diffusers leaves guidance out
 
 
 def check(settings: object) -> None:

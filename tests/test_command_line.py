@@ -252,7 +252,7 @@ def ending(arguments: list[str]) -> int:
     ("how", "status", "message"),
     [
         ("gpu", 2, "the GPU's memory is full: give a smaller --batch-size"),
-        ("memory", 2, "the memory is full: give a smaller --batch-size, or fewer --images"),
+        ("memory", 2, "the memory is full: close other programs, or work on less at once"),
         ("gone", 2, "No such file or directory: 'gone.json'"),
         (
             "disk",
@@ -265,10 +265,10 @@ def ending(arguments: list[str]) -> int:
         (
             "bug",
             1,
-            "a fault of the program, KeyError: 'blue': DALLEFLAMINGO_DEBUG=1 shows its traceback; please report",
+            "this is a bug (KeyError: 'blue'): give the command again with DALLEFLAMINGO_DEBUG=1 and report",
         ),
-        ("shapes", 1, "a fault of the program, ValueError: operands could not be broadcast"),
-        ("lines", 1, "a fault of the program, RuntimeError: Error(s) in loading state_dict for Linear: Missing key(s)"),
+        ("shapes", 1, "this is a bug (ValueError: operands could not be broadcast"),
+        ("lines", 1, "this is a bug (RuntimeError: Error(s) in loading state_dict for Linear: Missing key(s)"),
     ],
 )
 def test_an_error_ends_in_one_line_and_debugging_shows_where_it_was(monkeypatch, capsys, how, status, message):
@@ -347,3 +347,32 @@ def test_cycle_takes_the_profiles_models_and_the_options(monkeypatch, tmp_path, 
     (tmp_path / "config.json").write_text('{"steps": 7, "seed": 8}')
     status, error = run(*shared, "--config", tmp_path / "config.json", "--seed", 9, capsys=capsys)
     assert f"asked for {cycle.CycleConfig.of(profiles.PROFILES['mini'], steps=7, seed=9)}" in error
+
+
+def test_only_what_a_raise_of_this_package_says_is_meant_for_users():
+    """Errors of C, which have no frame of their own, look like raised in the line that called it."""
+    source = (
+        "def own(): raise ValueError('mine')\ndef unpacked(): a, b = [1]\ndef read(): int('x')\ndef called(): own()"
+    )
+    for package, expected in (("dalleflamingo.sources", [True, False, False, True]), ("json", [False] * 4)):
+        names = {"__package__": package}
+        exec(source, names)
+        found = []
+        for name in ("own", "unpacked", "read", "called"):
+            with pytest.raises(ValueError) as error:  # noqa: PT011, whatever it says
+                names[name]()
+            found.append(command_line._is_ours(error.value))
+        assert found == expected
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(command_line, "reconstruct", closed)
+    assert command_line.main(["reconstruct"]) == 141
+
+
+def test_more_steps_than_timesteps_are_refused(models, tmp_path, capsys):
+    status, error = run("reconstruct", tmp_path / "mine", "--out", tmp_path / "run", "--steps", 2000, capsys=capsys)
+    assert status == 2 and "steps = 2000: the model has 1000 timesteps: take 1000 or fewer" in error

@@ -65,7 +65,7 @@ def test_what_is_left_out_is_named_with_its_reason_and_counted(tmp_path, capsys)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert [e.path.name for e in read_folder(tmp_path)] == ["a.png"]
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{tmp_path}: 1 images; left out are ")
+    assert line.startswith(f"{tmp_path}: images: 1; left out: ")
     assert "b.heic, c.jpg, notes.txt (3: no format that Pillow opens; if it is an image, save it as JPEG" in line
     assert "gone.png (1: a broken link" in line and "more (1: a folder, which is not searched" in line
     for i in range(30):
@@ -228,7 +228,7 @@ def test_a_file_is_read_as_what_its_suffix_says(tmp_path, name, mark):
     ("name", "content", "message"),
     [
         ("a.json", '{"a": "b"}', "an object with the keys 'a'; expected a list of strings"),
-        ("a.json", "[1]", "entry 1 is a int; expected a string"),
+        ("a.json", "[1]", "entry 1 is a number; expected a string"),
         ("a.json", '[{"caption": null}]', "entry 1 is an object with the keys 'caption'; expected"),
         ("a.json", '["a", {"text": "b"}]', "entry 2 is an object with the keys 'text'"),
         ("a.json", "a red kite", "a.json is not JSON"),

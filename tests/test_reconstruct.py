@@ -256,6 +256,16 @@ def test_unreadable_images_are_named_skipped_and_listed_and_come_in_once_repaire
     assert repaired.attrs["skipped"] == json.loads((tmp_path / "run/skipped.json").read_text()) == []
 
 
+def test_a_finished_run_keeps_what_it_has_of_images_that_are_gone(tmp_path):
+    expected = fakes.run(tmp_path / "run", tmp_path / "pictures")
+    data = fakes.dataset(tmp_path / "pictures")
+    for example in data[:4]:
+        example.path.unlink()
+    models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour(), fakes.Corner()]
+    table = fakes.image_text_image(data, *models, tmp_path / "run")
+    pd.testing.assert_frame_equal(table, expected)
+
+
 def test_an_image_lost_after_its_run_is_skipped_when_a_new_similarity_needs_it(tmp_path, capsys):
     data, other = fakes.dataset(tmp_path / "pictures", 4), PairSimilarity("other", lambda source, candidate: 0.5)
     models = fakes.Captioner(), fakes.Generator()

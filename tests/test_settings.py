@@ -437,11 +437,27 @@ def test_settings_of_ones_own_are_checked_in_the_same_way():
             settings.from_mapping(Mine, wrong)
 
 
-def test_a_wrong_entry_of_the_registry_is_one_line_on_the_command_line(tmp_path):
+@pytest.mark.parametrize("profile", [[], ["--profile", "smoke"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "message"),
+    [
+        ("registry.toml", "size_mb = 990", "size_mb = -1", "registry.toml, [hub.'blip-base']: size_mb = -1"),
+        ("profiles.toml", "candidates = 2", "candidates = 0", "profiles.toml: ValueError: candidates = 0"),
+        ("profiles.toml", "[miniature]", "[minature]", "profiles.toml: KeyError: 'miniature'"),
+        ("profiles.toml", "[profiles]", "[profiles", "profiles.toml: TOMLDecodeError"),
+    ],
+)
+def test_a_wrong_table_of_the_package_is_one_line_on_the_command_line(tmp_path, name, right, wrong, message, profile):
     shutil.copytree(ROOT / "dalleflamingo", tmp_path / "dalleflamingo")
-    file = tmp_path / "dalleflamingo/registry.toml"
-    file.write_text(file.read_text(encoding="utf-8").replace("size_mb = 990", "size_mb = -1"), encoding="utf-8")
-    line = [sys.executable, "-m", "dalleflamingo", "cycle", "--profile", "smoke", "--run", "run"]
+    file = tmp_path / "dalleflamingo" / name
+    file.write_text(file.read_text(encoding="utf-8").replace(right, wrong), encoding="utf-8")
+    line = [sys.executable, "-m", "dalleflamingo", *profile, "cycle", "--run", "run"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""})
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "registry.toml, [hub.'blip-base']: size_mb = -1" in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr and message in done.stderr
+
+
+@pytest.mark.parametrize("name", ["profile", "cls", "self"])
+def test_a_field_called_like_an_argument_is_unknown(tmp_path, name):
+    (tmp_path / "c.json").write_text(json.dumps({name: "mini"}))
+    with pytest.raises(ValueError, match=f"c.json: .*'{name}'.*the fields are captioner"):
+        read_config(tmp_path / "c.json", profiles.PROFILES["smoke"])

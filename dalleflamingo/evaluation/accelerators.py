@@ -23,10 +23,10 @@ def make_accelerator(config: CycleConfig, **options) -> Accelerator:
     if precision == "fp16" and find_device() == "cpu":
         warnings.warn("a CPU has no fp16: this run trains in float32; bf16 would work", stacklevel=2)
         precision = "no"
-    return new_accelerator(precision, config.accumulation, **options)
+    return new_accelerator(precision, config.accumulation, asked=config.precision, **options)
 
 
-def new_accelerator(precision: str = "no", accumulation: int = 1, **options) -> Accelerator:
+def new_accelerator(precision: str = "no", accumulation: int = 1, asked: str | None = None, **options) -> Accelerator:
     """An accelerator on this machine's device, which computes as a run's settings say, whatever the environment holds.
 
     accelerate takes from environment variables what its caller leaves open, and `accelerate launch` sets some of them
@@ -35,13 +35,14 @@ def new_accelerator(precision: str = "no", accumulation: int = 1, **options) -> 
     Args:
         precision: "no", "bf16" or "fp16".
         accumulation: parts of a batch before each optimizer step.
+        asked: the precision that a variable may ask for as well, because `precision` stands in for it.
         options: other arguments of `Accelerator`.
     Raises:
         ValueError: a variable asks for something else.
     """
     device, off, on = find_device(), ("", "0", "f", "false", "n", "no", "off"), ("1", "on", "t", "true", "y", "yes")
     allowed = {
-        "ACCELERATE_MIXED_PRECISION": ("", "no", precision),
+        "ACCELERATE_MIXED_PRECISION": ("", "no", precision, asked),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("", "1", str(accumulation)),
         "ACCELERATE_DYNAMO_BACKEND": off,
         "ACCELERATE_TORCH_DEVICE": ("", device),

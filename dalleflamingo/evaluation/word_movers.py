@@ -21,6 +21,7 @@ from dalleflamingo.registry import check_weights, loading
 
 FARTHEST = 2.0  # the diameter of vectors of length 1; the distance to a text without a known word
 _LONGEST = 2**20  # bytes of a line; a file without line ends is not read whole to find that out
+_LARGEST = float(np.finfo(np.float32).max)
 _REMEDY = "Is it GloVe's text format, unpacked, and was it downloaded whole? Unset DALLEFLAMINGO_GLOVE for SBERT's"
 
 
@@ -136,7 +137,7 @@ def read_glove(file: Path) -> tuple[dict[str, np.ndarray], str]:
 
 def _decode(line: bytes, encoding: str) -> str:
     if not line.endswith(b"\n"):
-        raise ValueError(f"{len(line):,} bytes without a line end behind them")
+        raise ValueError(f"{len(line):,} bytes without a line end behind them (if the file is whole, add one)")
     if b"\0" in line:
         raise ValueError("NUL bytes in it")
     try:
@@ -158,16 +159,21 @@ def _split(text: str, width: int) -> tuple[str, np.ndarray]:
     """The word of a line and its (width,) vector."""
     word, *numbers = text.rsplit(" ", width)
     last = word.rpartition(" ")
-    if len(numbers) < width or not all(map(_is_number, numbers)) or (last[0] and _is_number(last[2])):
+    try:
+        with np.errstate(over="ignore"):
+            vector = np.array(numbers, dtype=np.float32)
+    except ValueError:
+        vector = np.array([np.nan])
+    if len(numbers) < width or not np.isfinite(vector).all() or (last[0] and _is_number(last[2])):
         word, count = text.split(" ")[0], sum(map(_is_number, text.split(" ")[1:]))
         raise ValueError(f"{count} numbers behind {word[:40]!r} where the first line has {width}")
-    return word, np.array(numbers, dtype=np.float32)
+    return word, vector
 
 
 def _is_number(text: str) -> bool:
     """Whether float32 has it."""
     try:
-        return abs(float(text)) <= np.finfo(np.float32).max
+        return abs(float(text)) <= _LARGEST
     except ValueError:
         return False
 

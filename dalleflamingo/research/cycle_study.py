@@ -9,7 +9,6 @@ each image that the finetuned generator renders is from the real one. `cycle_com
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -178,7 +177,11 @@ def work(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for run, config in tqdm(wanted.items(), desc="cycle study", unit="run"):
-        with suppress(Timeout), FileLock(folder / f"{run.name}.lock", timeout=0):
+        try:
+            lock = FileLock(folder / f"{run.name}.lock", timeout=0, fallback_to_soft=False).acquire()
+        except Timeout:
+            continue
+        with lock:
             train_and_evaluate(run, config, folder / run.name, datasets, run.generated, profile)
 
 

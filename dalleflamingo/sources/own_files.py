@@ -1,6 +1,6 @@
-"""A user's own images in a folder, and own captions in a text, JSON or CSV file.
+"""A user's own images in a folder, and captions in a text, JSON or CSV file.
 
-Images are known by their content, whatever a file's suffix says; captions files are read as what their suffix says.
+Images are known by their content, whatever a file's suffix says; caption files are read as what their suffix says.
 """
 
 import csv
@@ -19,15 +19,17 @@ from dalleflamingo.datasets import Dataset, DatasetError, Example
 from dalleflamingo.runs import printable
 from dalleflamingo.sources.text_files import load_json, read_text, shape_of
 
-_NAMED = 10  # files that are named of those left out for one reason; of the others the number is said
-_SEPARATORS = {".csv": ",;\t", ".tsv": "\t"}  # between columns; of a .csv the first by which one is called caption
+_NAMED = 10  # names printed for each reason; the rest are counted
+_OF_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_SEPARATORS = {".csv": ",;\t", ".tsv": "\t"}  # a .csv is split by the first that yields a column called caption
 
 
 def read_folder(folder: str | Path) -> Dataset:
     """The images in one of the user's own folders, sorted by name.
 
-    What Pillow can open is an image. A printed line says what is left out, and why; hidden files are, and subfolders.
-    Only the beginning of a file is read here: an image that turns out to be damaged is an `UnreadableImage` later.
+    Every file that Pillow opens is taken; a printed line names the others with the reason. Hidden files are passed over
+    silently, subfolders are not searched. Only the beginning of a file is read here: an image that turns out to be
+    damaged is an `UnreadableImage` later.
 
     An image id is a hash of the file's name, so neither it nor a seed derived from it changes when images are added.
 
@@ -55,7 +57,7 @@ def read_folder(folder: str | Path) -> Dataset:
             "JPEG or PNG"
         )
     if others:
-        print(f"{shown}: {len(images)} images; left out are {others}")
+        print(f"{shown}: images: {len(images)}; left out: {others}")
     name = printable(folder.resolve().name)  # also where it is given as "."
     return Dataset(name, tuple(Example(stable_id("picture", path.name), path) for path in images))
 
@@ -75,7 +77,7 @@ def read_captions(path: str | Path) -> Dataset:
     """
     path = Path(path)
     shown, suffix = printable(path), path.suffix.lower()
-    if suffix in Image.registered_extensions() or (os.path.isfile(path) and _opens(path)):
+    if suffix in _OF_IMAGES or (os.path.isfile(path) and _opens(path)):
         raise DatasetError(f"{shown} is a single image: put it into a folder, and give the folder")
     if suffix == ".json":
         found = _of_json(load_json(path), shown)
@@ -87,7 +89,7 @@ def read_captions(path: str | Path) -> Dataset:
         found = iter(read_text(path).split("\n"))
     captions = [caption.strip() for caption in found if caption.strip()]
     if not captions:
-        raise DatasetError(f"{shown} holds no caption: write one on each line")
+        raise DatasetError(f"{shown} holds no caption: write some into it, in the form of a {suffix or '.txt'} file")
     before: Counter[str] = Counter()
     examples = []
     for caption in captions:

@@ -62,4 +62,4 @@ def shape_of(payload) -> str:
     if isinstance(payload, list):
         first = "a list" if payload and isinstance(payload[0], list) else payload and shape_of(payload[0])
         return f"a list of {len(payload)}" + (f", the first one {first}" if payload else "")
-    return f"a {type(payload).__name__}"
+    return {str: "a string", bool: "true or false", type(None): "null"}.get(type(payload), "a number")

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm.auto import trange
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 from dalleflamingo import registry
 from dalleflamingo.evaluation.accelerators import new_accelerator
-from dalleflamingo.evaluation.cycle_reporting import read_log
 from dalleflamingo.miniature.corpora import data_folder
 from dalleflamingo.miniature.training.base import Recipe
 from dalleflamingo.miniature.training.recipes import RECIPES, RUNS
@@ -63,8 +63,12 @@ def _train(
 ) -> float:
     rank, processes = accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():
-        settings = begun_with(run, seed)
-    settings |= {"hardware": f"{processes} × {hardware(accelerator.device)}", "init_from": init_from and str(init_from)}
+        check_seed(run, seed)
+    settings = {
+        "seed": seed,
+        "hardware": f"{processes} × {hardware(accelerator.device)}",
+        "init_from": init_from and str(init_from),
+    }
     for module in recipe.modules.values():
         module.to(accelerator.device)
     parameters = list(recipe.parameters())
@@ -133,13 +137,11 @@ def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parame
         vector_to_parameters(accelerator.reduce(parameters_to_vector(gradients), reduction="mean"), gradients)
 
 
-def begun_with(run: Path, seed: int) -> dict:
-    """{"seed": …} of a new run, or of one that exists if it was begun with the same."""
-    begun = read_settings(run / "training.json", lambda settings: {"seed": settings["seed"]})
-    if begun not in (None, {"seed": seed}):
-        begun = begun["seed"]
+def check_seed(run: Path, seed: int) -> None:
+    """Refuse another seed than that with which a run was begun."""
+    begun = read_settings(run / "training.json", lambda settings: settings["seed"])
+    if begun not in (None, seed):
         raise RunFolderError(f"{run} was begun with seed {begun}: give --seed {begun}, or another folder by --run")
-    return {"seed": seed}
 
 
 def hardware(device: torch.device) -> str:
@@ -151,8 +153,11 @@ def hardware(device: torch.device) -> str:
 
 def steps_done(run: Path) -> int:
     """The step of the last checkpoint of a run, 0 if it has none."""
-    rows = read_log(run) if (run / "log.jsonl").exists() else []
-    return rows[-1]["step"] if rows else 0
+    file = run / "state.safetensors"
+    if not file.exists():
+        return 0
+    with safe_open(file, "pt") as checkpoint:
+        return int(checkpoint.metadata()["step"])
 
 
 def peak_memory(device: torch.device) -> float:
