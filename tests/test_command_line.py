@@ -376,3 +376,13 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch):
 def test_more_steps_than_timesteps_are_refused(models, tmp_path, capsys):
     status, error = run("reconstruct", tmp_path / "mine", "--out", tmp_path / "run", "--steps", 2000, capsys=capsys)
     assert status == 2 and "steps = 2000: the model has 1000 timesteps: take 1000 or fewer" in error
+
+
+@pytest.mark.parametrize("profile", [[], ["--profile", "smoke"]], ids=" ".join)
+def test_a_library_that_is_not_installed_is_named(tmp_path, profile):
+    (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError(\"No module named 'pydantic'\")\n")
+    line = [sys.executable, "-m", "dalleflamingo", *profile, "cycle", "--run", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.endswith("No module named 'pydantic': install the environment as README.md says\n")
