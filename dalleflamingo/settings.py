@@ -45,18 +45,17 @@ def _adapters(kind: type) -> dict[str, TypeAdapter]:
 
 
 def from_mapping(kind: type[Settings], named: object) -> Settings:
-    """A dataclass from fields that a user has named, as in a file.
+    """A dataclass that calls `check`, from a mapping of fields that a user has named, as in a file.
 
-    Args:
-        kind: calls `check`.
-        named: a mapping of names to values.
     Raises:
         ValueError: it is no mapping, names an unknown field or lacks a necessary one, or as `check`.
     """
-    known = ", ".join(field.name for field in fields(kind))
+    known = [field.name for field in fields(kind)]
     if not isinstance(named, Mapping):
-        raise ValueError(f"{reprlib.repr(named)} should be an object with some of the fields {known}")
+        raise ValueError(f"{reprlib.repr(named)} should be an object with some of the fields {', '.join(known)}")
+    if unknown := [name for name in named if name not in known]:
+        raise ValueError(f"there is no field {unknown[0]!r}; the fields are {', '.join(known)}")
     try:
         return kind(**named)
     except TypeError as error:
-        raise ValueError(f"{error}; the fields are {known}") from error
+        raise ValueError(f"{str(error).partition('() ')[2]}; the fields are {', '.join(known)}") from error
