@@ -219,8 +219,8 @@ def reconstruct(arguments: list[str]) -> int:
         ranked = rank(pandas.read_parquet("OUT/candidates.parquet"), by="clip")
     """
     parser = _parser("reconstruct", reconstruct)
-    parser.add_argument("source", type=Path, help="a folder of images, or a file of captions, one a line")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; a run that was interrupted goes on there")
+    parser.add_argument("source", type=_path, help="a folder of images, or a file of captions, one a line")
+    parser.add_argument("--out", type=_path, required=True, help="run folder; a run that was interrupted goes on there")
     parser.add_argument("--images", type=_positive, metavar="N", help="take only the first N images or captions")
     parser.add_argument(
         "--candidates", type=_positive, metavar="K", help="captions of an image, or images of a caption"
@@ -324,8 +324,8 @@ def cycle(arguments: list[str]) -> int:
     generator, which transformers and diffusers open.
     """
     parser = _parser("cycle", cycle)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run; a run that is there goes on")
-    parser.add_argument("--config", type=Path, help="JSON with fields of CycleConfig, in place of the profile's")
+    parser.add_argument("--run", type=_path, required=True, help="folder of the run; a run that is there goes on")
+    parser.add_argument("--config", type=_path, help="JSON with fields of CycleConfig, in place of the profile's")
     parser.add_argument("--tracker", default="tensorboard", help="of accelerate, or none; default: %(default)s")
     parser.add_argument("--push-to-hub", metavar="OWNER", help="upload both models, as OWNER/RUN-captioner, -generator")
     _add_shared(parser, steps="optimizer steps", batch_size="images with a caption at each step")
@@ -383,6 +383,12 @@ def _add_shared(parser: argparse.ArgumentParser, steps: str, batch_size: str) ->
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", metavar="NAME", help=PROFILE_HELP)
+
+
+def _path(text: str) -> Path:
+    if not text:  # which pathlib takes for the current folder, as where a shell's variable is not set
+        raise argparse.ArgumentTypeError("'': give a path; the current folder is .")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

@@ -386,3 +386,20 @@ def test_a_library_that_is_not_installed_is_named(tmp_path, profile):
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.endswith("No module named 'pydantic': install the environment as README.md says\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["reconstruct", "", "--out", "run"],
+        ["reconstruct", "mine", "--out", ""],
+        ["cycle", "--run", ""],
+        ["cycle", "--run", "run", "--config", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_not_the_current_folder(models, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    status, error = run(*arguments, capsys=capsys)
+    assert status == 2 and "'': give a path" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
