@@ -38,6 +38,8 @@ test: data
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 		--nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
 
+# A kernel called python3 elsewhere on JUPYTER_PATH, or in the user's folder, is of another environment.
+lab: export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))
 lab: data
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
 		$(if $(filter 0,$(shell id -u)),--allow-root)

@@ -40,9 +40,10 @@ from dalleflamingo.evaluation.intervals import mean_interval, within_group_spear
 from dalleflamingo.generator import Generator
 from dalleflamingo.miniature.scene_graph import Scene, f1
 from dalleflamingo.profiles import Profile
-from dalleflamingo.reconstruct import JourneySettings, image_text_image, load_models
+from dalleflamingo.reconstruct import JourneySettings, image_text_image
 from dalleflamingo.research.pages import SHIPPED, current_commit, table
 from dalleflamingo.runs import derive_seed
+from dalleflamingo.sources.models import load_models
 
 K, STEPS, MATRIX = 10, 20, 2048
 SAMPLING = dict(do_sample=True, top_p=0.9, top_k=0, min_new_tokens=5, max_new_tokens=60)
@@ -345,8 +346,8 @@ def page(found: dict) -> str:
         table(["", "threads", "side", "seconds", "ratio"], _side_rows(found["seconds"])),
         f"The images of ours and of the stock pipeline differ by at most {found['apart']:.1e} (of 1, before they are "
         f"rounded to 8 bits). Of the candidates {found['distinct']:.0%} are distinct captions.",
-        "With two threads the ratio also shows what else the machine was doing: the stock pipeline's threads wait for "
-        "each other after every operation, ours work on different images.",
+        "With two threads the stock pipeline's wait for each other after every operation, while ours work on different "
+        "images. On a busy machine the ratio therefore grows.",
         "## Where the time goes",
         "Generating the images, one thread, by torch's profiler.",
         table(["", "stock, batches of 32", "ours"], _share_rows(found["shares"])),

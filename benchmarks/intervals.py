@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from dalleflamingo.datasets import DOMAINS, read_coco
+from dalleflamingo.datasets import DOMAINS
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.image_metrics import fid, inception_score
 from dalleflamingo.evaluation.intervals import resample
@@ -36,6 +36,7 @@ from dalleflamingo.miniature.scene_graph import Scene
 from dalleflamingo.miniature.world import draw
 from dalleflamingo.profiles import PROFILES
 from dalleflamingo.research.pages import table
+from dalleflamingo.sources.annotations import read_coco
 
 Statistics = Callable[[np.ndarray], np.ndarray]  # (n,) indices -> (M,)
 Sample = tuple[list[str], Statistics, np.ndarray | None]  # names, statistics, (n, M) values under the sample's own idf

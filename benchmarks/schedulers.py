@@ -30,10 +30,10 @@ from dalleflamingo import profiles
 from dalleflamingo.evaluation.intervals import Interval, paired_bootstrap
 from dalleflamingo.miniature.annotators import ANNOTATORS, write_caption
 from dalleflamingo.miniature.image_score import score_prompt
-from dalleflamingo.reconstruct import load_generator
 from dalleflamingo.research.gates import held_out_scenes, open_recogniser
 from dalleflamingo.research.pages import SHIPPED, cell, current_commit, measured_on, table, write_page
 from dalleflamingo.runs import write_whole
+from dalleflamingo.sources.models import load_generator
 
 PROFILE = profiles.PROFILES["mini"]
 STEPS = (10, 15, 20, 30)

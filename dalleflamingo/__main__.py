@@ -1,16 +1,19 @@
 """One command line: `python -m dalleflamingo COMMAND --help`.
 
 A command is a function that takes the rest of the command line and returns an exit status: 0; 2 for an error that the
-user can mend, told in one line; 130 where it was interrupted. Its module is imported when the command is chosen, so
-that `--help` answers at once.
+user can mend, told in one line; 1 for a fault of the program; 130 where it was interrupted. DALLEFLAMINGO_DEBUG=1 shows
+the traceback of an error. A command's module is imported when the command is chosen, so that `--help` answers at once.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import dis
 import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -21,9 +24,12 @@ if TYPE_CHECKING:
     from dalleflamingo.datasets import Dataset
     from dalleflamingo.generator import Generator
     from dalleflamingo.profiles import Profile
+    from dalleflamingo.reconstruct import JourneySettings
 
 # `profiles.VARIABLE`, spelled again because importing it would import torch, without which --help answers at once
 PROFILE = "DALLEFLAMINGO_PROFILE"
+DEBUG = "DALLEFLAMINGO_DEBUG"
+ISSUES = "https://github.com/dalleflamingo/dalleflamingo/issues"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +115,10 @@ def main(arguments: list[str] | None = None) -> int:
     _add_profile(parser)
     chosen, arguments = parser.parse_known_args(arguments)
     if chosen.profile is not None:
-        from dalleflamingo.profiles import PROFILES
-
+        try:
+            from dalleflamingo.profiles import PROFILES
+        except Exception as error:
+            return _report(prog, error)
         if chosen.profile not in PROFILES:
             parser.error(f"argument --profile: unknown profile {chosen.profile!r}: one of {', '.join(PROFILES)}")
         os.environ[PROFILE] = chosen.profile  # before any module reads it
@@ -141,32 +149,72 @@ def _dispatch(commands: Mapping[str, Command], arguments: list[str], prog: str, 
     module, _, function = commands[name].function.partition(":")
     try:
         return getattr(importlib.import_module(module), function)(arguments[1:]) or 0
+    except BrokenPipeError:  # who read the output has seen enough, as `head` does
+        return 141
     except KeyboardInterrupt:
         if commands[name].interrupted:
             print(f"\nInterrupted: {commands[name].interrupted}.", file=sys.stderr)
         return 130
     except Exception as error:
-        if not (remedy := _remedy(error)):
-            raise
-        print(f"{prog} {name}: {remedy}", file=sys.stderr)
-        return 2
+        return _report(f"{prog} {name}", error)
+
+
+def _report(what: str, error: Exception) -> int:
+    """Say in one line what is wrong with a command, and its traceback where that is asked for; the exit status."""
+    if os.environ.get(DEBUG):
+        traceback.print_exception(error)
+    remedy = _remedy(error)
+    print(f"{what}: {remedy or _fault(error)}", file=sys.stderr)
+    return 2 if remedy else 1
 
 
 def _remedy(error: Exception) -> str:
-    """What a user should do about an error; empty where only its traceback helps."""
-    from dalleflamingo.registry import RegistryError
+    """What a user should do about an error; empty where it is the program's fault."""
+    if isinstance(error, ImportError):  # first of all: what is imported here may be what is missing
+        return str(error) if "pip install" in str(error) else f"{error}: install the environment as README.md says"
+    from safetensors import SafetensorError
 
+    try:
+        from dalleflamingo.registry import RegistryError, is_full, is_unreachable
+    except LookupError as wrong:  # registry.toml has a wrong entry, which may be the error
+        return str(wrong)
+
+    if isinstance(error, (RegistryError, FloatingPointError)) or isinstance(error, ValueError) and _is_ours(error):
+        return str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         return "the GPU's memory is full: give a smaller --batch-size, or in cycle's --config a larger accumulation"
-    return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError, RegistryError)) else ""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "the memory is full: close other programs, or work on less at once, as with a smaller --batch-size"
+    if is_full(error):
+        return f"the disk is full ({error}): make room, and give the same command again; what is finished is kept"
+    if is_unreachable(error):
+        return f"the network cannot be reached ({error}): connect, and give the same command again"
+    return str(error) if isinstance(error, (OSError, SafetensorError)) else ""
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a `raise` of this package raised the error, so that its message was written for the user."""
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    package = last.tb_frame.f_globals.get("__package__") or ""
+    is_raise = last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return is_raise and package.partition(".")[0] == __package__
+
+
+def _fault(error: Exception) -> str:
+    """One line about an error that nobody foresaw."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"this is a bug ({what}): give the command again with {DEBUG}=1 and report the traceback at {ISSUES}"
 
 
 def reconstruct(arguments: list[str]) -> int:
     """Send your own images, or your own captions, there and back with the profile's models.
 
     A folder of images: each is captioned several times, an image is generated from each caption, and CLIP and DINO
-    score how similar it is to the original. A text file, one caption a line: several images are generated from each,
-    each image is described, and four similarities of texts score how similar the description is to the caption.
+    score how similar it is to the original. A file of captions: several images are generated from each, each image is
+    described, and four similarities of texts score how similar the description is to the caption. Such a file is a text
+    with one caption a line, or .json, .jsonl, .csv or .tsv with a caption in each entry or row.
 
     The best candidates of the first images or captions are printed. All candidates with their scores are in
     candidates.parquet of the run folder. To rank them in Python (after a text file, by="text_clip"):
@@ -176,8 +224,8 @@ def reconstruct(arguments: list[str]) -> int:
         ranked = rank(pandas.read_parquet("OUT/candidates.parquet"), by="clip")
     """
     parser = _parser("reconstruct", reconstruct)
-    parser.add_argument("source", type=Path, help="a folder of images, or a text file with one caption a line")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; a run that was interrupted goes on there")
+    parser.add_argument("source", type=_path, help="a folder of images, or a file of captions, one a line")
+    parser.add_argument("--out", type=_path, required=True, help="run folder; a run that was interrupted goes on there")
     parser.add_argument("--images", type=_positive, metavar="N", help="take only the first N images or captions")
     parser.add_argument(
         "--candidates", type=_positive, metavar="K", help="captions of an image, or images of a caption"
@@ -188,13 +236,16 @@ def reconstruct(arguments: list[str]) -> int:
     _add_shared(parser, steps="denoising steps of the generator", batch_size="images at once; fewer need less memory")
     options = parser.parse_args(arguments)
 
-    from dalleflamingo.datasets import IMAGE_SUFFIXES, read_captions, read_folder
+    from dalleflamingo.reconstruct import JourneySettings
+    from dalleflamingo.runs import hold
+    from dalleflamingo.sources.own_files import read_captions, read_folder
 
-    is_text = options.source.suffix.lower() == ".txt" or options.source.is_file()
-    if options.source.suffix.lower() in IMAGE_SUFFIXES and not options.source.is_dir():
-        parser.error(f"{options.source} is a single image: put it into a folder, and give the folder")
+    is_text = not options.source.is_dir()
     source = (read_captions if is_text else read_folder)(options.source)[: options.images]
-    table, names = (_text_journey if is_text else _image_journey)(source, options)
+    profile = _sized_profile(options)
+    settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
+    with hold(options.out):  # before models are loaded, which may take minutes
+        table, names = (_text_journey if is_text else _image_journey)(source, options, profile, settings)
     _print_best(table, names, "image" if is_text else "caption")
     return 0
 
@@ -207,25 +258,27 @@ def _sized_profile(options: argparse.Namespace) -> "Profile":
     return dataclasses.replace(profile, image_size=options.size) if options.size else profile
 
 
-def _image_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[DataFrame, dict[int, str]]":
+def _image_journey(
+    source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
+) -> "tuple[DataFrame, dict[int, str]]":
     """The table of candidates, and the file name of each image id."""
-    from dalleflamingo.reconstruct import JourneySettings, image_text_image, load_models
+    from dalleflamingo.reconstruct import image_text_image
+    from dalleflamingo.sources.models import load_models
 
-    profile = _sized_profile(options)
-    settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
     models = load_models(profile, options.scheduler)
     require_steps(models.generator, options, settings.steps)
     table = image_text_image(source, *models, options.out, settings)
     return table, {image.image_id: image.path.name for image in source}
 
 
-def _text_journey(source: "Dataset", options: argparse.Namespace) -> "tuple[DataFrame, dict[int, str]]":
+def _text_journey(
+    source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
+) -> "tuple[DataFrame, dict[int, str]]":
     """The table of candidates, and the caption of each image id."""
     from dalleflamingo.evaluation.similarities import load_text_similarities
-    from dalleflamingo.reconstruct import JourneySettings, load_captioner, load_generator, text_image_text
+    from dalleflamingo.reconstruct import text_image_text
+    from dalleflamingo.sources.models import load_captioner, load_generator
 
-    profile = _sized_profile(options)
-    settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
     captioner, generator = load_captioner(profile), load_generator(profile, scheduler=options.scheduler)
     require_steps(generator, options, settings.steps)
     similarities = load_text_similarities(profile, {text.image_id: text.references for text in source})
@@ -239,12 +292,13 @@ def require_steps(generator: "Generator", options: argparse.Namespace, steps: in
     The profile `smoke` has fewer, to be quick.
 
     Raises:
-        ValueError: they are too few.
+        ValueError: they are too few, or as `denoising.spread_steps`.
     """
-    from dalleflamingo.denoising import SCHEDULERS, short_name
+    from dalleflamingo.denoising import SCHEDULERS, short_name, spread_steps
 
+    spread_steps(generator.pipeline.scheduler, steps)
     name = short_name(type(generator.pipeline.scheduler))
-    if (options.steps or options.scheduler) and steps < (least := SCHEDULERS[name]):
+    if (options.steps, options.scheduler) != (None, None) and steps < (least := SCHEDULERS[name]):
         quick = [other for other, fewest in SCHEDULERS.items() if fewest <= steps]
         remedy = f"or another scheduler: {', '.join(quick)}" if quick else "as no scheduler works with so few"
         raise ValueError(f"steps = {steps}: {name} needs {least} or more; take {least}, {remedy}")
@@ -259,12 +313,13 @@ def _print_best(table: "DataFrame", names: Mapping[int, str], column: str) -> No
         column: what to print of a candidate.
     """
     from dalleflamingo.reconstruct import ImageTextImage, TextImageText, select
+    from dalleflamingo.runs import printable
 
     for similarity in (name for name in table if name not in ImageTextImage.columns | TextImageText.columns):
         best = select(table, by=similarity).head(_SHOWN)
         print(f"best by {similarity}:")
         for image_id, score, candidate in zip(best["image_id"], best[similarity], best[column], strict=True):
-            print(f"  {names[image_id]:<24.24} {score:8.3f}  {candidate}")
+            print(f"  {printable(names[image_id]):<24.24} {score:8.3f}  {candidate}")
 
 
 def cycle(arguments: list[str]) -> int:
@@ -274,8 +329,8 @@ def cycle(arguments: list[str]) -> int:
     generator, which transformers and diffusers open.
     """
     parser = _parser("cycle", cycle)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run; a run that is there goes on")
-    parser.add_argument("--config", type=Path, help="JSON with fields of CycleConfig, in place of the profile's")
+    parser.add_argument("--run", type=_path, required=True, help="folder of the run; a run that is there goes on")
+    parser.add_argument("--config", type=_path, help="JSON with fields of CycleConfig, in place of the profile's")
     parser.add_argument("--tracker", default="tensorboard", help="of accelerate, or none; default: %(default)s")
     parser.add_argument("--push-to-hub", metavar="OWNER", help="upload both models, as OWNER/RUN-captioner, -generator")
     _add_shared(parser, steps="optimizer steps", batch_size="images with a caption at each step")
@@ -285,23 +340,25 @@ def cycle(arguments: list[str]) -> int:
     from dalleflamingo.cycle import CycleConfig, load_cycle, train_cycle
     from dalleflamingo.evaluation.cycle_reporting import export, push, read_config, tracked, write_model_cards
     from dalleflamingo.evaluation.cycle_validation import Validation, validation_set
+    from dalleflamingo.runs import hold
 
     profile, validate = profiles.current(), None
     config = read_config(options.config, profile) if options.config else CycleConfig.of(profile)
     config = dataclasses.replace(config, **_given(options, "steps", "seed", "batch_size"))
     accelerator = tracked(options.tracker, options.run, config)
-    models, batches, trainable = load_cycle(config, accelerator.device)
-    if config.validate_every:
-        size = dict(steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size)
-        validate = Validation(models, validation_set(config), options.run, **size)
-    train_cycle(config, models, batches, trainable, options.run, accelerator, validate)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        export(models, options.run)
-        write_model_cards(config, options.run)
-        print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
-        if options.push_to_hub:
-            print(*push(options.run, options.push_to_hub), sep="\n")
+    with hold(options.run) if accelerator.is_main_process else contextlib.nullcontext():
+        models, batches, trainable = load_cycle(config, accelerator.device)
+        if config.validate_every:
+            size = dict(steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size)
+            validate = Validation(models, validation_set(config), options.run, **size)
+        train_cycle(config, models, batches, trainable, options.run, accelerator, validate)
+        accelerator.end_training()
+        if accelerator.is_main_process:
+            export(models, options.run)
+            write_model_cards(config, options.run)
+            print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
+            if options.push_to_hub:
+                print(*push(options.run, options.push_to_hub), sep="\n")
     return 0
 
 
@@ -333,6 +390,12 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", metavar="NAME", help=PROFILE_HELP)
 
 
+def _path(text: str) -> Path:
+    if not text:  # which pathlib takes for the current folder, as where a shell's variable is not set
+        raise argparse.ArgumentTypeError("'': give a path; the current folder is .")
+    return Path(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
@@ -345,4 +408,6 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    # a terminal's encoding may lack a character of a file's name, or an arrow
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -12,6 +12,7 @@ and a rare near-tie falls the other way.)
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -26,10 +27,11 @@ from transformers import (
     ProcessorMixin,
 )
 
-from dalleflamingo.datasets import Dataset
+from dalleflamingo.datasets import Dataset, clean_caption, to_rgb
 from dalleflamingo.decoding import PAPER_SAMPLING, GumbelNoise, Strategy, WordLimits, decoding_threads
-from dalleflamingo.registry import check_weights
-from dalleflamingo.runs import fingerprint
+from dalleflamingo.registry import check_weights, loading
+from dalleflamingo.runs import fingerprint, printable
+from dalleflamingo.tokens import check_caption
 
 
 class Captioner(ABC):
@@ -73,11 +75,14 @@ class Captioner(ABC):
             ValueError: it holds neither a BLIP nor a BLIP-2.
         """
         source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
-        kind = AutoConfig.from_pretrained(**source).model_type
+        with loading(name_or_path):
+            kind = AutoConfig.from_pretrained(**source).model_type
         if kind not in _KINDS:
             raise ValueError(f"{name_or_path} holds a model of type {kind!r}: expected one of {', '.join(_KINDS)}")
-        model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype, use_safetensors=True)
-        return _KINDS[kind](model.to(device), AutoProcessor.from_pretrained(**source), prompt, decoding)
+        with loading(name_or_path):
+            model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype, use_safetensors=True)
+            processor = AutoProcessor.from_pretrained(**source)
+        return _KINDS[kind](model.to(device), processor, prompt, decoding)
 
     @torch.no_grad()
     def sample(
@@ -134,10 +139,12 @@ class Captioner(ABC):
             logits (B, T, V) and ids (B, T): `logits[:, t]` predict `ids[:, t]`. A caption is followed by `end_id` and
             padding with `pad_id`. The softmax of the logits is P of the bridge.
         Raises:
-            ValueError: there are not as many captions as images.
+            ValueError: there are not as many captions as images, or as `check_caption`.
         """
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images but {len(captions)} captions: give each image one")
+        for caption in captions:
+            self.check_caption(caption)
         ids = self._tokenize(self.behind_prompt(captions)).to(self.model.device)  # (B, T) words, end, padding
         prompt = self.prompt_ids.to(ids.device).expand(len(ids), -1)  # (B, P)
         inputs = torch.cat([prompt, ids[:, :-1]], dim=1)
@@ -151,6 +158,12 @@ class Captioner(ABC):
     def count_tokens(self, captions: Sequence[str]) -> Tensor:
         """(B,) number of tokens of each caption, its end included."""
         return (self._tokenize(self.behind_prompt(captions)) != self.pad_id).sum(1)
+
+    def check_caption(self, caption: str) -> None:
+        """Refuse a caption that `token_logits` cannot read; errors as `tokens.check_caption`."""
+        positions = self.model.config.text_config.max_position_embeddings
+        # the end is predicted but never read, so it needs no position
+        check_caption(caption, lambda text: len(self.prompt_ids) + int(self.count_tokens([text])) - 1, positions)
 
     def behind_prompt(self, captions: Sequence[str]) -> list[str]:
         """The texts whose tokens `token_logits` predicts: without spare whitespace, BLIP-2's with a space before them.
@@ -189,7 +202,7 @@ class Captioner(ABC):
 
     def _pixel_values(self, images: Sequence[Image] | Tensor) -> Tensor:
         if not isinstance(images, Tensor):
-            images = self.processor(images=list(images), return_tensors="pt").pixel_values
+            images = self.processor(images=list(map(to_rgb, images)), return_tensors="pt").pixel_values
         return images.to(self.model.device, self.model.dtype)  # (B, 3, H, W)
 
     def _sample(self, features: Tensor, *rules: LogitsProcessor) -> list[str]:
@@ -286,7 +299,8 @@ class Blip2Captioner(Captioner):
     def _prompt_ids(self, prompt: str) -> list[int]:
         config = self.model.config
         # only their number counts; folders from before transformers 4.47 have no token that stands for an image
-        queries = [config.image_token_index or self.pad_id] * config.num_query_tokens
+        stands_for_image = self.pad_id if config.image_token_index is None else config.image_token_index
+        queries = [stands_for_image] * config.num_query_tokens
         words = self.processor.tokenizer(prompt, add_special_tokens=False).input_ids
         return [*queries, config.text_config.bos_token_id, *words]
 
@@ -300,12 +314,20 @@ class Blip2Captioner(Captioner):
         return {"inputs_embeds": torch.cat([features.to(words.dtype), words], dim=1)}  # (B, T, D)
 
 
-def describe_dataset(captioner: Captioner, dataset: Dataset, batch_size: int = 32) -> dict[int, str]:
-    """Image id -> caption by beam search, for every image of a data set; errors as `Dataset.open`."""
-    captions = []
-    for start in range(0, len(dataset), batch_size):
-        captions += captioner.describe([dataset.open(example) for example in dataset[start : start + batch_size]])
-    return {example.image_id: caption for example, caption in zip(dataset, captions, strict=True)}
+def without_unreadable(dataset: Dataset, captioner: Captioner) -> Dataset:
+    """The data set without captions that the captioner cannot read, which are named, and images that then have none."""
+    examples = []
+    for example in dataset:
+        references = []
+        for caption in example.references:
+            try:
+                captioner.check_caption(clean_caption(caption))
+                references.append(caption)
+            except ValueError as error:
+                print(printable(f'Skipped the caption "{caption[:40]}" of image {example.image_id}: {error}'))
+        if references or not example.references:
+            examples.append(replace(example, references=tuple(references)))
+    return Dataset(dataset.name, tuple(examples))
 
 
 _KINDS = {"blip": BlipCaptioner, "blip-2": Blip2Captioner}  # by transformers' model type

@@ -10,30 +10,30 @@ several processes, or accumulated parts of a batch, compute what one process wou
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_constant_schedule_with_warmup
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from dalleflamingo import cycle_losses, registry
+from dalleflamingo import cycle_losses, registry, runs
 from dalleflamingo.bridge import Bridge
-from dalleflamingo.captioner import Captioner
+from dalleflamingo.captioner import Captioner, without_unreadable
 from dalleflamingo.cycle_losses import LOSS_NAMES, Batch, Cycle, Losses, captioner_parameters, generator_parameters
 from dalleflamingo.datasets import Dataset, Example, clean_caption
 from dalleflamingo.generator import FITS, Generator
-from dalleflamingo.profiles import Profile, find_device
-from dalleflamingo.runs import Checkpoint, derive_seed, differences
-from dalleflamingo.vocabulary import VocabularyMap
-
-SCHEDULES = ("alternating", "joint")
-PRECISIONS = ("no", "bf16", "fp16")
+from dalleflamingo.profiles import Profile
+from dalleflamingo.runs import Checkpoint, RunFolderError, derive_seed
+from dalleflamingo.settings import Count, Seed, check, from_mapping
+from dalleflamingo.vocabulary import MAP_KINDS, VocabularyMap
 
 
 @dataclass(frozen=True)
@@ -51,58 +51,63 @@ class CycleConfig:
         accumulation: parts of a batch that a process computes one after another, to save memory.
         warmup: steps in which the learning rate grows to `learning_rate`; then it stays constant.
         checkpointing: recompute activations in the backward pass, to save memory.
-        precision: "no" (float32), "bf16" or "fp16" autocasting; a CPU has no fp16, see `make_accelerator`.
+        precision: "no" (float32), "bf16" or "fp16" autocasting; a CPU has no fp16 and takes float32.
         vocabulary_map: kind of the bridge's map, learned from the labelled captions.
         ema_decay: decay, in [0, 1), of a moving average of the trained parameters, which is then the result; 0: none.
         checkpoint_every: in steps; only the last checkpoint is kept. validate_every: in steps; 0: never.
     Raises:
-        ValueError: a value is not one of those allowed here, or two settings exclude each other.
+        ValueError: as `settings.check`, or two settings exclude each other.
+        RegistryError: the registry has no such captioner, generator, data set or split.
     """
 
     captioner: str
     generator: str
     dataset: str
-    split: str = "train"
+    split: str | None = "train"
     scheduler: str | None = None
-    images: int | None = None
-    fit: str = "resize"
+    images: Count | None = None
+    fit: Literal[tuple(FITS)] = "resize"
     losses: Losses = field(default_factory=Losses)
-    schedule: str = "alternating"
-    steps: int = 1000
-    batch_size: int = 8
-    accumulation: int = 1
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    warmup: int = 0
-    max_grad_norm: float = 1.0
+    schedule: Literal["alternating", "joint"] = "alternating"
+    steps: Count = 1000
+    batch_size: Count = 8
+    accumulation: Count = 1
+    learning_rate: Annotated[float, Field(ge=1e-8, le=1)] = 1e-4  # a smaller step vanishes in float32
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    warmup: Annotated[int, Field(ge=0, le=10**6)] = 0
+    max_grad_norm: Annotated[float, Field(ge=1e-3, le=1e12)] = 1.0  # less vanishes beside AdamW's ε
     checkpointing: bool = False
-    precision: str = "no"
-    vocabulary_map: str = "word-aligned"
-    ema_decay: float = 0.0
-    seed: int = 0
-    checkpoint_every: int = 100
-    validate_every: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    vocabulary_map: Literal[MAP_KINDS] = "word-aligned"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: Seed = 0
+    checkpoint_every: Count = 100
+    validate_every: Annotated[int, Field(ge=0, le=10**9)] = 0
 
     @classmethod
-    def of(cls, profile: Profile, **changes: object) -> "CycleConfig":
+    def of(cls, profile: Profile, /, **changes: object) -> "CycleConfig":
         """A profile's models, data and settings (its field `cycle`), except for `changes` (`losses`: a mapping)."""
         models = {"captioner": profile.captioner, "generator": profile.generator, "dataset": profile.coco}
-        losses = {**profile.cycle.get("losses", {}), **changes.pop("losses", {})}
-        return cls(**{**models, "scheduler": profile.scheduler, **profile.cycle, **changes, "losses": Losses(**losses)})
+        named = {**models, "scheduler": profile.scheduler, **profile.cycle, **changes}
+        own, losses = profile.cycle.get("losses", {}), changes.get("losses", {})
+        named["losses"] = from_mapping(Losses, {**own, **losses} if isinstance(losses, Mapping) else losses)
+        return from_mapping(cls, named)
 
     def __post_init__(self):
-        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("fit", FITS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay = {self.ema_decay}: a decay is at least 0, for none, and below 1")
+        check(self)
+        registry.require_kind(self.captioner, "captioner")
+        if registry.require_kind(self.generator, "generator").opened_by:
+            raise ValueError(f"{self.generator} has no U-Net to finetune: name a Stable Diffusion as generator")
+        registry.require_split(registry.require_kind(self.dataset, "data set"), self.split)
+        if max(getattr(self.losses, name) for name in LOSS_NAMES) < 1e-6:  # less is lost beside AdamW's ε
+            raise ValueError("no loss has a weight of 1e-6 or more, and nothing would be learned: give one a weight")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation = {self.accumulation}: it should divide batch_size = {self.batch_size}")
         if self.checkpointing and self.losses.image_updates == "captioner":
             raise ValueError(
                 "checkpointing computes the U-Net again when it is no longer frozen: set checkpointing false, or "
                 "image_updates to another than 'captioner'"
             )
-        if not any(getattr(self.losses, name) for name in LOSS_NAMES):
-            raise ValueError("all four losses have the weight 0, and nothing would be learned: give one a weight")
 
     def halves(self, step: int) -> tuple[str, ...]:
         """What a step computes of "image", (1) + (2), and "text", (3) + (4): all that have a weight, or one in turn."""
@@ -152,15 +157,15 @@ class CaptionedBatches:
             chosen.append((example, clean_caption(example.references[number])))
         return chosen
 
-    @torch.no_grad()
-    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
-        """One of `parts` equal parts of a step's batch; `part` counts from 0.
-
-        Raises:
-            ValueError: the batch does not divide into that many parts.
-        """
+    def require_parts(self, parts: int) -> None:
+        """Raises ValueError where a batch does not divide into that many parts."""
         if self.batch_size % parts:
             raise ValueError(f"a batch of {self.batch_size} does not divide into {parts} parts: take one that does")
+
+    @torch.no_grad()
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """One of `parts` equal parts of a step's batch; `part` counts from 0. Errors as `require_parts`."""
+        self.require_parts(parts)
         chosen, size = self.choose(step), self.batch_size // parts
         own = chosen[part * size :][:size]
         captions = [caption for _, caption in own]
@@ -224,6 +229,7 @@ def build_cycle(
     if config.checkpointing:
         pipeline.unet.train().enable_gradient_checkpointing()  # diffusers wants training mode for it; nothing drops out
     pipeline.vae.disable_slicing()  # one image at a time is slower, and saves nothing where gradients keep all
+    dataset = without_unreadable(dataset, captioner)
     if bridge is None:
         labels = [clean_caption(caption) for example in dataset for caption in example.references]
         captions = captioner.behind_prompt(labels)
@@ -241,27 +247,11 @@ def load_cycle(
 ) -> tuple[Cycle, CaptionedBatches, TrainableParameters]:
     """Load what a configuration names onto a device, and `build` the cycle from it."""
     captioner = Captioner.from_pretrained(**registry.source_of(config.captioner, str(device)))
-    if registry.class_of(config.generator):
-        raise ValueError(f"{config.generator} has no U-Net to finetune: name a Stable Diffusion as generator")
     source = registry.source_of(config.generator, str(device))
     generator = Generator.from_pretrained(**source, scheduler=config.scheduler)
     dataset = registry.load_dataset(config.dataset, config.split)
-    dataset = dataset.subset(config.images) if config.images else dataset
+    dataset = dataset if config.images is None else dataset.subset(config.images)
     return build(config, captioner, generator, dataset)
-
-
-def make_accelerator(config: CycleConfig, **options) -> Accelerator:
-    """An accelerator on this machine's device with the configuration's precision; in place of fp16 a CPU has float32.
-
-    Args:
-        config: settings of the run.
-        options: other arguments of `Accelerator`.
-    """
-    on_cpu, precision = find_device() == "cpu", config.precision
-    if on_cpu and precision == "fp16":
-        warnings.warn("a CPU has no fp16: this run trains in float32; bf16 would work", stacklevel=2)
-        precision = "no"
-    return Accelerator(mixed_precision=precision, cpu=on_cpu, **options)  # `cpu`, so that processes find each other
 
 
 def train_cycle(
@@ -281,16 +271,24 @@ def train_cycle(
         batches: likewise.
         trainable: likewise.
         run_folder: gets config.json, state.safetensors and log.jsonl with the losses of every step.
-        accelerator: from `make_accelerator`; its processes share every batch; its trackers, if any were started, log
-            the losses too.
+        accelerator: its processes share every batch; its trackers, which begin here, log the losses too.
         validate: called by the main process every `config.validate_every` steps; what it returns is logged.
     Raises:
         FloatingPointError: a loss is not finite; the last checkpoint is kept.
-        ValueError: the folder holds a run with another configuration.
+        ValueError: the batch does not divide among the processes.
+        RunFolderError: the folder is of a run with another configuration or at work, damaged, or cannot be written to.
     """
-    run_folder, main = Path(run_folder), accelerator.is_main_process
+    run_folder = Path(run_folder)
+    batches.require_parts(accelerator.num_processes * config.accumulation)
+    with runs.hold(run_folder) if accelerator.is_main_process else nullcontext():
+        _train(config, cycle, batches, trainable, run_folder, accelerator, validate)
+
+
+def _train(config, cycle, batches, trainable, run_folder: Path, accelerator: Accelerator, validate) -> None:
+    main, record = accelerator.is_main_process, json.loads(json.dumps(asdict(config)))
     with accelerator.main_process_first():
-        _agree(run_folder, config)
+        _agree(run_folder, record)
+    accelerator.init_trackers("cycle")  # which write into the folder
     accelerator.gradient_accumulation_steps = config.accumulation
     parameters, began = list(trainable.parameters()), time.monotonic()
     groups = [{"params": parameters, "initial_lr": config.learning_rate}]  # "initial_lr": a schedule that is continued
@@ -317,8 +315,10 @@ def train_cycle(
             accelerator.wait_for_everyone()
         accelerator.log(report, step)
         if main:
-            with open(run_folder / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step, **report}) + "\n")
+            if step == first:  # only now has all of the configuration been accepted
+                text = json.dumps(record, indent=1) + "\n"
+                runs.write_whole(run_folder / "config.json", lambda path, text=text: path.write_text(text))
+            runs.append_row(run_folder / "log.jsonl", {"step": step, **report})
             if done % config.checkpoint_every == 0 or done == config.steps:
                 checkpoint.save(done, minutes + (time.monotonic() - began) / 60)
     checkpoint.use_average()
@@ -378,11 +378,10 @@ def _average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator)
             parameter.grad = accelerator.reduce(own, "mean")
 
 
-def _agree(run_folder: Path, config: CycleConfig) -> None:
-    """Write the configuration to the folder; a run that is there already may differ only in its number of steps."""
-    run_folder.mkdir(parents=True, exist_ok=True)
-    path, now = run_folder / "config.json", json.loads(json.dumps(asdict(config)))
-    there = json.loads(path.read_text()) if path.exists() else now
-    if lines := differences(there | {"steps": config.steps}, now):
-        raise ValueError(f"{run_folder} holds a run with another configuration:\n{lines}\nGive another folder.")
-    path.write_text(json.dumps(now, indent=1) + "\n")
+def _agree(run_folder: Path, record: Mapping[str, object]) -> None:
+    """Refuse a configuration that differs from that of the folder's run in more than its number of steps."""
+    there = runs.read_settings(run_folder / "config.json")
+    if there is None:  # a checkpoint without its configuration could be of any
+        there = {} if (run_folder / "state.safetensors").exists() else record
+    if lines := runs.differences(there | {"steps": record["steps"]}, record):
+        raise RunFolderError(f"{run_folder} holds a run with another configuration:\n{lines}\nGive another folder.")

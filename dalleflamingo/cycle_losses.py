@@ -14,17 +14,20 @@ elements, as in both stock models. Only the query projections of cross-attention
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from dalleflamingo.bridge import Bridge, relax
+from dalleflamingo.bridge import BRIDGE_MODES, Bridge, relax
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.generator import Generator, NoisyLatents, add_noise
+from dalleflamingo.settings import Side, check
 
 LOSS_NAMES = ("caption", "image_reconstruction", "generation", "caption_reconstruction")  # (1) to (4)
-UPDATES = ("both", "captioner", "generator")
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 def captioner_parameters(captioner: Captioner) -> dict[str, nn.Parameter]:
@@ -68,32 +71,23 @@ class Losses:
         decoded_size: side in pixels at which x̂ is decoded; None: the generator's own.
         label_smoothing: a share in [0, 1) of (1)'s and (4)'s targets, spread over the vocabulary; the authors' is 0.1.
     Raises:
-        ValueError: a weight is negative, or a value is not one of those allowed here.
+        ValueError: as `settings.check`.
     """
 
-    caption: float = 1.0
-    image_reconstruction: float = 1.0
-    generation: float = 1.0
-    caption_reconstruction: float = 1.0
-    image_updates: str = "both"
-    caption_updates: str = "both"
-    mode: str = "straight-through"
-    temperature: float = 1.0
-    max_timestep: float = 1.0
-    decoded_size: int | None = None
-    label_smoothing: float = 0.0
+    caption: Weight = 1.0
+    image_reconstruction: Weight = 1.0
+    generation: Weight = 1.0
+    caption_reconstruction: Weight = 1.0
+    image_updates: Literal["both", "captioner", "generator"] = "both"
+    caption_updates: Literal["both", "captioner", "generator"] = "both"
+    mode: Literal[BRIDGE_MODES] = "straight-through"
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+    max_timestep: Annotated[float, Field(ge=1e-3, le=1)] = 1.0
+    decoded_size: Side | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def __post_init__(self):
-        for name in ("image_updates", "caption_updates"):
-            if getattr(self, name) not in UPDATES:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(UPDATES)}")
-        if not 0 < self.max_timestep <= 1:
-            raise ValueError(f"max_timestep = {self.max_timestep}: it is a share of all, above 0 and at most 1")
-        if any(getattr(self, name) < 0 for name in LOSS_NAMES):
-            raise ValueError(f"weights {[getattr(self, name) for name in LOSS_NAMES]}: none may be below 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing = {self.label_smoothing}: it is a share, at least 0 and below 1")
-        relax(torch.zeros(1), self.mode, self.temperature)  # refuses an unknown mode or temperature here
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,14 @@ def spread_steps(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
     """The scheduler, without its offset where that leads beyond the last timestep: SD v1-4's settings, 1,000 steps.
 
     Raises:
-        ValueError: leading timesteps would begin in the middle of the noise, as 600 of 1,000 do at 600; or a solver of
-            higher order would repeat timesteps, between which it divides by 0.
+        ValueError: there are fewer timesteps; leading ones would begin in the middle of the noise, as 600 of 1,000 do
+            at 600; or a solver of higher order would repeat timesteps, between which it divides by 0.
     """
     config, name = scheduler.config, short_name(type(scheduler))
     total, leading = config.num_train_timesteps, config.get("timestep_spacing") == "leading"
-    spacing = total // min(max(steps, 1), total)
+    if steps > total:
+        raise ValueError(f"steps = {steps}: the model has {total} timesteps: take {total} or fewer")
+    spacing = total // max(steps, 1)
     if (leading and steps * spacing < 0.9 * total) or (steps >= total and name in _NO_TIMESTEP_TWICE):
         remedy = f"take {total // (spacing + 1)} or fewer" + f", or all {total}" * (name not in _NO_TIMESTEP_TWICE)
         raise ValueError(f"steps = {steps}: {name} cannot spread them over {total} timesteps: {remedy}")

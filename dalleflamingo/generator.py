@@ -22,9 +22,11 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalleflamingo.datasets import to_rgb
 from dalleflamingo.denoising import fast_unet, load_scheduler, side_by_side, spread_steps
-from dalleflamingo.registry import check_weights
+from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
+from dalleflamingo.tokens import check_caption
 
 PREDICTIONS = ("epsilon", "v_prediction")
 FITS = {"resize": Image.resize, "crop": ImageOps.fit}  # how an image is made square
@@ -112,7 +114,8 @@ class Generator:
 
     def __init__(self, pipeline: StableDiffusionPipeline, image_size: int | None = None):
         self.pipeline = pipeline
-        self.image_size: int = image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        self.image_size: int = own if image_size is None else image_size
         pipeline.set_progress_bar_config(disable=True)
         if self.image_size >= 256:
             pipeline.vae.enable_slicing()  # decoding a whole batch at 512 pixels is what overflows a small GPU
@@ -140,8 +143,10 @@ class Generator:
         """
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         options = {"dtype": torch.float32, "use_safetensors": True} | unchecked | options
-        pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
-        pipeline.scheduler = load_scheduler(scheduler or type(pipeline.scheduler).__name__, pipeline.scheduler)
+        with loading(name_or_path):
+            pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
+        wanted = type(pipeline.scheduler).__name__ if scheduler is None else scheduler
+        pipeline.scheduler = load_scheduler(wanted, pipeline.scheduler)
         return cls(pipeline.to(device), image_size)
 
     def render(
@@ -194,6 +199,12 @@ class Generator:
             split = partial(side_by_side, generate, self.pipeline.device)
             return render_distinct(keys, seeds, split, batch_size, progress)
 
+    def check_caption(self, caption: str) -> None:
+        """Refuse a caption that the text encoder cannot read as a whole; errors as `tokens.check_caption`."""
+        parts = self.pipeline
+        positions = parts.text_encoder.config.max_position_embeddings
+        check_caption(caption, lambda text: len(parts.tokenizer(text, verbose=False).input_ids), positions)
+
     def predict(self, noisy: NoisyLatents, encoder_hidden_states: Tensor) -> Tensor:
         """The U-Net's prediction (B, 4, h, w) for noisy latents, given text (B, T, D); gradients pass."""
         unet = self.pipeline.unet
@@ -220,7 +231,7 @@ class Generator:
         if fit not in FITS:
             raise ValueError(f"fit = {fit!r}: choose one of {', '.join(FITS)}")
         pipeline, size = self.pipeline, (self.image_size, self.image_size)
-        squares = [FITS[fit](image.convert("RGB"), size, Resampling.BICUBIC) for image in images]
+        squares = [FITS[fit](to_rgb(image), size, Resampling.BICUBIC) for image in images]
         pixels = pipeline.image_processor.preprocess(squares).to(like)  # (B, 3, H, W) in [-1, 1]
         return pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
 

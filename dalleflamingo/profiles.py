@@ -5,11 +5,17 @@ nucleus sampling; NoCaps validation has 4,500 images). A profile holds numbers a
 """
 
 import os
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, InstanceOf
+
+from dalleflamingo.settings import Count, GuidanceScale, Side, check, from_mapping
 
 VARIABLE = "DALLEFLAMINGO_PROFILE"
 
@@ -45,33 +51,35 @@ class Profile:
         batch_size: images generated at once; it bounds memory and changes no image.
         cycle: fields of `CycleConfig` that differ from its defaults in live cycle finetuning, with those of `Losses`
             under "losses". The paper's five epochs of COCO are 70,804 steps of 8.
+    Raises:
+        ValueError: as `settings.check`.
     """
 
     name: str
-    images: int
-    candidates: int
-    steps: int
-    scheduler: str | None
-    guidance_scale: float
-    image_size: int
-    dino_size: int | None
-    dtype: str
+    images: Count
+    candidates: Count
+    steps: Count
+    guidance_scale: GuidanceScale
+    image_size: Side
+    dtype: Literal["float32", "float16"]
     captioner: str
     generator: str
     clip: str
     dino: str
     inception: str
-    judge: str | None
     dataset: str
     coco: str
-    captioners: tuple[str, ...]
+    captioners: Annotated[tuple[str, ...], Field(min_length=1)]
     other_captioner: str
-    other_generator: str | None
-    batch_size: int
-    cycle: Mapping[str, object] = field(hash=False)
+    batch_size: Count
+    cycle: InstanceOf[Mapping] = field(hash=False)
+    scheduler: str | None = None
+    dino_size: Side | None = None
+    judge: str | None = None
+    other_generator: str | None = None
 
     def __post_init__(self):
-        """Makes `cycle` read-only."""
+        check(self)
         cycle = {name: MappingProxyType(dict(v)) if isinstance(v, Mapping) else v for name, v in self.cycle.items()}
         object.__setattr__(self, "cycle", MappingProxyType(cycle))
 
@@ -86,61 +94,21 @@ class Profile:
         return getattr(torch, self.dtype) if self.device == "cuda" else torch.float32
 
 
-_MINIATURE = dict(
-    scheduler=None,
-    guidance_scale=3.0,
-    image_size=64,
-    dino_size=None,
-    dtype="float32",
-    captioner="miniature/blip",
-    generator="miniature/sd",
-    clip="miniature/clip",
-    dino="miniature/dino",
-    inception="miniature/inception",
-    judge="miniature/recogniser",
-    dataset="miniature/nocaps",
-    coco="miniature/coco",
-    captioners=("miniature/blip", "miniature/blip-large", "miniature/blip2"),
-    other_captioner="miniature/blip2",
-    other_generator="miniature/lafite",
-    # chosen on images of their own, with so few labels that labels alone do harm
-    cycle=dict(images=100, learning_rate=3e-4, losses=dict(max_timestep=0.4)),
-)
-_REAL = dict(
-    scheduler="DDPM",
-    guidance_scale=7.5,
-    image_size=512,
-    dino_size=384,
-    dtype="float16",
-    captioner="blip-large",
-    generator="sd-v1-4",
-    clip="clip-vit-l-14",
-    dino="dino-vitb8",
-    inception="inception-v3",
-    judge=None,
-    dataset="nocaps",
-    coco="coco",
-    captioners=("blip-large", "blip-base", "blip2-opt-2.7b-coco"),
-    other_captioner="blip2-opt-2.7b-coco",
-    other_generator=None,
-    # fits into the 15 GB of a free GPU
-    cycle=dict(accumulation=8, checkpointing=True, precision="fp16", losses=dict(max_timestep=0.4, decoded_size=256)),
-)
+def _read(file: Path) -> dict[str, Profile]:
+    """The profiles of a TOML file: each has the fields of the group that it names, and its own."""
+    profiles = {}
+    try:
+        groups = tomllib.loads(file.read_bytes().decode("utf-8-sig"))
+        for name, own in groups.pop("profiles").items():
+            fields = groups[own.pop("models")] | {"name": name} | own
+            fields["cycle"] = fields["cycle"] | {"steps": fields.pop("cycle_steps")}
+            profiles[name] = from_mapping(Profile, fields | {"captioners": tuple(fields["captioners"])})
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
+    return profiles
 
 
-def _profile(shared: dict, cycle_steps: int, **own) -> Profile:
-    return Profile(**shared | own | {"cycle": shared["cycle"] | {"steps": cycle_steps}})
-
-
-PROFILES: dict[str, Profile] = {
-    profile.name: profile
-    for profile in (
-        _profile(_MINIATURE, name="smoke", images=4, candidates=2, steps=4, batch_size=8, cycle_steps=8),
-        _profile(_MINIATURE, name="mini", images=24, candidates=5, steps=20, batch_size=16, cycle_steps=160),
-        _profile(_REAL, name="colab", images=24, candidates=5, steps=50, batch_size=4, cycle_steps=100),
-        _profile(_REAL, name="paper", images=4500, candidates=10, steps=50, batch_size=8, cycle_steps=70_804),
-    )
-}
+PROFILES = _read(Path(__file__).with_suffix(".toml"))
 
 
 def current() -> Profile:

@@ -7,8 +7,11 @@ and a similarity compares the descriptions with w. Insight II: the image whose d
 image.
 """
 
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,16 +22,30 @@ import pyarrow as pa
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
-from dalleflamingo import registry
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage, open_image
+from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage, digest_of_file, open_image
 from dalleflamingo.decoding import PAPER_SAMPLING, Strategy
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
-from dalleflamingo.runs import RunFolder, derive_seed
-from dalleflamingo.similarity import ClipImage, Dino, Similarity
+from dalleflamingo.runs import SOURCE, RunFolder, derive_seed, hold, printable
+from dalleflamingo.settings import Count, GuidanceScale, Seed, check
+from dalleflamingo.similarity import Similarity
 
-_CANDIDATE = {"image_id": pa.int64(), "domain": pa.string(), "candidate": pa.int64(), "seed": pa.int64()}
+_SOURCE = {"image_id": pa.int64(), "file": pa.string(), "digest": pa.string(), "domain": pa.string()}
+_CANDIDATE = _SOURCE | {"candidate": pa.int64(), "seed": pa.int64()}
+
+
+class Source(NamedTuple):
+    """What a journey starts from: an example, its content, and a digest of the content."""
+
+    example: Example
+    digest: str
+    content: Image | str
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Image id and digest, by which rows and scores are found again."""
+        return self.example.image_id, self.digest
 
 
 @dataclass(frozen=True)
@@ -42,22 +59,20 @@ class JourneySettings:
         seed: with image id and number of the candidate, it determines all random numbers of a candidate.
         batch_size: images generated at once; bounded by memory, without influence on any candidate.
     Raises:
-        ValueError: candidates, steps or batch_size < 1.
+        ValueError: as `settings.check`.
     """
 
-    candidates: int
-    steps: int
-    guidance_scale: float
-    seed: int = 0
-    batch_size: int = 16
+    candidates: Count
+    steps: Count
+    guidance_scale: GuidanceScale
+    seed: Seed = 0
+    batch_size: Count = 16
 
     def __post_init__(self):
-        for name in ("candidates", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
+        check(self)
 
     @classmethod
-    def of(cls, profile: Profile, **changes: float) -> "JourneySettings":
+    def of(cls, profile: Profile, /, **changes: float) -> "JourneySettings":
         """The profile's settings, with `changes` to some of the fields."""
         fields = ("candidates", "steps", "guidance_scale", "batch_size")
         return cls(**{name: getattr(profile, name) for name in fields} | changes)
@@ -90,18 +105,22 @@ class Journey:
         """What the journey starts from. Raises DatasetError where the example has none."""
         raise NotImplementedError
 
-    def make(self, examples: list[Example], sources: list, run: RunFolder, bar: tqdm) -> list[dict]:
-        """The B · K rows of B examples and their sources; the generated images are saved in the run folder."""
+    def digest(self, example: Example) -> str:
+        """Of the content that the journey starts from; errors as `open_source`."""
+        raise NotImplementedError
+
+    def make(self, sources: list[Source], run: RunFolder, bar: tqdm) -> list[dict]:
+        """The B · K rows of B sources; the generated images are saved in the run folder."""
         raise NotImplementedError
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> Image | str:
         """What the similarities compare with the source, of one row that was made."""
         raise NotImplementedError
 
-    def seeds(self, examples: Sequence[Example]) -> list[list[int]]:
-        """(B, K): a seed for each candidate of B examples."""
+    def seeds(self, sources: Sequence[Source]) -> list[list[int]]:
+        """(B, K): a seed for each candidate of B sources."""
         seed, candidates = self.settings.seed, range(self.settings.candidates)
-        return [[derive_seed(seed, example.image_id, k) for k in candidates] for example in examples]
+        return [[derive_seed(seed, source.example.image_id, k) for k in candidates] for source in sources]
 
     def render(self, captions: Sequence[str], seeds: Sequence[int], bar: tqdm) -> list[Image]:
         """One generated image for each caption and seed; the bar shows how many there are."""
@@ -115,13 +134,14 @@ class Journey:
         how = self.settings
         return self.generator.render(captions, seeds, how.steps, how.guidance_scale, how.batch_size, show)
 
-    def rows(self, examples: list[Example], images: list[Image], run: RunFolder, **columns: Sequence) -> list[dict]:
-        """The B · K rows of B examples, each of `columns` with B · K values; the images are saved."""
-        columns |= {"seed": list(chain.from_iterable(self.seeds(examples)))}
-        candidates, rows = [(example, k) for example in examples for k in range(self.settings.candidates)], []
-        for (example, k), image, *values in zip(candidates, images, *columns.values(), strict=True):
-            row = {"image_id": example.image_id, "domain": example.domain, "candidate": k}
-            row["image"] = run.save_image(f"{example.image_id:012d}-{k:02d}", image)
+    def rows(self, sources: list[Source], images: list[Image], run: RunFolder, **columns: Sequence) -> list[dict]:
+        """The B · K rows of B sources, each of `columns` with B · K values; the images are saved."""
+        columns |= {"seed": list(chain.from_iterable(self.seeds(sources)))}
+        candidates, rows = [(source, k) for source in sources for k in range(self.settings.candidates)], []
+        for ((example, digest, _), k), image, *values in zip(candidates, images, *columns.values(), strict=True):
+            row = {"image_id": example.image_id, "file": printable(example.path.name), "digest": digest}
+            row |= {"domain": example.domain, "candidate": k}
+            row["image"] = run.save_image(f"{example.image_id:012d}-{digest}-{k:02d}", image)
             rows.append(row | dict(zip(columns, values, strict=True)))
         return rows
 
@@ -152,16 +172,24 @@ class ImageTextImage(Journey):
     def open_source(self, dataset: Dataset, example: Example) -> Image:
         return dataset.open(example)
 
-    def make(self, examples: list[Example], sources: list[Image], run: RunFolder, bar: tqdm) -> list[dict]:
-        seeds = self.seeds(examples)  # (B, K)
+    def digest(self, example: Example) -> str:
+        return digest_of_file(example.path)
+
+    def make(self, sources: list[Source], run: RunFolder, bar: tqdm) -> list[dict]:
+        seeds = self.seeds(sources)  # (B, K)
         bar.set_postfix_str("captions")
-        captions = list(chain.from_iterable(self.captioner.sample(sources, seeds, self.strategy)))
+        sampled = self.captioner.sample([source.content for source in sources], seeds, self.strategy)
+        captions = list(chain.from_iterable(sampled))
         noise_seeds = [row[0] if self.shared_noise else seed for row in seeds for seed in row]
         images = self.render(captions, noise_seeds, bar)
-        return self.rows(examples, images, run, noise_seed=noise_seeds, caption=captions)
+        return self.rows(sources, images, run, noise_seed=noise_seeds, caption=captions)
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> Image:
-        return open_image(run.folder / row["image"])
+        try:
+            return open_image(run.folder / row["image"])
+        except UnreadableImage as error:
+            again = "delete it, and the same call makes it again"
+            raise UnreadableImage(error.path, error.reason, again) from error
 
 
 @dataclass(frozen=True)
@@ -175,16 +203,25 @@ class TextImageText(Journey):
         """One of the example's captions, sampled by the journey's seed (§3.2)."""
         if not example.path.is_file():  # generated images are compared with the real one later
             raise UnreadableImage(example.path, "there is no such file", "fetch it, or leave the example out")
-        return example.sample_reference(self.settings.seed)
+        caption = example.sample_reference(self.settings.seed)
+        try:
+            self.generator.check_caption(caption)
+        except ValueError as error:
+            raise DatasetError(f'cannot read the caption "{caption[:40]}": {error}, or leave it out') from error
+        return caption
 
-    def make(self, examples: list[Example], sources: list[str], run: RunFolder, bar: tqdm) -> list[dict]:
-        captions = [source for source in sources for _ in range(self.settings.candidates)]
-        images = self.render(captions, list(chain.from_iterable(self.seeds(examples))), bar)
+    def digest(self, example: Example) -> str:
+        caption = example.sample_reference(self.settings.seed).encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(caption, digest_size=8).hexdigest()
+
+    def make(self, sources: list[Source], run: RunFolder, bar: tqdm) -> list[dict]:
+        captions = [source.content for source in sources for _ in range(self.settings.candidates)]
+        images = self.render(captions, list(chain.from_iterable(self.seeds(sources))), bar)
         bar.set_postfix_str("descriptions")
         size = self.settings.batch_size
         batches = [images[start : start + size] for start in range(0, len(images), size)]
         recovered = list(chain.from_iterable(map(self.captioner.describe, batches)))
-        return self.rows(examples, images, run, caption=captions, recovered=recovered)
+        return self.rows(sources, images, run, caption=captions, recovered=recovered)
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> str:
         return row["recovered"]
@@ -206,7 +243,8 @@ def image_text_image(
 
     A candidate depends on the models, the settings, its image and its number, and on nothing else in the data set. So a
     run that was killed goes on when called again and ends with the same table, and a run over more images of the same
-    data set reuses those that are there. An image that changes under the same image id goes unnoticed.
+    data set reuses those that are there. An image is known by its id and its content: one that was replaced is
+    captioned anew.
 
     Args:
         dataset: the images.
@@ -222,12 +260,14 @@ def image_text_image(
         chunk: images finished together: at most so many are lost when the run is killed.
     Returns:
         one row for each image × candidate, in the order of the data set:
-            image_id; domain (None outside NoCaps); candidate, 0 … K − 1;
+            image_id; file, its name (control characters are escaped); digest, of its content;
+            domain (None outside NoCaps); candidate, 0 … K − 1;
             seed, of the caption's sampling; noise_seed, of the generated image; caption;
             image, the generated PNG relative to run_folder; each similarity, higher is more alike.
         `.attrs`: "run_folder", and "skipped": the unreadable images as {"image_id", "path", "reason"}.
     Raises:
-        RunFolderError: run_folder was made with other settings or other models.
+        RunFolderError: run_folder was made with other settings or other models, another process is at work there, or
+            it cannot be created or written to.
         DatasetError: not one image could be read.
         ValueError: the similarities' names are not usable as columns, or one gives a wrong number of values.
     """
@@ -250,7 +290,7 @@ def text_image_text(
     The caption is one of the image's, sampled by `settings.seed`. Errors are those of `image_text_image`.
 
     Args:
-        dataset: of images with captions; `datasets.read_captions` makes one of your own texts.
+        dataset: of images with captions; `read_captions` makes one of your own texts.
         captioner: describes the generated images, by beam search.
         generator: makes N images of each caption.
         similarities: of two texts; else as in `image_text_image`.
@@ -259,9 +299,10 @@ def text_image_text(
         chunk: as in `image_text_image`.
     Returns:
         one row for each image × candidate, in the order of the data set:
-            image_id; domain; candidate, 0 … N − 1; seed, of the generated image; caption, the source;
-            image, the generated PNG relative to run_folder; recovered, its description; each similarity.
-        `.attrs`: "run_folder", and "skipped": examples without a caption as {"image_id", "path", "reason"}.
+            image_id; file; digest, of the caption; domain; candidate, 0 … N − 1; seed, of the generated image;
+            caption, the source; image, as in `image_text_image`; recovered, its description; each similarity.
+        `.attrs`: "run_folder", and "skipped": examples without a caption, or with one that the generator cannot read
+            as a whole, as {"image_id", "path", "reason"}.
     """
     return run_journey(TextImageText(captioner, generator, similarities, settings), dataset, run_folder, chunk)
 
@@ -271,70 +312,97 @@ def run_journey(journey: Journey, dataset: Dataset, run_folder: str | Path, chun
 
     Arguments, result and errors are those of `image_text_image`.
     """
+    with hold(run_folder):
+        return _run_journey(journey, dataset, run_folder, chunk)
+
+
+def _run_journey(journey: Journey, dataset: Dataset, run_folder: str | Path, chunk: int) -> pd.DataFrame:
     began = time.monotonic()
     run = RunFolder(run_folder, {"dataset": dataset.name} | journey.identity(), pa.schema(journey.columns))
     # the fingerprint keeps the scores of a retrained model of the same name apart
     keys = {similarity.name: f"{similarity.name} {similarity.fingerprint()}" for similarity in journey.similarities}
-    kept = run.rows().groupby("image_id")
-    scored = {name: set(run.scores(key).image_id) for name, key in keys.items()}
-    finished = {example.image_id for example in dataset}.intersection(kept.groups, *scored.values())
+    kept = run.rows().groupby(SOURCE)
+    found = {name: run.scores(key) for name, key in keys.items()}
+    scored = {name: set(zip(scores.image_id, scores.digest, strict=True)) for name, scores in found.items()}
+    finished = _finished(journey, dataset, set(kept.groups).intersection(*scored.values()))
+    current = dict(finished)  # image id -> digest of what the table is of
     skipped: list[dict] = []
     with tqdm(total=len(dataset), initial=len(finished), desc=journey.name, unit="image") as bar:
         try:
             for start in range(0, len(dataset), chunk):
                 pending = [example for example in dataset[start : start + chunk] if example.image_id not in finished]
                 sources = _open_sources(journey, dataset, pending, skipped, bar)
-                rows = {i: kept.get_group(i).to_dict("records") for i in sources if i in kept.groups}
-                if missing := [example for example in pending if example.image_id in sources.keys() - rows]:
-                    made = journey.make(missing, [sources[example.image_id] for example in missing], run, bar)
+                there = [source.key for source in sources if source.key in kept.groups]
+                rows = {key: kept.get_group(key).to_dict("records") for key in there}
+                if missing := [source for source in sources if source.key not in rows]:
+                    made = journey.make(missing, run, bar)
                     run.add(made)
                     for row in made:
-                        rows.setdefault(row["image_id"], []).append(row)
+                        rows.setdefault(tuple(row[name] for name in SOURCE), []).append(row)
                 bar.set_postfix_str("similarities")
                 for similarity in journey.similarities:
-                    if ids := [i for i in sources if i not in scored[similarity.name]]:
-                        own = [rows[i] for i in ids]
-                        values = journey.compare(similarity, [sources[i] for i in ids], own, run)
+                    if unscored := [source for source in sources if source.key not in scored[similarity.name]]:
+                        own = [rows[source.key] for source in unscored]
+                        values = journey.compare(similarity, [source.content for source in unscored], own, run)
                         run.add_scores(keys[similarity.name], list(chain.from_iterable(own)), values)
+                current |= dict(source.key for source in sources)
                 bar.update(len(sources))
         except BaseException as error:
             how = "Interrupted" if isinstance(error, KeyboardInterrupt) else "Stopped"
-            bar.write(f"{how}: {bar.n} of {len(dataset)} images are kept; the same call goes on in {run.folder}")
+            kept_in = f"{bar.n} of {len(dataset)} images are kept; the same call goes on in {printable(run.folder)}"
+            bar.write(f"{how}: {kept_in}")
             raise
-    table = _collect(run, dataset, keys, skipped)
+    table = _collect(run, dataset, current, keys, skipped)
     path, seconds = run.finish(table, skipped), time.monotonic() - began
     print(
         f"{len(table)} candidates of {len(dataset) - len(skipped)} images ({len(finished)} were there already, "
-        f"{len(skipped)} skipped) in {seconds:.0f} s: {path}, images in {run.folder / 'images'}"
+        f"{len(skipped)} skipped) in {seconds:.0f} s: {printable(path)}, images in {printable(run.folder / 'images')}"
     )
     table.attrs = {"run_folder": str(run.folder), "skipped": skipped}
     return table
 
 
-def _open_sources(journey: Journey, dataset: Dataset, examples: list[Example], skipped: list[dict], bar: tqdm) -> dict:
-    """Image id -> source of the examples that can be opened; the others are named and noted in `skipped`."""
-    sources = {}
+def _finished(journey: Journey, dataset: Dataset, done: Collection[tuple[int, str]]) -> dict[int, str]:
+    """Image id -> digest of the examples that are `done`, pairs of both; one that is gone since is as it was."""
+    known, finished = defaultdict(set), {}
+    for image_id, digest in done:
+        known[image_id].add(digest)
+    for example in tqdm([one for one in dataset if one.image_id in known], "finished before", leave=False):
+        digests = known[example.image_id]
+        with suppress(DatasetError):  # what cannot be read now is opened later, and skipped by name
+            is_there = example.path.exists() or len(digests) > 1
+            if (digest := journey.digest(example) if is_there else next(iter(digests))) in digests:
+                finished[example.image_id] = digest
+    return finished
+
+
+def _open_sources(
+    journey: Journey, dataset: Dataset, examples: list[Example], skipped: list[dict], bar: tqdm
+) -> list[Source]:
+    """The examples that can be opened; the others are named and noted in `skipped`."""
+    sources = []
     for example in examples:
-        try:
-            sources[example.image_id] = journey.open_source(dataset, example)
+        try:  # the digest first: a file that is replaced in between is then made again, never taken for the new one
+            sources.append(Source(example, journey.digest(example), journey.open_source(dataset, example)))
         except DatasetError as error:
             skipped.append({"image_id": example.image_id, "path": str(example.path), "reason": str(error)})
-            bar.write(f"Skipped image {example.image_id}: {error}")
+            bar.write(printable(f"Skipped image {example.image_id}: {error}"))
     return sources
 
 
-def _collect(run: RunFolder, dataset: Dataset, keys: Mapping[str, str], skipped: list[dict]) -> pd.DataFrame:
-    """The candidate table, in the order of the data set, with a column for each similarity of `keys`."""
-    lost = [image["image_id"] for image in skipped]  # a kept candidate whose source is gone has no new scores
-    order = {example.image_id: i for i, example in enumerate(dataset) if example.image_id not in lost}
-    rows = run.rows().sort_values("candidate").query("image_id in @order")
+def _collect(
+    run: RunFolder, dataset: Dataset, current: Mapping[int, str], keys: Mapping[str, str], skipped: list[dict]
+) -> pd.DataFrame:
+    """The candidates of the `current` contents, in the order of the data set, with a column for each of `keys`."""
+    order, rows = {example.image_id: i for i, example in enumerate(dataset)}, run.rows()
+    rows = rows[rows.digest == rows.image_id.map(current)].sort_values("candidate")
     table = rows.sort_values("image_id", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
     if table.empty:
         reason = skipped[0]["reason"] if skipped else f"the data set {dataset.name} is empty"
         raise DatasetError(f"not one of {len(dataset)} images could be read; the first: {reason}")
     for name, key in keys.items():
         scores = run.scores(key).rename(columns={"score": name})
-        table = table.merge(scores, how="left", on=["image_id", "candidate"])
+        table = table.merge(scores, how="left", on=[*SOURCE, "candidate"])
     return table
 
 
@@ -358,42 +426,3 @@ def rank(table: pd.DataFrame, by: str) -> pd.DataFrame:
 def select(table: pd.DataFrame, by: str) -> pd.DataFrame:
     """The candidate ranked first for each image, in the order of the table; arguments and errors as `rank`."""
     return rank(table, by).query("rank == 1").drop(columns="rank").reset_index(drop=True)
-
-
-class Models(NamedTuple):
-    """What image → text → image needs: `image_text_image(dataset, *load_models(profile), run_folder, settings)`."""
-
-    captioner: Captioner
-    generator: Generator
-    similarities: list[Similarity]
-
-
-def load_models(profile: Profile, scheduler: str | None = None) -> Models:
-    """The profile's captioner and generator, with CLIP and DINO; arguments and errors are those of `load_generator`."""
-    similarities = [
-        ClipImage.from_pretrained(**registry.source_of(profile.clip, profile.device)),
-        Dino.from_pretrained(**registry.source_of(profile.dino, profile.device), image_size=profile.dino_size),
-    ]
-    return Models(load_captioner(profile), load_generator(profile, scheduler=scheduler), similarities)
-
-
-def load_captioner(profile: Profile, name: str | None = None) -> Captioner:
-    """A captioner by its name in the registry (None: the profile's), for the profile's device; errors as `locate`."""
-    source = registry.source_of(name or profile.captioner, profile.device)
-    return Captioner.from_pretrained(**source, dtype=profile.torch_dtype)
-
-
-def load_generator(profile: Profile, name: str | None = None, scheduler: str | None = None) -> Generator:
-    """A generator by its name in the registry, for the profile's device.
-
-    Args:
-        profile: says which generator and scheduler where none are named, and the type of the weights.
-        name: in the registry; unknown names and missing weights are a RegistryError.
-        scheduler: of diffusers, as `Generator.from_pretrained` takes it; one that does not fit is a ValueError.
-    """
-    name = name or profile.generator
-    source = registry.source_of(name, profile.device) | {"dtype": profile.torch_dtype}
-    if other := registry.class_of(name):  # not a diffusion model: it has no scheduler
-        return other.from_pretrained(**source)
-    scheduler = scheduler or profile.scheduler
-    return Generator.from_pretrained(**source, scheduler=scheduler, image_size=profile.image_size)

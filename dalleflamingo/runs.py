@@ -7,16 +7,18 @@
     candidates.parquet  the table, at the end
     skipped.json        inputs that could not be read, at the end
 
-A file appears under its name only when it is complete: it is written beside it and renamed. `fingerprint` tells a run
-whether its models are still the same, `derive_seed` gives each candidate its own seed, and `Checkpoint` keeps the state
-of a training run.
+A file appears under its name only when it is complete: it is written beside it and renamed. `hold` keeps a second
+process out of a folder, `fingerprint` tells a run whether its models are still the same, `derive_seed` gives each
+candidate its own seed, and `Checkpoint` keeps the state of a training run.
 """
 
+import errno
 import hashlib
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
@@ -25,17 +27,48 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from filelock import FileLock, Timeout
 from PIL.Image import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-_ROW = ["image_id", "candidate"]  # identifies a row
-_SCORES = pa.schema({"image_id": pa.int64(), "candidate": pa.int64(), "score": pa.float64()})
+SOURCE = ["image_id", "digest"]  # columns that say what a row was made from: an example, and its content at that time
+_ROW = [*SOURCE, "candidate"]  # identifies a row
+_SCORES = pa.schema({"image_id": pa.int64(), "digest": pa.string(), "candidate": pa.int64(), "score": pa.float64()})
+_LAYOUT = 2  # of run.json and the parts; 1 had no digests
 _PER_TENSOR = 64  # values of each tensor that go into a model's fingerprint; training changes every tensor
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)  # of some network drives
 
 
 class RunFolderError(ValueError):
-    """The folder belongs to another run; the message says how the two differ and what to do."""
+    """The folder cannot be used, or belongs to another run; the message says why and what to do."""
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Create a run's folder, and let no other process and no other thread hold it meanwhile.
+
+    The lock is the kernel's: it ends with the process that has it, however that ends. The thread that holds a folder
+    may hold it again. On a drive without locks a printed line asks the user to take care.
+
+    Raises:
+        RunFolderError: another process is at work there, or the folder cannot be created or written to.
+    """
+    lock = FileLock(Path(folder).resolve() / ".lock", timeout=0, is_singleton=True, fallback_to_soft=False)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise RunFolderError(f"another process is at work in {folder}: wait for it, or give another folder") from error
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            problem = "it is a file" if os.path.isfile(folder) else error.strerror or error
+            raise RunFolderError(f"{folder} cannot hold a run ({problem}): give a folder to write to") from error
+        print(f"{folder} is on a drive without file locks: let no second process work there")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class RunFolder:
@@ -43,17 +76,24 @@ class RunFolder:
 
     Args:
         folder: the run's folder; created if missing.
-        settings: all settings that the rows depend on, as JSON values.
-        schema: columns of the rows; (image_id, candidate) identifies a row, `image` is the path of its generated image.
+        settings: all settings that the rows depend on, as JSON values; kept with the first rows, so that a run whose
+            settings a model or scheduler refuses leaves the folder free.
+        schema: columns of the rows; (image_id, digest, candidate) identifies a row, `digest` being that of the content
+            that it was made from; `image` is the path of its generated image.
     Raises:
-        RunFolderError: the folder was made with other settings.
+        RunFolderError: the folder was made with other settings or by another version, or its name is not UTF-8.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object], schema: pa.Schema):
         self.folder, self.schema = Path(folder), schema
+        self.settings = json.loads(json.dumps(settings))
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError as error:  # a name that is no UTF-8: the file system takes it, pyarrow does not
+            raise RunFolderError(f"{printable(folder)} is not in UTF-8: give another run_folder") from error
         for name in ("parts", "images"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._agree(settings)
+        self._agree()
 
     def save_image(self, name: str, image: Image) -> str:
         """Save a generated image as `images/NAME.png`; returns that path, relative to the folder."""
@@ -63,13 +103,18 @@ class RunFolder:
 
     def add(self, rows: list[dict]) -> None:
         """Write rows as a new part; their images must have been saved before."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            record = json.dumps({"layout": _LAYOUT, "settings": self.settings}, indent=1)
+            write_whole(path, lambda part: part.write_text(record + "\n"))
         _add_part(self.folder / "parts", pa.Table.from_pylist(rows, self.schema))
 
     def rows(self) -> pd.DataFrame:
         """All rows of examples whose images all exist. A damaged part is deleted, and a printed line says so."""
         rows = _read_parts(self.folder / "parts", self.schema)
         images = {f"images/{path.name}" for path in (self.folder / "images").glob("*.png")}
-        whole = rows[rows.image.isin(images).groupby(rows.image_id).transform("all").astype(bool)]
+        exists = rows.assign(exists=rows.image.isin(images))
+        whole = rows[exists.groupby(SOURCE).exists.transform("all").astype(bool)]
         return whole.reset_index(drop=True)
 
     def add_scores(self, key: str, rows: Sequence[Mapping], values: Sequence[float]) -> None:
@@ -81,7 +126,7 @@ class RunFolder:
         _add_part(folder, pa.Table.from_pylist(scored, _SCORES))
 
     def scores(self, key: str) -> pd.DataFrame:
-        """The scores that the similarity `key` has given so far: columns image_id, candidate, score."""
+        """The scores that the similarity `key` has given so far: columns image_id, digest, candidate, score."""
         return _read_parts(self._scores(key), _SCORES)
 
     def finish(self, table: pd.DataFrame, skipped: list[dict]) -> Path:
@@ -95,24 +140,39 @@ class RunFolder:
     def _scores(self, key: str) -> Path:
         return self.folder / "scores" / quote(key, safe=" ")
 
-    def _agree(self, settings: Mapping[str, object]) -> None:
-        path, now = self.folder / "run.json", json.loads(json.dumps(settings))
-        if not path.exists():
+    def _agree(self) -> None:
+        there = read_settings(self.folder / "run.json", lambda run: (dict(run["settings"]), run.get("layout", 1)))
+        if there is None:
             if _parts(self.folder / "parts"):
                 raise RunFolderError(f"{self.folder} holds parts of a run but no run.json: give another run_folder")
-            write_whole(path, lambda part: part.write_text(json.dumps({"settings": now}, indent=1) + "\n"))
             return
-        try:
-            there = dict(json.loads(path.read_text())["settings"])
-        except (ValueError, KeyError, TypeError) as error:
+        settings, layout = there
+        if layout != _LAYOUT:
             raise RunFolderError(
-                f"{path} is not the settings of a run ({type(error).__name__}: {error}): give another run_folder"
-            ) from error
-        if lines := differences(there, now):
+                f"{self.folder} has layout {layout!r} and this version writes {_LAYOUT}, whose rows say which content "
+                "they were made from: keep it for its table and its images, and give another run_folder"
+            )
+        if lines := differences(settings, self.settings):
             raise RunFolderError(
                 f"{self.folder} holds a run with other settings:\n{lines}\nGive another run_folder, or delete this "
                 "one to start again. (The code after a model's name is a digest of its weights and settings.)"
             )
+
+
+def read_settings(path: Path, settings_of: Callable = dict) -> dict | None:
+    """`settings_of` what a run's JSON file holds, its settings; None if there is no file yet.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        return settings_of(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise RunFolderError(
+            f"{path} is not the settings of a run ({type(error).__name__}: {error}): give another run_folder"
+        ) from error
 
 
 def differences(there: Mapping[str, object], now: Mapping[str, object]) -> str:
@@ -161,17 +221,20 @@ def _add_part(folder: Path, table: pa.Table) -> None:
 
 def _read_parts(folder: Path, schema: pa.Schema) -> pd.DataFrame:
     """The rows of all whole parts; if a row occurs twice, the later one."""
-    tables = [schema.empty_table(), *(table for path in _parts(folder) if (table := _read(path)) is not None)]
+    tables = [schema.empty_table(), *(table for path in _parts(folder) if (table := _read(path, schema)) is not None)]
     return pa.concat_tables(tables).to_pandas().drop_duplicates(_ROW, keep="last", ignore_index=True)
 
 
-def _read(path: Path) -> pa.Table | None:
+def _read(path: Path, schema: pa.Schema) -> pa.Table | None:
     try:
-        return pq.ParquetFile(path).read()
-    except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None):  # the disk or the permissions, not the content
+        table = pq.ParquetFile(path).read()
+        table.validate(full=True)
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowException, LookupError, ValueError, OSError) as error:
+        # of the disk, the permissions, the memory or this pyarrow, not of the content
+        if getattr(error, "errno", None) or isinstance(error, (MemoryError, pa.ArrowNotImplementedError)):
             raise
-        print(f"{path} is damaged ({error}); its images are made again")
+        print(f"{printable(path)} is damaged ({error}); what it held is computed again")
         path.unlink()
         return None
 
@@ -197,6 +260,11 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") % 2**31
 
 
+def printable(text: object) -> str:
+    """A path or text for people: control characters, and bytes of a file's name that are no UTF-8, are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that it appears under its name only when it is complete, replacing an older one.
 
@@ -207,6 +275,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(path.name + ".part")
     write(part)
     os.replace(part, path)
+
+
+def append_row(path: Path, row: Mapping[str, object]) -> None:
+    """Append a row to a log, on a line of its own even where a kill or a full disk has cut the last line."""
+    with path.open("ab+") as log:
+        cut = log.tell() and log.seek(-1, os.SEEK_END) >= 0 and log.read() != b"\n"
+        log.write(b"\n" * bool(cut) + json.dumps(row).encode() + b"\n")
 
 
 class Checkpoint:
@@ -261,9 +336,26 @@ class Checkpoint:
         write_whole(self.file, lambda path: save_file(tensors, path, metadata=done))
 
     def load(self) -> tuple[int, float]:
-        """Load the saved state; returns its steps and minutes, or (0, 0.0) if there is no checkpoint."""
+        """Load the saved state; returns its steps and minutes, or (0, 0.0) if there is no checkpoint.
+
+        Raises:
+            RunFolderError: the file is damaged or cut short, or of other modules.
+        """
         if not self.file.exists():
             return 0, 0.0
+        try:
+            return self._load()
+        except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError, OSError) as error:
+            of_the_file = not getattr(error, "errno", None) or self.file.is_dir()
+            if not of_the_file or "CUDA" in str(error) or "allocate" in str(error):
+                raise  # of the disk, the permissions, the memory or the GPU: the file may be whole
+            raise RunFolderError(
+                f"{self.file} ({self.file.stat().st_size:,} bytes) is damaged, cut short or of another model ("
+                f"{str(error).partition(chr(10))[0]}): put a whole copy in its place, or delete it to train from the "
+                "start"
+            ) from error
+
+    def _load(self) -> tuple[int, float]:
         tensors = load_file(self.file)
 
         def state(name: str) -> dict[str, torch.Tensor]:

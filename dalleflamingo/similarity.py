@@ -6,7 +6,6 @@ would say; DINO was trained on images alone and compares what they look like; SB
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -17,13 +16,13 @@ from huggingface_hub import hf_hub_download
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor, PreTrainedModel, ViTModel
+from transformers import AutoImageProcessor, BaseImageProcessor, ViTModel
 
-from dalleflamingo.registry import check_weights
+from dalleflamingo.datasets import to_rgb
+from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
 
 BATCH = 32  # images or texts encoded at once; bounds memory, does not change an embedding
-SBERT_TOKENS = 256
 T = TypeVar("T", Image, str)
 
 
@@ -104,24 +103,6 @@ class Encoder(Generic[T]):
         return next(self.model.parameters()).device
 
 
-@dataclass(frozen=True)
-class PairSimilarity(Generic[T]):
-    """A similarity of one's own, by a function of a source and a candidate, higher where they are more similar."""
-
-    name: str  # of its column in a run's table
-    function: Callable[[T, T], float]
-    version: str = "1"  # change it when you change the function, so that a kept run is scored again
-
-    def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
-        """As `Similarity.compare`."""
-        pairs = zip(sources, candidates, strict=True)
-        return torch.tensor([[float(self.function(source, other)) for other in others] for source, others in pairs])
-
-    def fingerprint(self) -> str:
-        """As `Similarity.fingerprint`, by name and version."""
-        return fingerprint(type(self).__name__, settings={"name": self.name, "version": self.version})
-
-
 class ClipImage(Encoder[Image]):
     """CLIP's projected image embedding (the paper: ViT-L/14, 768-d)."""
 
@@ -138,27 +119,7 @@ class ClipImage(Encoder[Image]):
         return cls(model.to(device), preprocess)
 
     def _encode(self, images: Sequence[Image]) -> Tensor:
-        return self.model(torch.stack([self.preprocess(image) for image in images]).to(self._device))
-
-
-class ClipText(Encoder[str]):
-    """CLIP's projected text embedding (the paper: ViT-L/14). Tokens beyond the model's limit, 77, are not read."""
-
-    name = "text_clip"
-
-    def __init__(self, model: open_clip.CLIP, tokenizer: Callable[[Sequence[str]], Tensor]):
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.settings = {"tokens": getattr(tokenizer, "context_length", None)}
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "ClipText":
-        """CLIP's text encoder on `device`; other arguments and errors as `load_clip`."""
-        model, _, tokenizer = load_clip(name_or_path, revision)
-        model.visual = nn.Identity()  # not needed, and the larger half
-        return cls(model.to(device), tokenizer)
-
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(list(texts)).to(self._device))
+        return self.model(torch.stack([self.preprocess(to_rgb(image)) for image in images]).to(self._device))
 
 
 class Dino(Encoder[Image]):
@@ -187,41 +148,15 @@ class Dino(Encoder[Image]):
             RegistryError: the folder's weights are missing or cut short.
         """
         source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
-        model = ViTModel.from_pretrained(**source, dtype=torch.float32, add_pooling_layer=False, use_safetensors=True)
+        options = dict(dtype=torch.float32, add_pooling_layer=False, use_safetensors=True)
         size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-        return cls(model.to(device), AutoImageProcessor.from_pretrained(**source, **size))
+        with loading(name_or_path):
+            model = ViTModel.from_pretrained(**source, **options)
+            return cls(model.to(device), AutoImageProcessor.from_pretrained(**source, **size))
 
     def _encode(self, images: Sequence[Image]) -> Tensor:
-        images = [image.convert("RGB") for image in images]
-        pixel_values = self.processor(images, return_tensors="pt").pixel_values.to(self._device)
+        pixel_values = self.processor(list(map(to_rgb, images)), return_tensors="pt").pixel_values.to(self._device)
         return self.model(pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 0]
-
-
-class Sbert(Encoder[str]):
-    """SBERT, all-MiniLM-L6-v2: the mean of the last layer's token embeddings, 384-d and of length 1.
-
-    The paper takes the [CLS] embedding; this model was trained for the mean, of texts of at most `SBERT_TOKENS`.
-    """
-
-    name = "text_sbert"
-
-    def __init__(self, model: PreTrainedModel, tokenizer: Callable):
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.settings = {"vocabulary": tokenizer.get_vocab(), "tokens": SBERT_TOKENS}
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str, device: str = "cpu", revision: str | None = None) -> "Sbert":
-        """SBERT from a folder or a hub; arguments and errors as `Dino.from_pretrained`."""
-        source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
-        model = AutoModel.from_pretrained(**source, dtype=torch.float32, use_safetensors=True)
-        return cls(model.to(device), AutoTokenizer.from_pretrained(**source))
-
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        options = dict(padding=True, truncation=True, max_length=SBERT_TOKENS, return_tensors="pt")
-        inputs = self.tokenizer(list(texts), **options).to(self._device)
-        mask = inputs.attention_mask.unsqueeze(-1)  # (B, T, 1)
-        hidden_states = self.model(**inputs).last_hidden_state * mask
-        return F.normalize(hidden_states.sum(1) / mask.sum(1), dim=-1)
 
 
 def load_clip(name_or_path: str, revision: str | None = None) -> tuple[open_clip.CLIP, Callable, Callable]:
@@ -236,8 +171,9 @@ def load_clip(name_or_path: str, revision: str | None = None) -> tuple[open_clip
     """
     if Path(name_or_path).is_dir():
         local = f"local-dir:{check_weights(name_or_path)}"
-        model, _, preprocess = open_clip.create_model_and_transforms(local)
-        return model, preprocess, open_clip.get_tokenizer(local)
+        with loading(name_or_path):
+            model, _, preprocess = open_clip.create_model_and_transforms(local)
+            return model, preprocess, open_clip.get_tokenizer(local)
     published = {
         weights["hf_hub"].rstrip("/"): (architecture, weights)
         for architecture, tag in reversed(open_clip.list_pretrained())
@@ -249,9 +185,10 @@ def load_clip(name_or_path: str, revision: str | None = None) -> tuple[open_clip
             "such as 'timm/vit_large_patch14_clip_224.openai'"
         )
     architecture, weights = published[name_or_path]
-    file = hf_hub_download(name_or_path, "open_clip_model.safetensors", revision=revision)
-    # the activation belongs to the weights; where the architecture's name implies another, open_clip only warns
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        architecture, pretrained=file, force_quick_gelu=weights.get("quick_gelu", False)
-    )
-    return model, preprocess, open_clip.get_tokenizer(architecture)
+    with loading(name_or_path):
+        file = hf_hub_download(name_or_path, "open_clip_model.safetensors", revision=revision)
+        # the activation belongs to the weights; where the architecture's name implies another, open_clip only warns
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            architecture, pretrained=file, force_quick_gelu=weights.get("quick_gelu", False)
+        )
+        return model, preprocess, open_clip.get_tokenizer(architecture)

@@ -12,7 +12,7 @@ source token `10` belongs to the target token `1</w>`, and no source token belon
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -86,6 +86,25 @@ class TokenizedCaption(NamedTuple):
     tokens: tuple[str, ...]
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
+
+
+def check_caption(caption: str, count: Callable[[str], int], positions: int) -> None:
+    """Refuse a caption that a model could not read as a whole.
+
+    Args:
+        caption: a text.
+        count: of a caption's tokens, with the special ones and the prompt that are read with it.
+        positions: entries of the model's position table.
+    Raises:
+        ValueError: half of a surrogate pair, which is no character, or more tokens than positions.
+    """
+    try:
+        size = len(caption.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start + 1} is half of a surrogate pair: write the caption again") from None
+    # a token has a byte or more, and no prompt fills half a table: short captions need not be counted
+    if 2 * size > positions and (tokens := count(caption)) > positions:
+        raise ValueError(f"it has {tokens} tokens and the model reads {positions}: shorten the caption")
 
 
 def tokenize_captions(tokenizer: Tokenizer, captions: Sequence[str]) -> list[TokenizedCaption]:

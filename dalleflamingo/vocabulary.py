@@ -18,16 +18,12 @@ generator's vocabulary, and gradients flow back through it. There are two kinds:
   (If G_j is empty, Q_j = e_{u_j}: like a teacher-forced P_t, a row assumes that the caption was followed so far.)
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -82,37 +78,6 @@ class VocabularyMap:
         matrix = _most_frequent(counts, fallback) if kind == "one-to-one" else _shares(counts, fallback)
         return cls(kind, matrix, source, target, len(captions))
 
-    def save(self, folder: str | Path) -> None:
-        """Writes `map.safetensors` (the entries of M) and `map.json` (kind, size, digests of the vocabularies)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows, columns = self.matrix.indices()
-        entries = {"rows": rows.int(), "columns": columns.int(), "values": self.matrix.values()}
-        save_file({name: tensor.contiguous() for name, tensor in entries.items()}, folder / "map.safetensors")
-        about = {"kind": self.kind, "captions": self.captions, "outputs": self.matrix.shape[0]}
-        about |= {side: _fingerprint(getattr(self, side)) for side in ("source", "target")}
-        (folder / "map.json").write_text(json.dumps(about, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: str | Path, source: Tokenizer, target: Tokenizer) -> "VocabularyMap":
-        """Loads the map that `save` wrote to a folder, for the tokenizers `source` and `target` it was learned for.
-
-        Raises:
-            ValueError: it was learned for other vocabularies.
-        """
-        folder = Path(folder)
-        about = json.loads((folder / "map.json").read_text())
-        for side, tokenizer in (("source", source), ("target", target)):
-            if about[side] != (found := _fingerprint(tokenizer)):
-                raise ValueError(
-                    f"the map in {folder} was learned for another {side} vocabulary ({about[side]['tokens']} tokens) "
-                    f"than this tokenizer's ({found['tokens']}): load the tokenizers it was learned with, or learn anew"
-                )
-        entries = load_file(folder / "map.safetensors")
-        indices = torch.stack([entries["rows"], entries["columns"]]).long()
-        matrix = _sparse(indices, entries["values"], (about["outputs"], len(target)))
-        return cls(about["kind"], matrix, source, target, about["captions"])
-
     def resize(self, size: int) -> "VocabularyMap":
         """The same map for a captioner with `size` outputs, more than its tokenizer has tokens.
 
@@ -127,7 +92,7 @@ class VocabularyMap:
         more = torch.stack([torch.arange(rows, size), torch.full((size - rows,), self.target.unk_token_id)])
         indices = torch.cat([self.matrix.indices(), more], dim=1)
         values = torch.cat([self.matrix.values(), torch.ones(size - rows)])
-        return replace(self, matrix=_sparse(indices, values, (size, columns)))
+        return replace(self, matrix=sparse_matrix(indices, values, (size, columns)))
 
     def align(self, ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None) -> list[Alignment]:
         """Aligns captions between the two vocabularies.
@@ -252,7 +217,7 @@ def _counts(alignments: Sequence[Alignment], rows: int, columns: int, paired_onl
         (one.target[j] if j >= 0 else -1 for one in alignments for j in one.target_positions), np.int64
     )
     pairs, times = np.unique(np.stack([source, target])[:, target >= 0], axis=1, return_counts=True)
-    return _sparse(torch.from_numpy(pairs), torch.from_numpy(times), (rows, columns))
+    return sparse_matrix(torch.from_numpy(pairs), torch.from_numpy(times), (rows, columns))
 
 
 def _fallback_ids(source: Tokenizer, target: Tokenizer) -> Tensor:
@@ -279,7 +244,7 @@ def _shares(counts: Tensor, fallback: Tensor) -> Tensor:
     unseen = (totals == 0).nonzero()[:, 0]
     indices = torch.stack([torch.cat([rows, unseen]), torch.cat([columns, fallback[unseen]])])
     values = torch.cat([counts.values() / totals[rows], torch.ones(len(unseen))])
-    return _sparse(indices, values, counts.shape)
+    return sparse_matrix(indices, values, counts.shape)
 
 
 def _most_frequent(counts: Tensor, fallback: Tensor) -> Tensor:
@@ -289,13 +254,9 @@ def _most_frequent(counts: Tensor, fallback: Tensor) -> Tensor:
     chosen = fallback.clone().numpy()
     chosen[rows[order].numpy()] = columns[order].numpy()
     indices = torch.stack([torch.arange(len(chosen)), torch.from_numpy(chosen)])
-    return _sparse(indices, torch.ones(len(chosen)), counts.shape)
+    return sparse_matrix(indices, torch.ones(len(chosen)), counts.shape)
 
 
-def _sparse(indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+def sparse_matrix(indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A matrix M from the (2, N) places and (N,) values of its entries."""
     return torch.sparse_coo_tensor(indices, values.float(), shape, check_invariants=True).coalesce()
-
-
-def _fingerprint(tokenizer: Tokenizer) -> dict[str, str | int]:
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    return {"tokens": len(tokenizer), "sha256": hashlib.sha256(vocabulary).hexdigest()}

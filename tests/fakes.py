@@ -12,9 +12,10 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from dalleflamingo import datasets, reconstruct
+from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.runs import derive_seed
-from dalleflamingo.similarity import Encoder, PairSimilarity
+from dalleflamingo.similarity import Encoder
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "white": (250, 250, 250)}
 SETTINGS = JourneySettings(candidates=3, steps=2, guidance_scale=4.0, seed=5, batch_size=4)
@@ -59,6 +60,10 @@ class Generator:
     def fingerprint(self):
         return "Generator"
 
+    def check_caption(self, caption):
+        if not caption.isprintable():
+            raise ValueError("it is not printable: write it again")
+
     pipeline = SimpleNamespace(scheduler=DPMSolverMultistepScheduler())  # needs 10 steps
 
     def render(self, captions, seeds, steps=50, guidance_scale=7.5, batch_size=16, progress=None):
@@ -74,7 +79,7 @@ class Generator:
         on_draw()
         progress(1)
         noise = np.random.default_rng(seed).integers(-20, 20, (16, 16, 3))
-        colour = COLOURS.get(caption.split()[1], (90, 90, 90))
+        colour = COLOURS.get(" ".join(caption.split()[1:2]), (90, 90, 90))
         return Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
 
 

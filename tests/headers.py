@@ -13,6 +13,8 @@ import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from dalleflamingo.runs import RunFolderError
+
 COCO = {"train": 82783, "restval": 30504, "val": 5000, "test": 5000}  # Karpathy's; 113,287 images to train with
 NOCAPS = {"in-domain": 597, "near-domain": 2670, "out-domain": 1233}  # of 4,500 in validation
 DATA_CALLS = {"load_dataset", "load_cycle", "subset", "by_domain"}
@@ -103,7 +105,7 @@ def _execute(
         return found
 
     def gave_up(error: Exception, used: set[str], bound: set[str], local: Mapping[str, object]) -> None:
-        of_a_run = isinstance(error, (Unavailable, OSError))  # OSError: no file that models would have written
+        of_a_run = isinstance(error, (Unavailable, OSError, RunFolderError))  # no file that models would have written
         if not of_a_run and not used & tainted:
             raise error
         containers = {name for name in used if isinstance(local.get(name, names.get(name)), (dict, list, set))}

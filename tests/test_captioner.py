@@ -3,6 +3,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
-from dalleflamingo.captioner import Captioner
+from dalleflamingo.captioner import Captioner, without_unreadable
+from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.decoding import (
     GumbelNoise,
     Nucleus,
@@ -363,6 +365,33 @@ def test_token_logits_want_a_caption_for_each_picture(captioner):
 
 
 # What a run notes
+
+
+def test_a_caption_of_as_many_tokens_as_the_model_has_positions_is_read_and_one_more_is_refused(captioner):
+    image, prompt = tiny.pictures(1), len(captioner.prompt_ids)
+    positions = captioner.model.config.text_config.max_position_embeddings
+    words = positions - prompt  # each one token; the end's own logits are not computed
+    full, longer = " ".join(["cat"] * words), " ".join(["cat"] * (words + 1))
+    assert captioner.token_logits(image, [full])[1].shape[1] == words + 1
+    with pytest.raises(ValueError, match=f"it has {positions + 1} tokens and the model reads {positions}: shorten"):
+        captioner.token_logits(image, [longer])
+    with pytest.raises(ValueError, match="character 5 is half of a surrogate pair"):
+        captioner.token_logits(image, ["cat \ud83d"])
+
+
+def test_captions_that_cannot_be_labels_are_left_out_by_name(captioner, capsys):
+    long = "catsssssssss " * 30  # also as BLIP cleans it
+    examples = (
+        Example(1, Path("1.png"), ("a cat", "half \ud83d", long)),
+        Example(2, Path("2.png"), ("\udc00",)),
+        Example(3, Path("3.png")),
+    )
+    kept = without_unreadable(Dataset("odd", examples), captioner)
+    assert [example.image_id for example in kept] == [1, 3]  # an image that never had a caption is another's matter
+    assert kept[0].references == ("a cat",)
+    out = capsys.readouterr().out
+    assert out.encode() and r'Skipped the caption "half \ud83d" of image 1: character 6 is half' in out
+    assert r'Skipped the caption "\udc00" of image 2' in out
 
 
 def test_fingerprint_changes_with_weights_prompt_decoding_number_format_and_preprocessing(folder, captioner):

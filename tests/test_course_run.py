@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from jupyter_client.kernelspec import KernelSpecManager
 
 from dalleflamingo.course import run
 
@@ -113,6 +115,53 @@ def test_the_index_keeps_the_order_of_the_course(course_run):
     assert [entry["notebook"] for entry in record["notebooks"]] == ["0_good", "1_fails", "2_dies"]
     page = (out / "index.html").read_text()
     assert page.index("0_good.html") < page.index("1_fails.html") < page.index("2_dies.html")
+
+
+def plant_kernel(folder: Path) -> Path:
+    """A kernelspec called python3 that would run something else, in a data folder of Jupyter's; returns that folder."""
+    spec = {"argv": [sys.executable, "-c", "raise SystemExit('planted')"], "display_name": "?", "language": "python"}
+    (folder / "kernels/python3").mkdir(parents=True)
+    (folder / "kernels/python3/kernel.json").write_text(json.dumps(spec))
+    return folder
+
+
+# variable -> where a kernelspec is planted that Jupyter would find by it before the environment's
+PLANTED = {"JUPYTER_PATH": ".", "JUPYTER_DATA_DIR": ".", "HOME": ".local/share/jupyter"}
+
+
+def with_planted_kernel(folder: Path, variable: str) -> dict[str, str]:
+    plant_kernel(folder / PLANTED[variable])
+    return {variable: str(folder), "JUPYTER_PREFER_ENV_PATH": "0"}
+
+
+ASK = "import sys; assert sys.prefix == {!r}, sys.prefix"
+
+
+@pytest.mark.parametrize("variable", PLANTED)
+def test_the_course_runs_in_its_own_python_whatever_kernel_stands_on_the_path(tmp_path, monkeypatch, variable):
+    for name in ("JUPYTER_PATH", "JUPYTER_DATA_DIR", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in with_planted_kernel(tmp_path / "elsewhere", variable).items():
+        monkeypatch.setenv(name, value)
+    notebook = write_notebook(tmp_path / "asks.ipynb", "# Asks", ASK.format(sys.prefix))
+    assert "raise SystemExit('planted')" in KernelSpecManager().get_kernel_spec("python3").argv
+    [outcome] = run.run_course([notebook], tmp_path / "build", "smoke", workers=1)
+    assert outcome.failure is None
+
+
+@pytest.mark.parametrize("variable", ["JUPYTER_PATH", "JUPYTER_DATA_DIR"])
+def test_notebooks_are_tested_in_the_python_that_tests_them(tmp_path, variable):
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    notebook = write_notebook(tmp_path / "asks.ipynb", "# Asks", ASK.format(sys.prefix))
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(content, notebook)
+    environment = os.environ | with_planted_kernel(tmp_path / "elsewhere", variable)
+    arguments = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "--nbmake", str(notebook)]
+    if variable == "JUPYTER_DATA_DIR":
+        environment.pop("JUPYTER_PATH", None)
+    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_two_workers_run_two_notebooks_at_a_time(tmp_path):

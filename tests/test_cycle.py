@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,8 +29,9 @@ from dalleflamingo import cycle, profiles, registry
 from dalleflamingo.cycle import CaptionedBatches, CycleConfig, build_cycle
 from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle, Losses
 from dalleflamingo.datasets import Dataset, Example
-from dalleflamingo.evaluation import caption_metrics, cycle_reporting
+from dalleflamingo.evaluation import accelerators, caption_metrics, cycle_reporting
 from dalleflamingo.evaluation.cycle_validation import Validation
+from dalleflamingo.runs import RunFolderError
 
 HERE = Path(__file__).parent
 
@@ -189,13 +191,25 @@ def test_the_configuration_says_how_the_generators_images_are_made_square(folder
     assert (expected - other).abs().max() > 0.01
 
 
+def test_a_caption_that_no_model_reads_is_skipped_and_training_goes_on(folder, tmp_path, capsys):
+    odd = dataset(folder)
+    first = dataclasses.replace(odd[0], references=("half \ud83d", *odd[0].references, "catsssssssss " * 30))
+    made, batches, trainable = build_cycle(SMALL, *models(folder), Dataset("odd", (first, *odd[1:])))
+    assert batches.dataset[0] == odd[0] and len(batches.dataset) == 6
+    cycle.train_cycle(dataclasses.replace(SMALL, steps=2), made, batches, trainable, tmp_path, Accelerator(cpu=True))
+    out = capsys.readouterr().out
+    assert r'Skipped the caption "half \ud83d" of image 0' in out and '"catsssssssss catsssssssss' in out
+
+
 def test_a_half_that_has_no_loss_has_no_steps():
     labels = dataclasses.replace(SMALL, losses=Losses(generation=0.0, caption_reconstruction=0.0))
     assert [labels.halves(step) for step in range(3)] == [("image",)] * 3
     joint = dataclasses.replace(labels, schedule="joint", losses=Losses(caption=0.0, image_reconstruction=0.0))
     assert joint.halves(0) == ("text",)
-    with pytest.raises(ValueError, match="all four losses have the weight 0.*give one a weight"):
+    with pytest.raises(ValueError, match="no loss has a weight of 1e-6 or more.*give one a weight"):
         dataclasses.replace(SMALL, losses=Losses(*[0.0] * 4))
+    with pytest.raises(ValueError, match="no loss has a weight"):
+        dataclasses.replace(SMALL, losses=Losses(*[1e-30] * 4))
 
 
 def test_joint_steps_have_all_four_losses(folder):
@@ -229,6 +243,38 @@ def test_another_configuration_is_refused_by_name(folder, whole):
     other = dataclasses.replace(SMALL, losses=Losses(caption=0.5), steps=9)
     with pytest.raises(ValueError, match=r"(?s)another configuration:\n  losses: .*'caption': 1.0.* there, .*0.5"):
         run(other, folder, whole[1])
+
+
+def test_a_run_that_another_process_is_at_work_on_is_refused(folder, whole):
+    made, batches, trainable = build(SMALL, folder)
+    before = {path: path.read_bytes() for path in whole[1].iterdir()}
+    with FileLock(whole[1] / ".lock", timeout=0):  # not the object that `hold` has
+        with pytest.raises(RunFolderError, match=f"another process is at work in {whole[1]}"):
+            cycle.train_cycle(SMALL, made, batches, trainable, whole[1], Accelerator(cpu=True))
+    assert {path: path.read_bytes() for path in whole[1].iterdir()} == before
+
+
+def test_a_configuration_that_the_models_refuse_leaves_the_folder_to_others(folder, tmp_path):
+    made, batches, trainable = build(dataclasses.replace(SMALL, fit="crop"), folder)
+    batches.batch = lambda *part: exec("raise ValueError('not so')")
+    with pytest.raises(ValueError, match="not so"):
+        cycle.train_cycle(dataclasses.replace(SMALL, fit="crop"), made, batches, trainable, tmp_path, Accelerator())
+    assert not (tmp_path / "config.json").exists()
+    run(dataclasses.replace(SMALL, steps=1), folder, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["fit"] == "resize"
+
+
+def test_damaged_files_of_a_run_are_named_and_a_cut_log_goes_on(folder, whole, tmp_path):
+    run(dataclasses.replace(SMALL, steps=2), folder, tmp_path)
+    log, config, state = (tmp_path / name for name in ("log.jsonl", "config.json", "state.safetensors"))
+    log.write_bytes(log.read_bytes()[:-20] + b"\0" * 20)
+    run(SMALL, folder, tmp_path)
+    expected = cycle_reporting.read_log(whole[1])
+    assert cycle_reporting.read_log(tmp_path) == [expected[0], *expected[2:]]
+    for file in (state, config):
+        file.write_bytes(file.read_bytes()[:-20])
+        with pytest.raises(RunFolderError, match=f"{file} .*is (damaged|not the settings of a run)"):
+            run(SMALL, folder, tmp_path)
 
 
 def test_what_is_exported_opens_in_the_stock_libraries(whole, tmp_path):
@@ -305,13 +351,13 @@ def test_a_run_in_half_precision_that_was_interrupted_goes_on_with_its_scale(fol
 
 
 def test_fp16_on_a_cpu_says_that_it_trains_in_float32(monkeypatch):
-    monkeypatch.setattr(cycle, "find_device", lambda: "cpu")
+    monkeypatch.setattr(accelerators, "find_device", lambda: "cpu")
     with pytest.warns(UserWarning, match="a CPU has no fp16: this run trains in float32"):
-        accelerator = cycle.make_accelerator(dataclasses.replace(SMALL, precision="fp16"))
+        accelerator = accelerators.make_accelerator(dataclasses.replace(SMALL, precision="fp16"))
     assert (accelerator.mixed_precision, accelerator.device.type) == ("no", "cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
     with warnings.catch_warnings(action="error"):
-        assert cycle.make_accelerator(dataclasses.replace(SMALL, precision="bf16")).mixed_precision == "bf16"
+        assert accelerators.make_accelerator(dataclasses.replace(SMALL, precision="bf16")).mixed_precision == "bf16"
     assert CycleConfig.of(profiles.PROFILES["colab"]).precision == "fp16"  # on every machine
 
 
@@ -433,11 +479,13 @@ def test_a_configuration_is_read_from_json_and_wrong_fields_are_named(tmp_path):
     assert cycle_reporting.read_config(file, mini) == dataclasses.replace(expected, steps=7, losses=losses)
     for wrong in ({"step": 7}, {"losses": {"step": 7}}):
         file.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=r"config.json: .*'step'; a configuration is .* captioner, generator"):
+        with pytest.raises(
+            ValueError, match=r"config.json: .*'step'; the fields are (captioner, generator|caption, im)"
+        ):
             cycle_reporting.read_config(file, mini)
-    with pytest.raises(ValueError, match="fit = 'pad': choose one of resize, crop"):
+    with pytest.raises(ValueError, match="fit = 'pad': it should be 'resize' or 'crop'"):
         dataclasses.replace(SMALL, fit="pad")
-    with pytest.raises(ValueError, match="schedule = 'odd': choose one of alternating, joint"):
+    with pytest.raises(ValueError, match="schedule = 'odd': it should be 'alternating' or 'joint'"):
         dataclasses.replace(SMALL, schedule="odd")
     with pytest.raises(ValueError, match="set checkpointing false"):
         dataclasses.replace(SMALL, checkpointing=True, losses=Losses(image_updates="captioner"))

@@ -24,8 +24,9 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from dalleflamingo import registry
 from dalleflamingo.evaluation import caption_metrics, caption_tokenizer, ngrams
 from dalleflamingo.evaluation.caption_metrics import SPICE_FOLDER
+from dalleflamingo.evaluation.text_encoders import ClipText, Sbert
 from dalleflamingo.miniature import scene_graph
-from dalleflamingo.similarity import ClipImage, ClipText, Encoder, Sbert
+from dalleflamingo.similarity import ClipImage, Encoder
 
 needs_java = pytest.mark.skipif(caption_tokenizer.default_tokenizer() != caption_tokenizer.PTB, reason="no Java")
 

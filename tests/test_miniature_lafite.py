@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
 from dalleflamingo import registry
+from dalleflamingo.evaluation.text_encoders import ClipText
 from dalleflamingo.miniature.corpora import texts
 from dalleflamingo.miniature.lafite import Lafite, LafiteGenerator, StyledBlock
 from dalleflamingo.miniature.training import clip, lafite, sd
@@ -63,6 +64,18 @@ def test_an_image_depends_on_its_caption_and_seed_alone(generator):
     again, *others = generator.render([CAPTIONS[0], CAPTIONS[0], CAPTIONS[1]], [1, 2, 1])
     assert again.tobytes() == together[0].tobytes()
     assert len({picture.tobytes() for picture in (again, *others)}) == 3
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["open_clip's own tokenizer", "one of transformers"])
+def test_a_caption_that_clip_would_read_in_part_is_refused(generator, tmp_path, wrapped):
+    clip_text = ClipText.from_pretrained(str(tiny.clip(tmp_path)))
+    if wrapped:  # as the shipped CLIP has it
+        own = CLIPTokenizer.from_pretrained(tiny.stable_diffusion(tmp_path), subfolder="tokenizer")
+        clip_text.tokenizer = SimpleNamespace(tokenizer=own, context_length=16)
+    generator, length = LafiteGenerator(generator.model, generator.vae, clip_text), clip_text.tokenizer.context_length
+    generator.check_caption("a " * (length - 2))
+    with pytest.raises(ValueError, match=f"it has {length + 1} tokens and the model reads {length}"):
+        generator.check_caption("a " * (length - 1))
 
 
 def test_fingerprint_follows_the_weights(generator):

@@ -14,6 +14,7 @@ from dalleflamingo.miniature import corpora
 from dalleflamingo.miniature.drawings import DRAWINGS
 from dalleflamingo.miniature.scene_graph import COCO_KINDS, COLOURS, GROUNDS, KINDS, NEW_KINDS, SIZES, Scene, Thing
 from dalleflamingo.miniature.world import IMAGE_SIZE, PIXELS, RGB, draw, sample_scene
+from dalleflamingo.sources import annotations
 
 scenes = st.integers(0, 2**32 - 1).map(lambda seed: sample_scene(np.random.default_rng(seed)))
 
@@ -89,8 +90,8 @@ def written(tmp_path_factory):
 
 
 def test_corpora_are_read_back_by_the_readers_of_the_real_ones(written):
-    coco = datasets.read_coco(written / "coco/annotations/captions_test.json", written / "coco/images")
-    nocaps = datasets.read_coco(written / "nocaps/annotations/nocaps_val.json", written / "nocaps/images")
+    coco = annotations.read_coco(written / "coco/annotations/captions_test.json", written / "coco/images")
+    nocaps = annotations.read_coco(written / "nocaps/annotations/nocaps_val.json", written / "nocaps/images")
     assert [len(example.references) for example in coco] == [5] * 5
     assert [len(example.references) for example in nocaps] == [10] * 9
     assert {name: len(part) for name, part in nocaps.by_domain().items()} == dict.fromkeys(datasets.DOMAINS, 3)
@@ -101,7 +102,7 @@ def test_corpora_are_read_back_by_the_readers_of_the_real_ones(written):
 
 def test_splits_share_no_scene():
     files = [file for name, file in corpora.annotation_files().items() if name != "web"]
-    examples = [example for file in files for example in datasets.read_coco(file, file.parent)]
+    examples = [example for file in files for example in annotations.read_coco(file, file.parent)]
     drawn = [Scene.from_dict(example.extra["scene"]) for example in examples]
     assert len(set(drawn)) >= 0.99 * len(drawn)  # single things on a lattice do meet by chance
 

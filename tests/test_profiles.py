@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dalleflamingo import profiles, reconstruct, registry
+from dalleflamingo import profiles, registry
+from dalleflamingo.sources import models
 
 
 def test_profile_is_mini_unless_the_environment_names_another(monkeypatch):
@@ -52,17 +53,17 @@ def test_the_real_models_are_used_as_the_paper_uses_them(monkeypatch):
     asked = {}
     for kind in ("Captioner", "Generator", "ClipImage", "Dino"):
         loader = SimpleNamespace(from_pretrained=lambda kind=kind, **options: asked.update({kind: options}))
-        monkeypatch.setattr(reconstruct, kind, loader)
+        monkeypatch.setattr(models, kind, loader)
     monkeypatch.setattr(registry, "locate", lambda name: name)
-    reconstruct.load_models(profiles.PROFILES["paper"])
+    models.load_models(profiles.PROFILES["paper"])
     assert asked["Generator"]["scheduler"] == "DDPM" and asked["Dino"]["image_size"] == 384
     assert asked["Captioner"]["prompt"] == "a picture of" and asked["Captioner"]["decoding"]["num_beams"] == 3
     assert all(asked[kind]["revision"] for kind in asked)
-    reconstruct.load_captioner(profiles.PROFILES["paper"], profiles.PROFILES["paper"].other_captioner)
+    models.load_captioner(profiles.PROFILES["paper"], profiles.PROFILES["paper"].other_captioner)
     assert asked["Captioner"]["prompt"] == "a photo of" and asked["Captioner"]["decoding"]["num_beams"] == 5
-    reconstruct.load_models(profiles.PROFILES["paper"], "DDIM")
+    models.load_models(profiles.PROFILES["paper"], "DDIM")
     assert asked["Generator"]["scheduler"] == "DDIM"
-    reconstruct.load_models(profiles.PROFILES["mini"])
+    models.load_models(profiles.PROFILES["mini"])
     assert asked["Generator"]["scheduler"] is asked["Dino"]["image_size"] is None and not asked["Captioner"]["prompt"]
 
 
@@ -84,13 +85,13 @@ def test_half_precision_is_for_cuda_only(monkeypatch, cuda, mps, device, dtype):
 
 
 def test_only_one_place_chooses_the_device():
-    """`find_device`; what else asks torch would disagree with it on some machine."""
-    asks = re.compile(r"(cuda|mps|accelerator)\.is_available|current_accelerator|Accelerator\((?!cpu=find_device)")
+    """`find_device` and `new_accelerator`; what else asks torch would disagree with them on some machine."""
+    asks = re.compile(r"(cuda|mps|accelerator)\.is_available|current_accelerator|\bAccelerator\(")
     package, found = Path(profiles.__file__).parent, []
     for path in package.rglob("*.py"):
         found += [(path.name, match.group()) for match in asks.finditer(path.read_text(encoding="utf-8"))]
     assert sorted(found) == [
-        ("cycle.py", "Accelerator("),
+        ("accelerators.py", "Accelerator("),
         ("profiles.py", "cuda.is_available"),
         ("profiles.py", "mps.is_available"),
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 import fakes
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -18,8 +19,9 @@ from PIL import Image
 
 from dalleflamingo import datasets, profiles, reconstruct, registry, runs
 from dalleflamingo.decoding import TopK
+from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.generator import Generator
-from dalleflamingo.similarity import PairSimilarity
+from dalleflamingo.sources import models, own_files
 
 HERE = Path(__file__).parent
 
@@ -125,9 +127,8 @@ def test_each_text_row_is_its_own_picture_description_and_similarity(clean_texts
 
 def test_source_text_is_drawn_from_the_human_captions_by_the_seed(tmp_path):
     many = [dataclasses.replace(e, references=("one", "two", "three")) for e in fakes.dataset(tmp_path / "p")]
-    journeys = [
-        reconstruct.TextImageText(None, None, [], dataclasses.replace(fakes.SETTINGS, seed=seed)) for seed in (5, 6, 5)
-    ]
+    settings = [dataclasses.replace(fakes.SETTINGS, seed=seed) for seed in (5, 6, 5)]
+    journeys = [reconstruct.TextImageText(None, fakes.Generator(), [], changed) for changed in settings]
     first, second, again = ([journey.open_source(None, example) for example in many] for journey in journeys)
     assert set(first) == {"one", "two", "three"} and first != second and first == again
 
@@ -255,6 +256,16 @@ def test_unreadable_images_are_named_skipped_and_listed_and_come_in_once_repaire
     assert repaired.attrs["skipped"] == json.loads((tmp_path / "run/skipped.json").read_text()) == []
 
 
+def test_a_finished_run_keeps_what_it_has_of_images_that_are_gone(tmp_path):
+    expected = fakes.run(tmp_path / "run", tmp_path / "pictures")
+    data = fakes.dataset(tmp_path / "pictures")
+    for example in data[:4]:
+        example.path.unlink()
+    models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour(), fakes.Corner()]
+    table = fakes.image_text_image(data, *models, tmp_path / "run")
+    pd.testing.assert_frame_equal(table, expected)
+
+
 def test_an_image_lost_after_its_run_is_skipped_when_a_new_similarity_needs_it(tmp_path, capsys):
     data, other = fakes.dataset(tmp_path / "pictures", 4), PairSimilarity("other", lambda source, candidate: 0.5)
     models = fakes.Captioner(), fakes.Generator()
@@ -265,6 +276,128 @@ def test_an_image_lost_after_its_run_is_skipped_when_a_new_similarity_needs_it(t
     assert list(again.image_id.unique()) == [data[i].image_id for i in (0, 1, 3)]
     assert len(reconstruct.select(again, by="other")) == 3
     capsys.readouterr()
+
+
+def recoloured(path: Path, colour: str) -> None:
+    """Another picture under the same name."""
+    with Image.open(path) as image:
+        changed = Image.new("RGB", image.size, colour)
+        changed.putpixel((0, 0), image.getpixel((0, 0)))
+    changed.save(path)
+
+
+def test_an_image_replaced_under_its_name_is_made_again_and_no_other(clean, tmp_path):
+    pictures, log = tmp_path / "pictures", tmp_path / "log.txt"
+    before, old = fakes.run(tmp_path / "run", pictures, log=log), (pictures / "4.png").read_bytes()
+    recoloured(pictures / "4.png", "purple")
+    log.write_text("")
+    after = fakes.run(tmp_path / "run", pictures, log=log)
+    assert log.read_text().split() == ["188"]
+    same = after.image_id != 188
+    equal(after[same], before[same])
+    changed, former = after[~same].reset_index(drop=True), before[~same].reset_index(drop=True)
+    assert set(changed.digest).isdisjoint(former.digest) and set(changed.image).isdisjoint(former.image)
+    assert (changed.colour != former.colour).all()  # the scores are of the new picture
+    equal(fakes.run(tmp_path / "clean", pictures), after)  # as if it had always been there
+    (pictures / "4.png").write_bytes(old)
+    log.write_text("")
+    equal(fakes.run(tmp_path / "run", pictures, log=log), before)
+    assert log.read_text() == ""  # what was made of the first picture is still there
+
+
+def test_a_folder_of_the_same_name_with_other_images_gets_its_own_answer(tmp_path):
+    mine = {}
+    for journey, colour in (("first", "red"), ("second", "blue")):
+        (tmp_path / journey / "photos").mkdir(parents=True)
+        Image.new("RGB", (16, 16), colour).save(tmp_path / journey / "photos/IMG_0001.png")
+        mine[journey] = own_files.read_folder(tmp_path / journey / "photos")
+
+    def run(data, folder):
+        models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()]
+        return fakes.image_text_image(data, *models, tmp_path / folder)
+
+    assert mine["first"].name == mine["second"].name and mine["first"][0].image_id == mine["second"][0].image_id
+    tables = {journey: run(data, "run") for journey, data in mine.items()}
+    for journey, data in mine.items():
+        equal(tables[journey], run(data, f"{journey} alone"))
+    assert not set(tables["first"].caption) & set(tables["second"].caption)
+    assert set(tables["first"].file) == {"IMG_0001.png"}
+
+
+def test_another_text_under_the_same_id_is_made_again(tmp_path):
+    first = fakes.dataset(tmp_path / "p", 3)
+    changed = dataclasses.replace(first[1], references=("a green thing 197",))
+    second = datasets.Dataset(first.name, (first[0], changed, first[2]))
+    log = tmp_path / "log.txt"
+    before = fakes.run_texts(tmp_path / "run", tmp_path / "p", data=first)
+    after = fakes.run_texts(tmp_path / "run", tmp_path / "p", data=second, log=log)
+    assert set(log.read_text().split()) == {"197"} and after.caption.tolist()[3:6] == ["a green thing 197"] * 3
+    equal(after, fakes.run_texts(tmp_path / "clean", tmp_path / "p", data=second))
+    equal(fakes.run_texts(tmp_path / "run", tmp_path / "p", data=first), before)
+
+
+def test_an_image_replaced_while_it_is_read_is_made_again(tmp_path, monkeypatch):
+    pictures, log = tmp_path / "pictures", tmp_path / "log.txt"
+    fakes.dataset(pictures, 2)
+    usual = datasets.open_image
+
+    def replaced(path):
+        recoloured(path, "purple")  # after its digest was taken
+        return usual(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(datasets, "open_image", replaced)
+        fakes.run(tmp_path / "run", pictures, n=2)
+    again = fakes.run(tmp_path / "run", pictures, n=2, log=log)
+    assert len(log.read_text().split()) == 2
+    equal(again, fakes.run(tmp_path / "clean", pictures, n=2))
+
+
+def test_a_run_of_an_earlier_layout_is_refused_and_kept(clean, tmp_path):
+    """Before layout 2 rows had no digest, and ids of own images were shorter."""
+    fakes.run(tmp_path / "run", clean[0].parent / "pictures", n=3)
+    for path in (tmp_path / "run/parts").glob("*.parquet"):
+        old = pq.read_table(path).drop_columns(["digest", "file"])
+        pq.write_table(old, path)
+    settings = json.loads((tmp_path / "run/run.json").read_text())["settings"]
+    (tmp_path / "run/run.json").write_text(json.dumps({"settings": settings}))
+    before = files(tmp_path / "run/parts"), files(tmp_path / "run/images")
+    with pytest.raises(
+        runs.RunFolderError, match="layout 1 and this version writes 2.*: keep it .*, and give another run_folder"
+    ):
+        fakes.run(tmp_path / "run", clean[0].parent / "pictures", n=3)
+    assert (files(tmp_path / "run/parts"), files(tmp_path / "run/images")) == before
+
+
+def test_a_name_that_is_not_printable_ends_no_run(tmp_path, capsys):
+    for name in (b"caf\xe9.png", b"two\nlines.png", b"torn\xff.png"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/photos/" + name))
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), "red").save(path, format="PNG")
+    path.write_bytes(path.read_bytes()[:45])
+    mine = own_files.read_folder(tmp_path / "photos")
+    models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()]
+    table = fakes.image_text_image(mine, *models, tmp_path / "run")
+    assert set(pd.read_parquet(tmp_path / "run/candidates.parquet").file) == {r"caf\udce9.png", r"two\nlines.png"}
+    assert [Path(one["path"]) for one in json.loads((tmp_path / "run/skipped.json").read_text())] == [path]
+    out = capsys.readouterr().out
+    assert r"torn\udcff.png" in out and out.encode()  # no half of a surrogate pair reaches the terminal
+    assert table.image_id.max() > 2**31 and table.image_id.dtype == np.int64
+
+
+def test_captions_that_the_generator_cannot_read_are_skipped_by_name(tmp_path, capsys):
+    (tmp_path / "mine.json").write_text(json.dumps(["a red thing", "half \ud83d", "a blue " + "boat " * 80, "a cat"]))
+    (tmp_path / "sd").mkdir()
+    generator = Generator.from_pretrained(tiny.stable_diffusion(tmp_path / "sd") or tmp_path / "sd")
+    mine, similarity = own_files.read_captions(tmp_path / "mine.json"), PairSimilarity("one", lambda a, b: 1.0)
+    settings = reconstruct.JourneySettings(candidates=1, steps=2, guidance_scale=2.0)
+    table = reconstruct.text_image_text(mine, fakes.Captioner(), generator, [similarity], tmp_path / "run", settings)
+    assert table.caption.tolist() == ["a red thing", "a cat"]
+    surrogate, long = (one["reason"] for one in table.attrs["skipped"])
+    assert "cannot read the caption" in surrogate and "character 6 is half of a surrogate pair" in surrogate
+    out = capsys.readouterr().out
+    assert r'cannot read the caption "half \ud83d"' in out and out.encode()  # which a terminal takes
+    assert re.search(r'"a blue boat .* and the model reads 16: shorten the caption, or leave it out', long)
 
 
 def test_not_one_readable_image_is_an_error(tmp_path):
@@ -350,7 +483,7 @@ def test_folder_without_readable_settings_is_refused(tmp_path, content, message)
 
 @pytest.mark.parametrize("name", ["candidates", "steps", "batch_size"])
 def test_settings_that_make_nothing_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} = 0: give at least 1"):
+    with pytest.raises(ValueError, match=f"{name} = 0: it should be greater than or equal to 1"):
         dataclasses.replace(fakes.SETTINGS, **{name: 0})
 
 
@@ -375,8 +508,8 @@ def test_similarities_that_cannot_be_columns_are_refused(tmp_path, names):
 
 def test_a_generator_is_opened_by_the_class_that_its_registry_entry_names():
     smoke = profiles.PROFILES["smoke"]
-    assert type(reconstruct.load_generator(smoke, "miniature/lafite")) is registry.class_of("miniature/lafite")
-    usual = reconstruct.load_generator(smoke, scheduler="DDIM")
+    assert type(models.load_generator(smoke, "miniature/lafite")) is registry.class_of("miniature/lafite")
+    usual = models.load_generator(smoke, scheduler="DDIM")
     assert type(usual) is Generator and type(usual.pipeline.scheduler).__name__ == "DDIMScheduler"
 
 
@@ -410,7 +543,7 @@ def test_model_folders_go_there_and_back_whatever_the_chunk(tmp_path, monkeypatc
         (tmp_path / name).mkdir()
         make(tmp_path / name)
     monkeypatch.setattr(registry, "locate", lambda name: str(tmp_path / name.removeprefix("miniature/")))
-    captioner, generator, similarities = reconstruct.load_models(profiles.PROFILES["smoke"])
+    captioner, generator, similarities = models.load_models(profiles.PROFILES["smoke"])
     dataset = fakes.dataset(tmp_path / "p", 3)
 
     def run(name, chunk, batch_size):

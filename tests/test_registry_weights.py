@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.generator import Generator
-from dalleflamingo.registry import RegistryError
+from dalleflamingo.registry import RegistryError, loading
 from dalleflamingo.similarity import ClipImage, Dino
 
+DAMAGES = {"empty": b"", "cut": None, "other": b"[]", "null": b"null", "NUL": b"\0" * 50, "no text": b"\xff\xfe" * 30}
 MODELS = [(tiny.blip, Captioner), (tiny.stable_diffusion, Generator), (tiny.clip, ClipImage), (tiny.dino, Dino)]
 
 
@@ -29,6 +30,51 @@ def test_truncated_weights_are_named_with_their_remedy(model):
         loader.from_pretrained(str(folder))
     assert f"{file} (" in str(error.value) and "cut short" in str(error.value)
     assert f"git checkout -- {file}" in str(error.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_configuration_names_its_folder_whatever_the_library_says(model, damage):
+    """Each library has errors of its own for it: JSONDecodeError, KeyError, TypeError, OSError over three lines …"""
+    folder, loader = model
+    files = [file for file in folder.rglob("*.json") if "config" in file.name and "generation" not in file.name]
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2] if DAMAGES[damage] is None else DAMAGES[damage])
+        with pytest.raises(RegistryError) as caught:
+            loader.from_pretrained(str(folder))
+        assert str(caught.value).startswith(f"{folder} cannot be loaded (") and len(str(caught.value).splitlines()) == 1
+        assert f"git checkout -- {folder}; else copy or download it again" in str(caught.value)
+        file.write_bytes(whole)
+    loader.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("loader", [Captioner, Generator, Dino])
+def test_a_model_that_is_neither_here_nor_within_reach_is_named(loader):
+    with pytest.raises(
+        RegistryError, match="nobody/no-such-model is not on this machine, and cannot be downloaded: .*"
+    ):
+        loader.from_pretrained("nobody/no-such-model")
+
+
+def test_what_is_not_the_models_fault_passes_unchanged():
+    """A full disk, a full memory, our own words: wrapped in a remedy for damaged models they would mislead."""
+    for error in (
+        OSError(28, "No space left on device"),
+        MemoryError(),
+        torch.OutOfMemoryError(),
+        RegistryError("own"),
+    ):
+        with pytest.raises(type(error)) as caught, loading("nobody/model"):
+            exec("raise error", {"error": error})
+        assert caught.value is error
+
+
+@pytest.mark.parametrize("problem", [OSError("You are not in the authorized list.\nVisit ..."), KeyError("model_type")])
+def test_what_a_hub_answers_is_told_in_one_line(problem):
+    with pytest.raises(RegistryError, match="nobody/model cannot be loaded .*licence must be accepted first") as caught:
+        with loading("nobody/model"):
+            exec("raise problem", {"problem": problem})
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_folder_without_safetensors_is_refused_though_it_holds_a_pickle(model):

@@ -23,7 +23,13 @@ GATE = {
 }
 MANIFEST = {
     "models": {
-        "blip-web": {"command": "train blip-web", "parameters": 1234567, "minutes": 9.6, "hardware": "a core"},
+        "blip-web": {
+            "command": "train blip-web",
+            "parameters": 1234567,
+            "minutes": 9.6,
+            "hardware": "a core",
+            "stage_of": "blip",
+        },
         "blip": {
             "command": "train blip",
             "parameters": 7,

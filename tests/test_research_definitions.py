@@ -19,12 +19,13 @@ from dalleflamingo.datasets import Dataset, Example, clean_caption
 from dalleflamingo.evaluation import image_metrics
 from dalleflamingo.evaluation.image_metrics import fid, inception_score
 from dalleflamingo.evaluation.intervals import Interval
+from dalleflamingo.evaluation.text_encoders import ClipText
 from dalleflamingo.evaluation.word_movers import FARTHEST, WordVectors
 from dalleflamingo.generator import add_noise
 from dalleflamingo.research import definition_effects as effects_of
 from dalleflamingo.research import definitions, released
 from dalleflamingo.research.definition_effects import PER_CAPTION, STOP_WORDS, Effect, Rendered, unprojected
-from dalleflamingo.similarity import ClipImage, ClipText, load_clip
+from dalleflamingo.similarity import ClipImage, load_clip
 
 
 @pytest.fixture(scope="module")

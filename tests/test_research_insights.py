@@ -21,15 +21,17 @@ from dalleflamingo import registry
 from dalleflamingo.datasets import DOMAINS, Dataset, Example
 from dalleflamingo.evaluation import caption_metrics
 from dalleflamingo.evaluation.intervals import Interval, resample
+from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.profiles import PROFILES
-from dalleflamingo.reconstruct import JourneySettings, Models, select
+from dalleflamingo.reconstruct import JourneySettings, select
 from dalleflamingo.research import claims, insights, metrics, pages, ranking, report
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.image_ranking import ImageEvaluators
 from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import Selection
 from dalleflamingo.runs import RunFolderError
-from dalleflamingo.similarity import Encoder, PairSimilarity
+from dalleflamingo.similarity import Encoder
+from dalleflamingo.sources.models import Models
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ import written
 from dalleflamingo import profiles
 from dalleflamingo.evaluation.intervals import mean_interval
 from dalleflamingo.miniature.scene_graph import f1
-from dalleflamingo.reconstruct import JourneySettings, Models, image_text_image
+from dalleflamingo.reconstruct import JourneySettings, image_text_image
 from dalleflamingo.research import fresh, live
+from dalleflamingo.sources.models import Models
 
 SEED, SETS, IMAGES = 6, 4, 12
 SETTINGS = JourneySettings(5, steps=2, guidance_scale=3.0, seed=SEED)

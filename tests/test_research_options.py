@@ -5,6 +5,7 @@ import torch
 
 from dalleflamingo import profiles
 from dalleflamingo.course import show
+from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.research import (
     cycle_report,
     cycle_study,
@@ -17,7 +18,6 @@ from dalleflamingo.research import (
     studies,
     variants,
 )
-from dalleflamingo.similarity import PairSimilarity
 
 MAINS = [
     planted.main,

@@ -8,8 +8,9 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dalleflamingo.reconstruct import JourneySettings, Models
+from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import readme_figures
+from dalleflamingo.sources.models import Models
 
 
 class Clip(fakes.MeanColour):

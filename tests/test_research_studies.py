@@ -19,6 +19,7 @@ from dalleflamingo.captioner import Captioner
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation import caption_metrics, ngrams
 from dalleflamingo.evaluation.intervals import Interval, mean_interval, paired_bootstrap
+from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import baselines, claims, ranking, studies
 from dalleflamingo.research.caption_ranking import evaluate_captions
@@ -27,7 +28,6 @@ from dalleflamingo.research.image_ranking import ImageEvaluators
 from dalleflamingo.research.insights import TextJourneyModels
 from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import Selection
-from dalleflamingo.similarity import PairSimilarity
 
 
 @pytest.fixture(scope="module")

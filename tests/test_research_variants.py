@@ -11,13 +11,14 @@ from worlds import NAME, candidates, world
 
 from dalleflamingo.decoding import PAPER_SAMPLING, Temperature, TopK
 from dalleflamingo.evaluation.intervals import Interval
+from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.profiles import PROFILES
-from dalleflamingo.reconstruct import JourneySettings, load_generator
+from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import ranking, report, variants
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.insights import difference
 from dalleflamingo.research.provenance import Provenance
-from dalleflamingo.similarity import PairSimilarity
+from dalleflamingo.sources.models import load_generator
 
 SMOKE = PROFILES["smoke"]
 

@@ -1,6 +1,8 @@
 """Runs: what is kept is whole, another model is another run, and a training goes on bit for bit."""
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,13 +20,13 @@ from dalleflamingo import runs
 from dalleflamingo.miniature.training.base import load_trained
 from dalleflamingo.runs import Checkpoint, RunFolder, RunFolderError, fingerprint
 
-SCHEMA = pa.schema({"image_id": pa.int64(), "candidate": pa.int64(), "image": pa.string()})
+SCHEMA = pa.schema({"image_id": pa.int64(), "digest": pa.string(), "candidate": pa.int64(), "image": pa.string()})
 
 
 def row(run: RunFolder, image_id: int, candidate: int) -> dict:
     """A row of a run whose image is saved."""
     image = run.save_image(f"{image_id}-{candidate}", Image.new("RGB", (2, 2), (image_id, candidate, 0)))
-    return {"image_id": image_id, "candidate": candidate, "image": image}
+    return {"image_id": image_id, "digest": f"d{image_id}", "candidate": candidate, "image": image}
 
 
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -42,7 +44,7 @@ def test_a_folder_gives_back_the_rows_and_scores_that_it_was_given(tmp_path):
     with Image.open(tmp_path / "run" / rows[2]["image"]) as image:
         assert image.getpixel((0, 0)) == (1, 0, 0)
     table = again.finish(again.rows().assign(clip=again.scores("clip").score), [{"image_id": 9}])
-    assert pd.read_parquet(table).columns.tolist() == ["image_id", "candidate", "image", "clip"]
+    assert pd.read_parquet(table).columns.tolist() == ["image_id", "digest", "candidate", "image", "clip"]
     assert json.loads((tmp_path / "run/skipped.json").read_text()) == [{"image_id": 9}]
 
 
@@ -55,10 +57,31 @@ def test_an_example_with_a_lost_image_is_not_done(tmp_path):
 
 
 def test_other_settings_are_named_and_nothing_is_changed(tmp_path):
-    RunFolder(tmp_path / "run", {"seed": 0, "steps": 20}, SCHEMA)
+    run = RunFolder(tmp_path / "run", {"seed": 0, "steps": 20}, SCHEMA)
+    run.add([row(run, 3, 0)])
     with pytest.raises(RunFolderError, match=r"(?s)steps: 20 there, 50 now\nGive another run_folder, or delete"):
         RunFolder(tmp_path / "run", {"seed": 0, "steps": 50}, SCHEMA)
-    assert json.loads((tmp_path / "run/run.json").read_text()) == {"settings": {"seed": 0, "steps": 20}}
+    assert json.loads((tmp_path / "run/run.json").read_text())["settings"] == {"seed": 0, "steps": 20}
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_any_work(tmp_path):
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(RunFolderError, match=r"caf\\udce9 is not in UTF-8: give another") as refusal:
+        RunFolder(named, {}, SCHEMA)
+    assert str(refusal.value).isprintable() and not named.exists()
+    RunFolder(tmp_path / "łódź 🚣", {}, SCHEMA).add([])
+
+
+def test_two_contents_of_one_example_are_kept_apart(tmp_path):
+    run = RunFolder(tmp_path / "run", {}, SCHEMA)
+    first, second = row(run, 3, 0), row(run, 3, 0) | {"digest": "other"}
+    run.add([first])
+    run.add([second])
+    run.add_scores("clip", [first, second], [0.5, 0.25])
+    assert run.rows().to_dict("records") == [first, second]
+    assert dict(zip(run.scores("clip").digest, run.scores("clip").score, strict=True)) == {"d3": 0.5, "other": 0.25}
+    run.add([first])  # of one content the later row replaces the earlier
+    assert len(run.rows()) == 2
 
 
 def test_a_write_that_fails_leaves_the_older_file(tmp_path):

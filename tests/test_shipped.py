@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ViTModel
 from dalleflamingo import registry
 from dalleflamingo.bridge import Bridge
 from dalleflamingo.captioner import Captioner
+from dalleflamingo.evaluation.verification import verify
 from dalleflamingo.generator import Generator
 from dalleflamingo.miniature.image_score import score_in_place, total
 from dalleflamingo.miniature.recogniser import Recogniser
@@ -29,7 +30,7 @@ def manifest():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_files_are_those_of_the_manifest(name):
-    registry.verify(f"miniature/{name}")
+    verify(f"miniature/{name}")
     entry = manifest()["models"][name]
     assert {"seed", "command", "hardware", "minutes", "curve", "parameters"} <= entry.keys()
     assert entry["curve"]

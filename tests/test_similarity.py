@@ -12,7 +12,8 @@ from torchvision.transforms import Compose, Resize
 from transformers import AutoImageProcessor, ViTModel
 
 from dalleflamingo import similarity
-from dalleflamingo.similarity import ClipImage, Dino, PairSimilarity, cosine_similarity
+from dalleflamingo.evaluation.similarities import PairSimilarity
+from dalleflamingo.similarity import ClipImage, Dino, cosine_similarity
 
 PHOTOS = tiny.pictures(similarity.BATCH + 5)
 

@@ -7,7 +7,6 @@ from hypothesis import example, given
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from dalleflamingo import datasets
 from dalleflamingo.course import checks
 from dalleflamingo.evaluation.vocabulary_report import (
     align_words,
@@ -18,6 +17,7 @@ from dalleflamingo.evaluation.vocabulary_report import (
     wordpiece_tokenizer,
     words_tokenized_differently,
 )
+from dalleflamingo.sources import annotations
 from dalleflamingo.tokens import END_OF_WORD, token_bytes, tokenizer_style
 
 WORDPIECE, CLIP = wordpiece_tokenizer(), clip_tokenizer()
@@ -33,7 +33,7 @@ CAPTIONS = [
 @pytest.fixture(scope="module")
 def karpathy(real_data):
     folder = real_data / "coco-karpathy"
-    examples = datasets.read_coco(folder / "coco_karpathy_test_gt.json", folder)
+    examples = annotations.read_coco(folder / "coco_karpathy_test_gt.json", folder)
     return [caption for example in examples for caption in example.references]
 
 

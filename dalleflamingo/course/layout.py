@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dalleflamingo.datasets import to_rgb
+
 PALETTE = {  # told apart by colour-blind eyes (Okabe and Ito; Tol)
     "clip": "#0072B2",
     "dino": "#D55E00",
@@ -151,7 +153,7 @@ def resize_to_fit(image: Image.Image) -> Image.Image:
     Args:
         image: of any mode, size and shape; its shape is kept.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     factor = IMAGE_SIZE // max(image.size)
     if factor > 0:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -37,9 +37,12 @@ from dalleflamingo.runs import write_whole
 
 try:
     import nbformat
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from nbconvert import HTMLExporter
+    from traitlets import default
     from traitlets.config import Config
 except ImportError as error:
     raise ImportError(
@@ -78,6 +81,18 @@ class Outcome:
         return figures if self.failure is None else f"{figures}   FAILED in {self.failure}"
 
 
+class OwnKernelManager(AsyncKernelManager):
+    """Starts the kernel of the Python that runs this program.
+
+    By its name alone, "python3", a kernel would be looked up in the user's folders and those of JUPYTER_PATH too, where
+    one of another environment may stand under that name.
+    """
+
+    @default("kernel_spec_manager")
+    def _kernel_spec_manager_default(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[])  # none to look in: what ipykernel says of this Python is left
+
+
 class NotebookRun(threading.Thread):
     """One notebook in one kernel, with a progress bar on a terminal.
 
@@ -106,6 +121,7 @@ class NotebookRun(threading.Thread):
             timeout=None,
             startup_timeout=300,  # the default, 60 s, is short for a busy machine
             kernel_name="python3",
+            kernel_manager_class=OwnKernelManager,
             on_cell_execute=self._enter_cell,
             on_cell_executed=self._leave_cell,
             # Another user of this machine could otherwise listen to a kernel's port, which it says for every notebook.
@@ -249,7 +265,7 @@ def run_course(paths: Sequence[Path], out: Path, profile: str, workers: int | No
             raise FileNotFoundError(f"{path} is not a notebook file; those of the course are in {NOTEBOOKS}")
     out = out.resolve()
     variables = environment(profile, out)
-    workers = workers or default_workers(profile)
+    workers = default_workers(profile) if workers is None else workers
     (out / "figures").mkdir(parents=True, exist_ok=True)
     waiting, running, outcomes = _longest_first(paths, out, profile), [], {}
     try:

@@ -11,9 +11,12 @@ from accelerate.tracking import get_available_trackers
 from huggingface_hub import HfApi
 
 from dalleflamingo import registry
-from dalleflamingo.cycle import CycleConfig, make_accelerator
+from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_losses import LOSS_NAMES, Cycle
+from dalleflamingo.evaluation.accelerators import make_accelerator
+from dalleflamingo.evaluation.map_files import save_map
 from dalleflamingo.profiles import Profile
+from dalleflamingo.runs import RunFolderError
 
 MODELS = ("captioner", "generator")
 
@@ -25,24 +28,30 @@ def read_config(path: Path, profile: Profile) -> CycleConfig:
         path: the file.
         profile: names and sets what the file leaves out.
     Raises:
-        ValueError: the file cannot be read, is no JSON object, or has a field that a configuration has not.
+        ValueError: the file cannot be read or is no JSON object, or `CycleConfig` refuses what it says.
     """
     try:
-        return CycleConfig.of(profile, **json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+        named = json.loads(path.read_bytes())  # of bytes, json finds out whether they are UTF-8, -16 or -32
+        if not isinstance(named, dict):
+            raise ValueError(f"it holds a {type(named).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
         known = ", ".join(field.name for field in dataclasses.fields(CycleConfig))
         raise ValueError(f"{path}: {error}; a configuration is a JSON object with some of {known}") from error
+    try:
+        return CycleConfig.of(profile, **named)
+    except (ValueError, registry.RegistryError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
-    """An accelerator with the configuration's precision, whose tracker writes into the run folder.
+    """An accelerator with the configuration's precision; its tracker, begun by `train_cycle`, writes to the run folder.
 
     Args:
         tracker: "none", or one that accelerate knows, such as "tensorboard".
         run_folder: of the run.
         config: settings of the run.
     Raises:
-        ValueError: accelerate knows no such tracker, or it is not installed.
+        ValueError: accelerate knows no such tracker, or it is not installed; or as `new_accelerator`.
     """
     installed = [str(kind) for kind in get_available_trackers()]
     if tracker not in ("none", *installed):
@@ -51,10 +60,7 @@ def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
             "--tracker none"
         )
     log_with = None if tracker == "none" else tracker
-    accelerator = make_accelerator(config, log_with=log_with, project_dir=run_folder)
-    if tracker != "none":
-        accelerator.init_trackers("cycle")
-    return accelerator
+    return make_accelerator(config, log_with=log_with, project_dir=run_folder)
 
 
 def export(cycle: Cycle, folder: Path) -> None:
@@ -62,7 +68,7 @@ def export(cycle: Cycle, folder: Path) -> None:
     cycle.captioner.model.save_pretrained(folder / "captioner")
     cycle.captioner.processor.save_pretrained(folder / "captioner")
     cycle.generator.pipeline.save_pretrained(folder / "generator")
-    cycle.bridge.vocabulary_map.save(folder / "vocabulary_map")
+    save_map(cycle.bridge.vocabulary_map, folder / "vocabulary_map")
 
 
 def write_model_cards(config: CycleConfig, run_folder: Path) -> None:
@@ -129,6 +135,24 @@ def push(run_folder: Path, owner: str, hub: HfApi | None = None) -> list[str]:
 
 
 def read_log(run_folder: Path) -> list[dict]:
-    """A row for each step, in order: its number, its losses and validation's results. Repeated steps occur once."""
-    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return list({row["step"]: row for row in rows}.values())
+    """A row for each step, in order: its number, its losses and validation's results. Repeated steps occur once.
+
+    A line that a kill, a full disk or a power failure has damaged is left out, and a printed line says so.
+
+    Raises:
+        RunFolderError: there is no log.
+    """
+    file = run_folder / "log.jsonl"
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{file} is missing: train first, or name the folder of a run") from error
+    rows = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line:
+                row = json.loads(line)
+                rows[int(row["step"])] = row
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            print(f"{file}: line {number} is damaged, and left out")
+    return list(rows.values())

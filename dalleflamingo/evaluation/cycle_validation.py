@@ -12,11 +12,11 @@ from diffusers.utils import make_image_grid
 from PIL.Image import Image
 
 from dalleflamingo import registry
-from dalleflamingo.captioner import describe_dataset
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.evaluation import caption_metrics
+from dalleflamingo.evaluation.caption_results import describe_dataset
 from dalleflamingo.generator import Generator
 
 VALIDATED = 200  # images

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from dalleflamingo import registry
-from dalleflamingo.datasets import open_image
+from dalleflamingo.datasets import open_image, to_rgb
 
 
 class ImageFiles(Sequence[Image]):
@@ -82,7 +82,7 @@ class InceptionV3(FeatureExtractorInceptionV3):
 
     def preprocess(self, images: Sequence[Image]) -> Tensor:
         """B images of one size -> (B, 3, H, W) uint8."""
-        return torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack([np.array(to_rgb(image)) for image in images])).permute(0, 3, 1, 2)
 
 
 def _read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -116,7 +116,9 @@ class FeatureExtractor:
             RegistryError: unknown name, or weights that are missing or cut short.
         """
         network = registry.class_of(name) or InceptionV3
-        return cls(network.from_pretrained(registry.check_weights(registry.locate(name))).to(device))
+        where = registry.check_weights(registry.locate(name))
+        with registry.loading(where):
+            return cls(network.from_pretrained(where).to(device))
 
     @torch.no_grad()
     def extract(self, images: Sequence[Image], batch_size: int = 32) -> InceptionOutput:

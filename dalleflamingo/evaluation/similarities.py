@@ -4,8 +4,10 @@ Higher is more alike. CIDEr counts shared n-grams. Word Mover's Distance adds up
 those of the other. Image fidelity compares the features that FID compares.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
+from typing import Generic, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -15,10 +17,31 @@ from dalleflamingo import registry
 from dalleflamingo.evaluation.caption_tokenizer import tokenize
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.ngrams import Cider
+from dalleflamingo.evaluation.text_encoders import ClipText, Sbert
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.profiles import Profile
 from dalleflamingo.runs import fingerprint
-from dalleflamingo.similarity import ClipImage, ClipText, Dino, Sbert, Similarity
+from dalleflamingo.similarity import ClipImage, Dino, Similarity
+
+T = TypeVar("T")  # an image or a text
+
+
+@dataclass(frozen=True)
+class PairSimilarity(Generic[T]):
+    """A similarity of one's own, by a function of a source and a candidate, higher where they are more similar."""
+
+    name: str  # of its column in a run's table
+    function: Callable[[T, T], float]
+    version: str = "1"  # change it when you change the function, so that a kept run is scored again
+
+    def compare(self, sources: Sequence[T], candidates: Sequence[Sequence[T]]) -> Tensor:
+        """As `Similarity.compare`."""
+        pairs = zip(sources, candidates, strict=True)
+        return torch.tensor([[float(self.function(source, other)) for other in others] for source, others in pairs])
+
+    def fingerprint(self) -> str:
+        """As `Similarity.fingerprint`, by name and version."""
+        return fingerprint(type(self).__name__, settings={"name": self.name, "version": self.version})
 
 
 class Fidelity:
@@ -81,8 +104,9 @@ class WordMoversSimilarity:
         self.vectors = vectors
 
     def fingerprint(self) -> str:
-        """Changes with the name of the word vectors."""
-        return fingerprint("Word Mover's Distance", settings={"vectors": self.vectors.name})
+        """Changes with the name of the word vectors, and with the file that holds them."""
+        digest = {"digest": self.vectors.digest} if self.vectors.digest else {}
+        return fingerprint("Word Mover's Distance", settings={"vectors": self.vectors.name, **digest})
 
     def compare(self, sources: Sequence[str], candidates: Sequence[Sequence[str]]) -> Tensor:
         """(B, K) in [-2, 0], 0 for the same words in any order, of B sources with K candidates each."""

@@ -5,7 +5,9 @@ their vectors, and the distance of two texts is the least cost of moving the who
 have length 1, so a distance lies in [0, 2]. POT solves the optimal transport.
 """
 
+import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -15,9 +17,12 @@ import ot
 from transformers import AutoModel, AutoTokenizer
 
 from dalleflamingo import registry
-from dalleflamingo.registry import check_weights
+from dalleflamingo.registry import check_weights, loading
 
 FARTHEST = 2.0  # the diameter of vectors of length 1; the distance to a text without a known word
+_LONGEST = 2**20  # bytes of a line; a file without line ends is not read whole to find that out
+_LARGEST = float(np.finfo(np.float32).max)
+_REMEDY = "Is it GloVe's text format, unpacked, and was it downloaded whole? Unset DALLEFLAMINGO_GLOVE for SBERT's"
 
 
 class WordVectors:
@@ -26,10 +31,11 @@ class WordVectors:
     Args:
         name: which vectors; distances by different ones do not compare.
         vector: word -> (D,) vector, or None for an unknown word.
+        digest: of the file that holds them; "" where the name says all.
     """
 
-    def __init__(self, name: str, vector: Callable[[str], np.ndarray | None]):
-        self.name = name
+    def __init__(self, name: str, vector: Callable[[str], np.ndarray | None], digest: str = ""):
+        self.name, self.digest = name, digest
         self._vector = cache(lambda word: _unit(vector(word)))
         self._distance = cache(self._transport)
 
@@ -38,36 +44,14 @@ class WordVectors:
         """GloVe where `DALLEFLAMINGO_GLOVE` names its file, else `of_sbert`; errors as theirs."""
         file = os.environ.get("DALLEFLAMINGO_GLOVE")
         if file:
-            return cls.glove(Path(file).expanduser())
+            return cls.glove(os.path.expanduser(file))
         return cls.of_sbert(registry.locate("sbert"), registry.ENTRIES["sbert"].revision)
 
     @classmethod
     def glove(cls, file: str | Path) -> "WordVectors":
-        """GloVe as published, "word number number …" on each line (the paper: 200 numbers, glove.6B.200d.txt).
-
-        Args:
-            file: in UTF-8.
-        Raises:
-            FileNotFoundError: there is no such file. ValueError: a line that is not of that form.
-        """
-        if not Path(file).is_file():
-            raise FileNotFoundError(
-                f"there is no {file}: have DALLEFLAMINGO_GLOVE name GloVe's text file, or unset it for SBERT's "
-                "embeddings"
-            )
-        table: dict[str, np.ndarray] = {}
-        width = None
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                word, *numbers = line.rstrip().split(" ")
-                width = width or len(numbers)
-                if len(numbers) != width or not numbers:
-                    raise ValueError(
-                        f"{file}, line {number}: {len(numbers)} numbers behind {word!r} where the first line has "
-                        f"{width}: is it GloVe's text format, and was it downloaded whole?"
-                    )
-                table[word] = np.array(numbers, dtype=np.float32)
-        return cls(f"GloVe-{width}", table.get)
+        """GloVe as published (the paper: 200 numbers, glove.6B.200d.txt), see `read_glove`; errors as there."""
+        table, digest = read_glove(Path(file))
+        return cls(f"GloVe-{len(next(iter(table.values())))}", table.get, digest)
 
     @classmethod
     def of_sbert(cls, folder: str | Path, revision: str | None = None) -> "WordVectors":
@@ -80,8 +64,9 @@ class WordVectors:
             RegistryError: the folder's weights are missing or cut short.
         """
         where = {} if revision is None else {"revision": revision}
-        model = AutoModel.from_pretrained(check_weights(folder), use_safetensors=True, **where)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+        with loading(folder):
+            model = AutoModel.from_pretrained(check_weights(folder), use_safetensors=True, **where)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **where)
         table = model.get_input_embeddings().weight.detach().float().numpy()
         table = table - table.mean(axis=0)  # the common part would make all words seem alike
 
@@ -107,6 +92,90 @@ class WordVectors:
 
     def _bag(self, words: Iterable[str]) -> list[np.ndarray]:
         return [vector for word in words if (vector := self._vector(word)) is not None]
+
+
+def read_glove(file: Path) -> tuple[dict[str, np.ndarray], str]:
+    """Word vectors in GloVe's text format: "word number number …" on each line, in UTF-8.
+
+    A word may contain spaces, as some of glove.840B.300d.txt do. Of a word that occurs twice the first vector counts,
+    that of the more frequent spelling. A first line "words numbers", as word2vec has it, is checked against the rest.
+
+    Returns:
+        word -> (D,) vector, and the file's sha256.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, cut short or of another format; the message names the line.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no file {file}: have DALLEFLAMINGO_GLOVE name GloVe's text file, or unset it for SBERT's "
+            "embeddings"
+        )
+    table, width, header, digest, number = {}, None, None, hashlib.sha256(), 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(_LONGEST), b""), start=1):
+            digest.update(line)
+            try:
+                text = _decode(line, "utf-8" if number > 1 else "utf-8-sig")
+                if number == 1 and (header := re.fullmatch(r"([0-9]+) ([0-9]+)", text)):
+                    continue
+                width = width or _count_numbers(text)
+                word, vector = _split(text, width)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}. {_REMEDY}") from error
+            table.setdefault(word, vector)
+    found = (number - bool(header), width)
+    if not table:
+        raise ValueError(f"{file} holds no word vectors, in {file.stat().st_size:,} bytes. {_REMEDY}")
+    if header and found != (promised := tuple(map(int, header.groups()))):
+        raise ValueError(
+            f"{file} holds {found[0]:,} words of {found[1]} numbers, but its first line says {promised[0]:,} words of "
+            f"{promised[1]}. {_REMEDY}"
+        )
+    return table, digest.hexdigest()
+
+
+def _decode(line: bytes, encoding: str) -> str:
+    if not line.endswith(b"\n"):
+        raise ValueError(f"{len(line):,} bytes without a line end behind them (if the file is whole, add one)")
+    if b"\0" in line:
+        raise ValueError("NUL bytes in it")
+    try:
+        return line.decode(encoding).rstrip("\r\n ")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {line[error.start]:#04x} is not UTF-8") from error
+
+
+def _count_numbers(text: str) -> int:
+    """How many numbers end a line that begins with a word, which may be a number itself."""
+    behind = text.split(" ")[1:]
+    count = next((i for i, part in enumerate(reversed(behind)) if not _is_number(part)), len(behind))
+    if count < 2:
+        raise ValueError(f"{count} numbers behind {text[:40]!r}, where a vector has 2 or more")
+    return count
+
+
+def _split(text: str, width: int) -> tuple[str, np.ndarray]:
+    """The word of a line and its (width,) vector."""
+    word, *numbers = text.rsplit(" ", width)
+    last = word.rpartition(" ")
+    try:
+        with np.errstate(over="ignore"):
+            vector = np.array(numbers, dtype=np.float32)
+    except ValueError:
+        vector = np.array([np.nan])
+    if len(numbers) < width or not np.isfinite(vector).all() or (last[0] and _is_number(last[2])):
+        word, count = text.split(" ")[0], sum(map(_is_number, text.split(" ")[1:]))
+        raise ValueError(f"{count} numbers behind {word[:40]!r} where the first line has {width}")
+    return word, vector
+
+
+def _is_number(text: str) -> bool:
+    """Whether float32 has it."""
+    try:
+        return abs(float(text)) <= _LARGEST
+    except ValueError:
+        return False
 
 
 def _unit(vector: np.ndarray | None) -> np.ndarray | None:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from dalleflamingo import registry
 from dalleflamingo.datasets import DOMAINS
+from dalleflamingo.evaluation.verification import verify
 from dalleflamingo.miniature.annotators import (
     ANNOTATORS,
     alt_text,
@@ -241,6 +242,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.verify:
         shipped = [name for name, entry in registry.ENTRIES.items() if entry.shipped]
         for name in tqdm(shipped, desc="verifying"):
-            registry.verify(name)
+            verify(name)
         print(f"the files of {len(shipped)} models and data sets are those that MANIFEST.json lists")
     return 0

@@ -18,10 +18,11 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from dalleflamingo import registry
+from dalleflamingo.evaluation.text_encoders import ClipText
 from dalleflamingo.generator import render_distinct
-from dalleflamingo.registry import check_weights
+from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
-from dalleflamingo.similarity import ClipText
+from dalleflamingo.tokens import check_caption
 
 FIRST_CHANNELS = 32  # of the first map, at 4 × 4 positions
 
@@ -127,7 +128,8 @@ class LafiteGenerator:
         Raises:
             RegistryError: weights are missing or incomplete.
         """
-        model = Lafite.from_pretrained(check_weights(name_or_path), revision=revision, dtype=dtype).to(device)
+        with loading(name_or_path):
+            model = Lafite.from_pretrained(check_weights(name_or_path), revision=revision, dtype=dtype).to(device)
         folder = Path(registry.locate(model.config.autoencoder))
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype).to(device)
         return cls(model, vae, ClipText.from_pretrained(registry.locate(model.config.clip), device))
@@ -136,6 +138,14 @@ class LafiteGenerator:
         """Digest of the weights, by which a run notices another generator."""
         settings = {"clip": self.clip_text.fingerprint()}
         return fingerprint("LafiteGenerator", modules=[self.model, self.vae], settings=settings)
+
+    def check_caption(self, caption: str) -> None:
+        """As `Generator.check_caption`."""
+        tokenizer = self.clip_text.tokenizer
+        if hasattr(tokenizer, "tokenizer"):  # open_clip wraps one of transformers
+            check_caption(caption, lambda text: len(tokenizer.tokenizer(text).input_ids), tokenizer.context_length)
+        else:  # or has its own, which leaves out both ends
+            check_caption(caption, lambda text: len(tokenizer.encode(text)) + 2, tokenizer.context_length)
 
     @torch.no_grad()
     def render(

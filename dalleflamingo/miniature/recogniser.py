@@ -17,6 +17,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor, nn
 
+from dalleflamingo.datasets import to_rgb
 from dalleflamingo.miniature import scene_graph
 from dalleflamingo.miniature.scene_graph import Scene, Thing
 from dalleflamingo.miniature.world import IMAGE_SIZE
@@ -177,7 +178,7 @@ def prepare(images: Sequence[Image.Image] | np.ndarray) -> Tensor:
                 f"an image of {width} × {height} pixels; this network knows the miniature world, whose images are "
                 f"{IMAGE_SIZE} × {IMAGE_SIZE}: resize it first, and expect little of a photograph"
             )
-        images = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        images = np.stack([np.asarray(to_rgb(image)) for image in images])
     if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise ValueError(
             f"an array of {images.dtype} and shape {images.shape}; images are uint8 in 0..255 and of shape "

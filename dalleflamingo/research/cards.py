@@ -15,7 +15,6 @@ import numpy as np
 from huggingface_hub import DatasetCardData, ModelCardData
 
 from dalleflamingo.miniature.corpora import annotation_files, data_folder
-from dalleflamingo.miniature.training.recipes import STAGES
 from dalleflamingo.research import pages
 from dalleflamingo.research.gates import table
 from dalleflamingo.runs import write_whole
@@ -35,9 +34,9 @@ def model_card(name: str, text: Mapping[str, str], manifest: Mapping) -> str:
     metadata = ModelCardData(
         license="mit", library_name=text["library"], pipeline_tag=text["task"], language="en", tags=["miniature"]
     )
-    stages = [*(stage for stage, folder in STAGES.items() if folder.split("/")[0] == name), name]
-    entries = {stage: manifest["models"][stage] for stage in stages if stage in manifest["models"]}
-    trained = "\n".join(_training(entry) for entry in entries.values())
+    models = manifest["models"]
+    stages = [entry for entry in models.values() if entry.get("stage_of") == name]
+    trained = "\n".join(map(_training, [*stages, models[name]]))
     files = {file: one["bytes"] for file, one in manifest["files"].items() if file.split("/")[0] == name}
     return f"""---
 {metadata.to_yaml()}

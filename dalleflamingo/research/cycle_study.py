@@ -9,7 +9,6 @@ each image that the finetuned generator renders is from the real one. `cycle_com
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +18,11 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
-from dalleflamingo.captioner import describe_dataset
-from dalleflamingo.cycle import CycleConfig, build_cycle, load_cycle, make_accelerator, train_cycle
+from dalleflamingo.cycle import CycleConfig, build_cycle, load_cycle, train_cycle
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.datasets import Dataset
+from dalleflamingo.evaluation.accelerators import make_accelerator
+from dalleflamingo.evaluation.caption_results import describe_dataset
 from dalleflamingo.evaluation.cycle_validation import render_captions
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.generator import Generator
@@ -177,7 +177,11 @@ def work(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for run, config in tqdm(wanted.items(), desc="cycle study", unit="run"):
-        with suppress(Timeout), FileLock(folder / f"{run.name}.lock", timeout=0):
+        try:
+            lock = FileLock(folder / f"{run.name}.lock", timeout=0, fallback_to_soft=False).acquire()
+        except Timeout:
+            continue
+        with lock:
             train_and_evaluate(run, config, folder / run.name, datasets, run.generated, profile)
 
 

@@ -18,17 +18,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from dalleflamingo.captioner import Captioner, describe_dataset
+from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.datasets import Dataset, clean_caption
+from dalleflamingo.evaluation.caption_results import describe_dataset
 from dalleflamingo.evaluation.caption_tokenizer import tokenize
 from dalleflamingo.evaluation.image_features import FeatureExtractor, ImageFiles
 from dalleflamingo.evaluation.image_metrics import fid, inception_score
 from dalleflamingo.evaluation.intervals import Interval, paired_bootstraps
+from dalleflamingo.evaluation.text_encoders import ClipText
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.generator import Generator, add_noise
 from dalleflamingo.profiles import Profile
-from dalleflamingo.reconstruct import JourneySettings, Models, image_text_image, text_image_text
+from dalleflamingo.reconstruct import JourneySettings, image_text_image, text_image_text
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.cycle_arms import Run
 from dalleflamingo.research.cycle_comparison import evaluated_captions
@@ -38,7 +40,8 @@ from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.ranking import EvaluatedCandidates
 from dalleflamingo.research.released import ANY_WORDS, ReleasedSampling, build_released_cycle, sample_latents
 from dalleflamingo.runs import derive_seed
-from dalleflamingo.similarity import ClipImage, ClipText, Encoder
+from dalleflamingo.similarity import ClipImage, Encoder
+from dalleflamingo.sources.models import Models
 
 CORPUS = "nocaps"  # development images of it
 PER_CAPTION = 5  # generated images of a caption, and captions of an image

@@ -17,15 +17,16 @@ from tqdm.auto import tqdm
 from dalleflamingo import profiles, registry
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.image_features import FeatureExtractor
+from dalleflamingo.evaluation.text_encoders import ClipText
 from dalleflamingo.profiles import Profile
-from dalleflamingo.reconstruct import load_models
 from dalleflamingo.research import definition_effects as effects_of
 from dalleflamingo.research import pages
 from dalleflamingo.research.cycle_study import development_sets
 from dalleflamingo.research.definition_effects import CORPUS, STEPS, Effect
 from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.runs import write_whole
-from dalleflamingo.similarity import ClipImage, ClipText
+from dalleflamingo.similarity import ClipImage
+from dalleflamingo.sources.models import load_models
 
 COMMAND = "python -m dalleflamingo research definitions"
 SCHEDULER = "DPMSolverMultistep"

@@ -21,15 +21,17 @@ from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.evaluation.similarities import Fidelity
+from dalleflamingo.evaluation.text_encoders import ClipText
 from dalleflamingo.miniature.corpora import data_folder
 from dalleflamingo.miniature.recogniser import Recogniser
 from dalleflamingo.miniature.scene_graph import COLOURS, GROUNDS, KINDS, RELATIONS
 from dalleflamingo.profiles import PROFILES
-from dalleflamingo.reconstruct import JourneySettings, load_captioner, load_generator
+from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import caption_gates, encoder_gates, fresh, image_gates
 from dalleflamingo.research.options import RUNS, positive
 from dalleflamingo.runs import write_whole
-from dalleflamingo.similarity import ClipImage, ClipText, Dino, Similarity, load_clip
+from dalleflamingo.similarity import ClipImage, Dino, Similarity, load_clip
+from dalleflamingo.sources.models import load_captioner, load_generator
 
 SEED = 20  # of the scenes that are drawn; no training draws from it
 MINI = PROFILES["mini"]

@@ -20,23 +20,19 @@ import numpy as np
 import pandas as pd
 
 from dalleflamingo import profiles, registry
-from dalleflamingo.captioner import Captioner, describe_dataset
-from dalleflamingo.datasets import Dataset, read_results, write_results
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import PAPER_SAMPLING
+from dalleflamingo.evaluation.caption_results import describe_dataset, read_results, write_results
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.image_metrics import RESAMPLES as RESAMPLES_OF_IMAGES
 from dalleflamingo.evaluation.intervals import Interval, mean_interval, within_group_spearman
 from dalleflamingo.evaluation.similarities import Fidelity, load_text_similarities
+from dalleflamingo.evaluation.text_encoders import ClipText, Sbert
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
-from dalleflamingo.reconstruct import (
-    JourneySettings,
-    image_text_image,
-    load_captioner,
-    load_models,
-    text_image_text,
-)
+from dalleflamingo.reconstruct import JourneySettings, image_text_image, text_image_text
 from dalleflamingo.research import baselines, report
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.claims import Claim, print_claims, weakest_of
@@ -66,7 +62,8 @@ from dalleflamingo.research.ranking import (
     measure,
     similarities,
 )
-from dalleflamingo.similarity import ClipText, Encoder, Sbert, Similarity
+from dalleflamingo.similarity import Encoder, Similarity
+from dalleflamingo.sources.models import load_captioner, load_models
 
 _OUT = "out-domain"
 RANKED = 10  # candidates, as in the paper; more are made for Fig. 9, and these are the first ten of them

@@ -18,12 +18,13 @@ from dalleflamingo import profiles
 from dalleflamingo.evaluation.intervals import Interval, mean_interval
 from dalleflamingo.evaluation.similarities import load_image_similarities
 from dalleflamingo.miniature.scene_graph import scene_graph_f1
-from dalleflamingo.reconstruct import JourneySettings, Models, image_text_image, load_captioner, load_generator
+from dalleflamingo.reconstruct import JourneySettings, image_text_image
 from dalleflamingo.research import fresh
 from dalleflamingo.research.metrics import check_similarities
 from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.research.ranking import rows_of
 from dalleflamingo.runs import write_whole
+from dalleflamingo.sources.models import Models, load_captioner, load_generator
 
 SETS, IMAGES, CANDIDATES = 20, 24, 5
 _CHUNK = 16  # images finished together: 16 · 5 captions fill whole batches of 16

@@ -46,11 +46,23 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
         arguments: the words behind the study's name.
     """
     options = parser.parse_args(arguments)
+    for name in {"runs", "docs"} & vars(options).keys():  # before a study works for hours
+        _check_writable(parser, name, getattr(options, name))
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.profile:  # `dalleflamingo.__main__` takes the option away; a study that is called directly finds it
+    if options.profile is not None:  # `__main__` takes the option away; a study that is called directly finds it
+        if options.profile not in profiles.PROFILES:
+            known = ", ".join(profiles.PROFILES)
+            parser.error(f"argument --profile: unknown profile {options.profile!r}: one of {known}")
         os.environ[profiles.VARIABLE] = options.profile
     return options
+
+
+def _check_writable(parser: argparse.ArgumentParser, name: str, folder: Path) -> None:
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        problem = "cannot be written to" if above.is_dir() else "is no folder"
+        parser.error(f"--{name} {folder}: {above} {problem}; give another folder")
 
 
 def positive(text: str) -> int:

@@ -25,7 +25,7 @@ from dalleflamingo.miniature.annotators import ANNOTATORS, FACTS
 from dalleflamingo.miniature.corpora import HARD_NEGATIVE_FORMS, is_held_out
 from dalleflamingo.miniature.planted import planted_captions
 from dalleflamingo.miniature.world import sample_scene
-from dalleflamingo.reconstruct import JourneySettings, load_generator, run_journey
+from dalleflamingo.reconstruct import JourneySettings, run_journey
 from dalleflamingo.research import fresh, pages
 from dalleflamingo.research.metrics import check_similarities, ranking_label
 from dalleflamingo.research.options import parse, positive, study_parser
@@ -34,6 +34,7 @@ from dalleflamingo.research.ranking import rows_of, similarities
 from dalleflamingo.research.stability import FixedCaptions, RerenderJourney
 from dalleflamingo.runs import write_whole
 from dalleflamingo.similarity import Similarity
+from dalleflamingo.sources.models import load_generator
 
 SCENES = 300
 TRUTH = "none"  # the error of the first caption
@@ -107,7 +108,7 @@ def planted_errors(
     of_images = captions.groupby("image_id")["caption"].agg(list).to_dict()
     settings = replace(settings, candidates=len(ERRORS))
     journey = RerenderJourney(FixedCaptions(of_images), generator, similarities, settings)
-    rendered = run_journey(journey, dataset, run_folder, _CHUNK).drop(columns=["domain", "caption"])
+    rendered = run_journey(journey, dataset, run_folder, _CHUNK).drop(columns=["file", "digest", "domain", "caption"])
     return captions.merge(rendered, on=["image_id", "candidate"], validate="1:1")
 
 

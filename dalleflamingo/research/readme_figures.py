@@ -18,7 +18,8 @@ from dalleflamingo import profiles, registry
 from dalleflamingo.course import show
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.miniature.scene_graph import Scene, scene_graph_f1
-from dalleflamingo.reconstruct import JourneySettings, Models, image_text_image, load_models
+from dalleflamingo.reconstruct import JourneySettings, image_text_image
+from dalleflamingo.sources.models import Models, load_models
 
 BY = "clip"
 CANDIDATES, COLUMNS = 6, 3

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
-from dalleflamingo.datasets import Dataset, Example
+from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.intervals import Interval, mean_interval, within_group_spearman
 from dalleflamingo.generator import Generator
-from dalleflamingo.reconstruct import ImageTextImage, JourneySettings, load_models, run_journey
+from dalleflamingo.reconstruct import ImageTextImage, JourneySettings, Source, run_journey
 from dalleflamingo.research import pages, report
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.insights import RANKED
@@ -32,6 +31,7 @@ from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import ALL, RESAMPLES, EvaluatedCandidates, gains, measure
 from dalleflamingo.runs import RunFolder, derive_seed, write_whole
 from dalleflamingo.similarity import Similarity
+from dalleflamingo.sources.models import load_models
 
 
 class FixedCaptions:
@@ -57,16 +57,16 @@ class RerenderJourney(ImageTextImage):
 
     name = "caption → images"
 
-    def make(self, examples: list[Example], sources: list[Image], run: RunFolder, bar: tqdm) -> list[dict]:
+    def make(self, sources: list[Source], run: RunFolder, bar: tqdm) -> list[dict]:
         captions, noise_seeds, seed = [], [], self.settings.seed
-        for example in examples:
+        for example, *_ in sources:
             of_image = self.captioner.captions[example.image_id]
             per_caption = range(self.settings.candidates // len(of_image))
             captions += [caption for caption in of_image for _ in per_caption]
             # the same noise for every caption of an image, as where each is rendered once
             noise_seeds += [derive_seed(seed, "again", example.image_id, m) for _ in of_image for m in per_caption]
         images = self.render(captions, noise_seeds, bar)
-        return self.rows(examples, images, run, noise_seed=noise_seeds, caption=captions)
+        return self.rows(sources, images, run, noise_seed=noise_seeds, caption=captions)
 
 
 def rerender(

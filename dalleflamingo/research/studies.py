@@ -21,8 +21,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dalleflamingo import profiles, registry
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.course import show
-from dalleflamingo.datasets import Dataset, read_coco, read_results, write_results
+from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import Nucleus
+from dalleflamingo.evaluation.caption_results import read_results, write_results
 from dalleflamingo.evaluation.intervals import Interval, paired_bootstraps
 from dalleflamingo.evaluation.ngrams import Cider
 from dalleflamingo.evaluation.vocabulary_report import caption_tokens, clip_tokenizer, same_tokens, wordpiece_tokenizer
@@ -46,6 +47,7 @@ from dalleflamingo.research.ranking import (
     similarities,
 )
 from dalleflamingo.runs import derive_seed, write_whole
+from dalleflamingo.sources.annotations import read_coco
 
 NUCLEUS = tuple(paper.TABLE_6)  # values of p
 NUMBERS = (1, 2, 3, 5, 7, 10, 15, 20, 25)  # of candidates, Fig. 9

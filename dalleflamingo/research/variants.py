@@ -23,7 +23,7 @@ from dalleflamingo.evaluation.image_metrics import RESAMPLES as RESAMPLES_OF_IMA
 from dalleflamingo.evaluation.similarities import load_text_similarities
 from dalleflamingo.miniature.scene_graph import Scene, recall_of_things, wrong_facts
 from dalleflamingo.profiles import Profile
-from dalleflamingo.reconstruct import JourneySettings, image_text_image, load_captioner, load_models
+from dalleflamingo.reconstruct import JourneySettings, image_text_image
 from dalleflamingo.research import pages, paper, report
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.claims import Claim, print_claims, scoreboard, secondary_table, verdict_line
@@ -42,6 +42,7 @@ from dalleflamingo.research.ranking import (
 )
 from dalleflamingo.runs import write_whole
 from dalleflamingo.similarity import Similarity
+from dalleflamingo.sources.models import load_captioner, load_models
 
 BATCH = 16  # images described at once
 

@@ -33,6 +33,7 @@ from dalleflamingo.miniature.training.base import Recipe
 from dalleflamingo.miniature.training.clip import clip_pixels, encode_text
 from dalleflamingo.miniature.training.sd import BANK_SIZE, latent_bank, latent_scale, web_caption, web_scene
 from dalleflamingo.miniature.world import draw
+from dalleflamingo.runs import write_whole
 
 CAPTIONS = 3  # of each image
 DISCRIMINATOR_START = 13_000  # step
@@ -128,7 +129,8 @@ def feature_bank(encode: Callable[[list[int]], Tensor], file: Path, count: int =
     if not file.exists():
         parts = (encode(list(range(i, i + 100))) for i in trange(0, count, 100, desc=file.stem, mininterval=10))
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": torch.cat(list(parts)).half().contiguous()}, file)
+        features = torch.cat(list(parts)).half().contiguous()
+        write_whole(file, lambda path: save_file({"features": features}, path))
     return load_file(file)["features"]
 
 

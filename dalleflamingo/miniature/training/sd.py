@@ -34,6 +34,7 @@ from dalleflamingo.miniature.training.base import Recipe
 from dalleflamingo.miniature.training.tokenizers import save_tokenizer
 from dalleflamingo.miniature.training.vae import vae_pixels
 from dalleflamingo.miniature.world import draw, sample_scene
+from dalleflamingo.runs import write_whole
 
 BANK_SIZE = 40_000  # images whose latents are computed once; their captions are written anew each time
 COUNTS = (1, 2, 3, 2, 3, 2, 3, 1)  # things in the images of the bank, in turn
@@ -111,7 +112,8 @@ def latent_bank(vae: AutoencoderKL, file: Path, count: int = BANK_SIZE) -> Tenso
             for first in trange(0, count, 100, desc="latents", mininterval=10)
         ]
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": torch.cat(batches).half().cpu().contiguous()}, file)
+        latents = torch.cat(batches).half().cpu().contiguous()
+        write_whole(file, lambda path: save_file({"latents": latents}, path))
     return load_file(file)["latents"]
 
 

@@ -8,10 +8,11 @@ import hashlib
 import json
 from pathlib import Path
 
+from dalleflamingo.evaluation.cycle_reporting import read_log
 from dalleflamingo.miniature.corpora import data_folder
 from dalleflamingo.miniature.training.base import load_trained
 from dalleflamingo.miniature.training.recipes import RECIPES, STAGES
-from dalleflamingo.runs import write_whole
+from dalleflamingo.runs import read_settings, write_whole
 
 MAX_FILE_BYTES, MAX_TOTAL_BYTES = 16 * 2**20, 48 * 2**20
 _CURVE_POINTS = 60
@@ -27,13 +28,18 @@ def ship(name: str, run: Path, root: Path | None = None) -> dict:
     Returns:
         the model's entry in the MANIFEST.
     Raises:
-        FileNotFoundError: the run has no checkpoint.
+        FileNotFoundError: the run has no checkpoint, or no settings.
+        RunFolderError: they are damaged.
     """
     recipe = RECIPES[name]()
     steps, minutes = load_trained(recipe, run)
-    curve = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    curve = read_log(run)
     every = max(1, len(curve) // _CURVE_POINTS)
-    settings = json.loads((run / "training.json").read_text())
+    settings = read_settings(
+        run / "training.json", lambda found: {key: found[key] for key in ("seed", "hardware", "init_from")}
+    )
+    if settings is None:
+        raise FileNotFoundError(f"{run / 'training.json'} is missing: put a copy there, or train in another folder")
     entry = {
         "parameters": sum(parameter.numel() for parameter in recipe.parameters()),
         "seed": settings["seed"],
@@ -47,7 +53,9 @@ def ship(name: str, run: Path, root: Path | None = None) -> dict:
     if settings["init_from"]:
         entry["init_from"] = settings["init_from"]
         entry["command"] += f" --init-from {settings['init_from']}"
-    if name not in STAGES:
+    if name in STAGES:
+        entry["stage_of"] = STAGES[name].split("/")[0]
+    else:
         recipe.export((root or data_folder()) / name)
     return entry
 

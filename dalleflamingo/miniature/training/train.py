@@ -14,21 +14,24 @@ import platform
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm.auto import trange
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
+from dalleflamingo import registry
+from dalleflamingo.evaluation.accelerators import new_accelerator
 from dalleflamingo.miniature.corpora import data_folder
 from dalleflamingo.miniature.training.base import Recipe
 from dalleflamingo.miniature.training.recipes import RECIPES, RUNS
 from dalleflamingo.miniature.training.ship import ship, write_manifest
-from dalleflamingo.profiles import find_device
-from dalleflamingo.runs import Checkpoint
+from dalleflamingo.runs import Checkpoint, RunFolderError, append_row, hold, read_settings, write_whole
 
 FINAL_LEARNING_RATE = 0.02  # share of the recipe's
 
@@ -48,12 +51,24 @@ def train(
         minutes of all steps.
     Raises:
         FloatingPointError: the loss is not finite; the last checkpoint is kept.
-        ValueError: the run was begun with another seed.
+        RunFolderError: the run was begun with another seed, is at work or damaged, or cannot be written to.
     """
-    accelerator = Accelerator(cpu=find_device() == "cpu")
+    accelerator = new_accelerator()
+    with hold(run) if accelerator.is_main_process else nullcontext():
+        return _train(recipe, run, checkpoint_every, seed, init_from, accelerator)
+
+
+def _train(
+    recipe: Recipe, run: Path, checkpoint_every: int, seed: int, init_from: Path | None, accelerator: Accelerator
+) -> float:
     rank, processes = accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():
-        record_settings(run, seed, f"{processes} × {hardware(accelerator.device)}", init_from)
+        check_seed(run, seed)
+    settings = {
+        "seed": seed,
+        "hardware": f"{processes} × {hardware(accelerator.device)}",
+        "init_from": init_from and str(init_from),
+    }
     for module in recipe.modules.values():
         module.to(accelerator.device)
     parameters = list(recipe.parameters())
@@ -96,9 +111,10 @@ def train(
         if accelerator.is_main_process:
             means = {name: round(float(np.mean([entry[name] for entry in recent])), 5) for name in recent[0]}
             spent = minutes + (time.time() - started) / 60
+            if not (run / "training.json").exists():
+                write_whole(run / "training.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
             checkpoint.save(step + 1, spent)
-            with open(run / "log.jsonl", "a") as log:
-                log.write(json.dumps({"step": step + 1, "minutes": round(spent, 2), **means}) + "\n")
+            append_row(run / "log.jsonl", {"step": step + 1, "minutes": round(spent, 2), **means})
             progress.set_postfix(means)
         recent = []
     accelerator.wait_for_everyone()
@@ -126,16 +142,11 @@ def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parame
         vector_to_parameters(accelerator.reduce(parameters_to_vector(gradients), reduction="mean"), gradients)
 
 
-def record_settings(run: Path, seed: int, hardware: str, init_from: Path | None) -> None:
-    """Write `training.json` into a new run; in one that exists, check that it was begun with the same seed."""
-    run.mkdir(parents=True, exist_ok=True)
-    file = run / "training.json"
-    if file.exists():
-        if (begun := json.loads(file.read_text())["seed"]) != seed:
-            raise ValueError(f"{run} was begun with seed {begun}: give --seed {begun}, or another folder by --run")
-        return
-    settings = {"seed": seed, "hardware": hardware, "init_from": init_from and str(init_from)}
-    file.write_text(json.dumps(settings, indent=1) + "\n")
+def check_seed(run: Path, seed: int) -> None:
+    """Refuse another seed than that with which a run was begun."""
+    begun = read_settings(run / "training.json", lambda settings: settings["seed"])
+    if begun not in (None, seed):
+        raise RunFolderError(f"{run} was begun with seed {begun}: give --seed {begun}, or another folder by --run")
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -155,8 +166,11 @@ def hardware(device: torch.device) -> str:
 
 def steps_done(run: Path) -> int:
     """The step of the last checkpoint of a run, 0 if it has none."""
-    log = run / "log.jsonl"
-    return json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
+    file = run / "state.safetensors"
+    if not file.exists():
+        return 0
+    with safe_open(file, "pt") as checkpoint:
+        return int(checkpoint.metadata()["step"])
 
 
 def peak_memory(device: torch.device) -> float:
@@ -174,7 +188,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--run is the folder of one model: leave it out, or name the model")
     if options.steps is not None and options.steps < 0:
         parser.error(f"--steps {options.steps}: give 0 or more")
-    if options.threads:
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads {options.threads}: give 1 or more, or leave it out for PyTorch's own choice")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed {options.seed}: give 0 or more, below 2^63")
+    if options.init_from:
+        if not options.init_from.is_dir():
+            parser.error(f"--init-from {options.init_from} is no folder: name one that holds weights")
+        registry.check_weights(options.init_from)
+    if options.threads is not None:
         torch.set_num_threads(options.threads)
     for name in RECIPES if options.model == "all" else [options.model]:
         run = options.run or RUNS / name
@@ -200,7 +222,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", choices=[*RECIPES, "all"], metavar="MODEL", help="one of those below, or all")
     parser.add_argument("--steps", type=int, help="steps in all, those done before included (default: the recipe's)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: 0)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks; needs a C++ compiler")
     parser.add_argument(
@@ -219,21 +241,23 @@ def argument_parser() -> argparse.ArgumentParser:
 def train_one(name: str, run: Path, options: argparse.Namespace) -> None:
     """Train one model as `argument_parser` says, ship it if asked for, and say what was made."""
     torch.manual_seed(options.seed)
-    accelerator = Accelerator(cpu=find_device() == "cpu")
+    accelerator = new_accelerator()
     with accelerator.main_process_first():  # it may compute a bank of latents, which the others then read
         recipe = RECIPES[name]()
     if options.steps is not None:
         recipe.steps = options.steps
     if options.init_from:
-        recipe.restore(options.init_from)
+        with registry.loading(options.init_from):
+            recipe.restore(options.init_from)
     if options.compile:
         for module in recipe.compilable:
             module.compile()
-    minutes = train(recipe, run, seed=options.seed, init_from=options.init_from)
-    if not accelerator.is_main_process:
-        return
-    if options.ship:
-        write_manifest({name: ship(name, run)})
+    with hold(run) if accelerator.is_main_process else nullcontext():
+        minutes = train(recipe, run, seed=options.seed, init_from=options.init_from)
+        if not accelerator.is_main_process:
+            return
+        if options.ship:
+            write_manifest({name: ship(name, run)})
     where = f"{run}, shipped in {data_folder()}" if options.ship else run
     memory = peak_memory(accelerator.device)
     print(f"{name}: {steps_done(run)} steps in {where}; {minutes:.1f} minutes, {memory:.1f} GB of memory")

@@ -1,0 +1,48 @@
+"""The models that a profile names, loaded for its device."""
+
+from typing import NamedTuple
+
+from dalleflamingo import registry
+from dalleflamingo.captioner import Captioner
+from dalleflamingo.generator import Generator
+from dalleflamingo.profiles import Profile
+from dalleflamingo.similarity import ClipImage, Dino, Similarity
+
+
+class Models(NamedTuple):
+    """What image → text → image needs: `image_text_image(dataset, *load_models(profile), run_folder, settings)`."""
+
+    captioner: Captioner
+    generator: Generator
+    similarities: list[Similarity]
+
+
+def load_models(profile: Profile, scheduler: str | None = None) -> Models:
+    """The profile's captioner and generator, with CLIP and DINO; arguments and errors are those of `load_generator`."""
+    similarities = [
+        ClipImage.from_pretrained(**registry.source_of(profile.clip, profile.device)),
+        Dino.from_pretrained(**registry.source_of(profile.dino, profile.device), image_size=profile.dino_size),
+    ]
+    return Models(load_captioner(profile), load_generator(profile, scheduler=scheduler), similarities)
+
+
+def load_captioner(profile: Profile, name: str | None = None) -> Captioner:
+    """A captioner by its name in the registry (None: the profile's), for the profile's device; errors as `locate`."""
+    source = registry.source_of(profile.captioner if name is None else name, profile.device)
+    return Captioner.from_pretrained(**source, dtype=profile.torch_dtype)
+
+
+def load_generator(profile: Profile, name: str | None = None, scheduler: str | None = None) -> Generator:
+    """A generator by its name in the registry, for the profile's device.
+
+    Args:
+        profile: says which generator and scheduler where none are named, and the type of the weights.
+        name: in the registry; unknown names and missing weights are a RegistryError.
+        scheduler: of diffusers, as `Generator.from_pretrained` takes it; one that does not fit is a ValueError.
+    """
+    name = profile.generator if name is None else name
+    source = registry.source_of(name, profile.device) | {"dtype": profile.torch_dtype}
+    if other := registry.class_of(name):  # not a diffusion model: it has no scheduler
+        return other.from_pretrained(**source)
+    scheduler = profile.scheduler if scheduler is None else scheduler
+    return Generator.from_pretrained(**source, scheduler=scheduler, image_size=profile.image_size)
