@@ -1,7 +1,7 @@
 """One command line: `python -m dalleflamingo COMMAND --help`.
 
 A command is a function that takes the rest of the command line and returns an exit status: 0; 2 for an error that the
-user can mend, told in one line; 1 for a fault of the program; 130 where it was interrupted. DALLEFLAMINGO_DEBUG=1 shows
+user can mend, told in one line; 1 for a bug; 130 where it was interrupted. DALLEFLAMINGO_DEBUG=1 shows
 the traceback of an error. A command's module is imported when the command is chosen, so that `--help` answers at once.
 """
 

@@ -289,7 +289,7 @@ def _train(config, cycle, batches, trainable, run_folder: Path, accelerator: Acc
     with accelerator.main_process_first():
         _agree(run_folder, record)
     accelerator.init_trackers("cycle")  # which write into the folder
-    accelerator.gradient_accumulation_steps = config.accumulation
+    accelerator.gradient_accumulation_steps = config.accumulation  # also of an accelerator of the caller's own
     parameters, began = list(trainable.parameters()), time.monotonic()
     groups = [{"params": parameters, "initial_lr": config.learning_rate}]  # "initial_lr": a schedule that is continued
     optimizer = torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay)

@@ -319,7 +319,7 @@ def user_folder(name: str) -> Path:
     given = os.environ.get(variable)
     folder = Path(os.path.expanduser(given or ""))
     if not given or not folder.is_dir():
-        problem = f"{variable}={given!r} is no folder" if given else f"{variable} is not set"
+        problem = f"{variable}={given!r} is not a folder" if given else f"{variable} is not set"
         raise RegistryError(f"{name} is not shipped, and {problem}. Download {entry.url}; {entry.notes}")
     return folder
 

@@ -1,7 +1,7 @@
-"""How similar two images or two texts are: by CLIP, DINO and SBERT (§3.1, App. A.1), or by a function of one's own.
+"""How similar two images are, by CLIP and DINO (§3.1, App. A.1); `evaluation.text_encoders` has what compares texts.
 
 Higher is more similar. The encoder decides what counts: CLIP was trained with captions and compares what a caption
-would say; DINO was trained on images alone and compares what they look like; SBERT compares what sentences mean.
+would say; DINO was trained on images alone and compares what they look like.
 """
 
 import re

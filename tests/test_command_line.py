@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_hold_the_run_is_told_before_models_are_loaded(mode
 
 
 @pytest.mark.parametrize("option", ["--runs", "--docs"])
-@pytest.mark.parametrize(("place", "problem"), [("file", "is no folder"), ("file/x/y", "is no folder")])
+@pytest.mark.parametrize(("place", "problem"), [("file", "is not a folder"), ("file/x/y", "is not a folder")])
 def test_a_study_refuses_a_folder_that_is_a_file_before_it_works(tmp_path, capsys, option, place, problem):
     (tmp_path / "file").write_text("mine")
     status, error = run("research", "insight-1", option, tmp_path / place, capsys=capsys)

@@ -274,7 +274,7 @@ def test_weights_to_begin_with_that_cannot_be_loaded_are_named(line_only, capsys
             training.main(["line", "--init-from", str(line_only / name)])
     with pytest.raises(SystemExit):
         training.main(["line", "--init-from", str(line_only / "gone")])
-    assert f"--init-from {line_only / 'gone'} is no folder: name one that holds weights" in capsys.readouterr().err
+    assert f"--init-from {line_only / 'gone'} is not a folder: name one that holds weights" in capsys.readouterr().err
     assert not (line_only / "runs/line/training.json").exists()
 
 

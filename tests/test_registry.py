@@ -263,7 +263,7 @@ def test_an_absent_real_data_set_is_answered_with_where_to_get_it(tmp_path, monk
     with pytest.raises(RegistryError, match=f"{name} is not shipped, and {variable} is not set. Download https"):
         registry.load_dataset(name, split)
     monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
-    with pytest.raises(RegistryError, match="nowhere' is no folder"):
+    with pytest.raises(RegistryError, match="nowhere' is not a folder"):
         registry.load_dataset(name, split)
 
 

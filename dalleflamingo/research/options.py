@@ -61,7 +61,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
 def _check_writable(parser: argparse.ArgumentParser, name: str, folder: Path) -> None:
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not above.is_dir() or not os.access(above, os.W_OK):
-        problem = "cannot be written to" if above.is_dir() else "is no folder"
+        problem = "cannot be written to" if above.is_dir() else "is not a folder"
         parser.error(f"--{name} {folder}: {above} {problem}; give another folder")
 
 

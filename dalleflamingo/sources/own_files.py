@@ -72,8 +72,8 @@ def read_captions(path: str | Path) -> Dataset:
     An image id is a hash of the caption and of how often it occurred before: adding lines does not change it.
 
     Raises:
-        DatasetError: there is no such file, it is no text or in another encoding, it is not what its suffix says, or it
-            holds no caption.
+        DatasetError: there is no such file, it is not text or in another encoding, it is not what its suffix says, or
+            it holds no caption.
     """
     path = Path(path)
     shown, suffix = printable(path), path.suffix.lower()
@@ -192,4 +192,6 @@ def _of_table(text: str, separators: str, shown: str) -> Iterator[str]:
                 )
             yield from row[columns.index("caption") :][:1]
     except csv.Error as error:
-        raise DatasetError(f"{shown}, line {rows.line_num} is no row of a table ({error}): mend that line") from error
+        raise DatasetError(
+            f"{shown}, line {rows.line_num} cannot be read as a row ({error}): mend that line"
+        ) from error

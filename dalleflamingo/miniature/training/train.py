@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--seed {options.seed}: give 0 or more, below 2^63")
     if options.init_from:
         if not options.init_from.is_dir():
-            parser.error(f"--init-from {options.init_from} is no folder: name one that holds weights")
+            parser.error(f"--init-from {options.init_from} is not a folder: name one that holds weights")
         registry.check_weights(options.init_from)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
