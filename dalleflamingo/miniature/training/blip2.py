@@ -116,8 +116,9 @@ class Blip2Recipe(CaptioningRecipe):
         return {"loss": self.model(**{name: tensor.to(self.model.device) for name, tensor in batch.items()}).loss}
 
     def restore(self, folder: Path) -> None:
-        """Read a `Blip2ForConditionalGeneration` folder."""
+        """Read a `Blip2ForConditionalGeneration` folder, and leave out the curriculum, which its weights know."""
         self.model.load_state_dict(Blip2ForConditionalGeneration.from_pretrained(folder).state_dict())
+        self.draw_early = self.draw_batch
 
     def export(self, folder: Path) -> None:
         """Write a `Blip2ForConditionalGeneration` folder with its processor: tensors in float16, loaded in float32."""
