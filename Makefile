@@ -64,6 +64,7 @@ reproduce: data
 	$(DALLEFLAMINGO) research cycle-report
 	$(DALLEFLAMINGO) research epsilon
 	$(DALLEFLAMINGO) research definitions
+	$(DALLEFLAMINGO) research scoreboard
 
 gates: data
 	$(DALLEFLAMINGO) research gates

@@ -90,6 +90,7 @@ RESEARCH = {
     ),
     "cards": Command("dalleflamingo.research.cards:main", "the cards of the miniature's models and corpora"),
     "live": Command("dalleflamingo.research.live:main", "in how many small sets is Insight I visible?"),
+    "scoreboard": Command("dalleflamingo.research.scoreboard:main", "docs/scoreboard.md: all verdicts, with reasons"),
     "figures": Command(
         "dalleflamingo.research.readme_figures:main",
         "the two figures of the README",

@@ -36,9 +36,10 @@ VIT = {
 KOLEO_WEIGHT = 0.1  # as in DINOv2
 
 
-def draw_any_number(rng: np.random.Generator, n: int) -> np.ndarray:
-    """(n, 64, 64, 3) uint8 images of one to three things, equally often."""
-    return np.stack([draw(sample_scene(rng, count=int(rng.integers(1, 4)))) for _ in range(n)])
+def draw_half_single(rng: np.random.Generator, n: int) -> np.ndarray:
+    """(n, 64, 64, 3) uint8 images: half of one thing, whose kind all views have in common; half of two or three."""
+    counts = (1 if rng.random() < 0.5 else int(rng.integers(2, 4)) for _ in range(n))
+    return np.stack([draw(sample_scene(rng, count=count)) for count in counts])
 
 
 class Head(nn.Module):
@@ -134,7 +135,7 @@ class DinoRecipe(Recipe):
 
     def __init__(
         self,
-        draw_batch: DrawBatch = draw_any_number,
+        draw_batch: DrawBatch = draw_half_single,
         steps: int = 2500,
         vit: dict | None = None,
         prototypes: int = 256,
