@@ -1,6 +1,7 @@
 """Images show what their scenes hold, and corpora are written and read back the same."""
 
 import itertools
+import json
 import shutil
 
 import numpy as np
@@ -98,6 +99,22 @@ def test_corpora_are_read_back_by_the_readers_of_the_real_ones(written):
     for example in (*coco, *nocaps):
         scene = Scene.from_dict(example.extra["scene"])
         assert (np.asarray(Image.open(example.path)) == draw(scene)).all()
+
+
+def test_images_of_other_annotations_are_drawn_anew_and_no_others(written, tmp_path):
+    root = tmp_path / "miniature"
+    shutil.copytree(written, root)
+    assert corpora.draw_images(root) == 0
+    file = root / "coco/annotations/captions_val.json"
+    corpus = json.loads(file.read_text())
+    ground = corpus["images"][0]["scene"]["ground"]
+    corpus["images"][0]["scene"]["ground"] = next(one for one in GROUNDS if one != ground)
+    file.write_text(json.dumps(corpus))
+    assert corpora.draw_images(root) == 5  # those of val; train and test lie in the same folder
+    for record in corpus["images"]:
+        image = Image.open(root / "coco/images" / record["file_name"])
+        assert (np.asarray(image) == draw(Scene.from_dict(record["scene"]))).all()
+    assert corpora.draw_images(root) == 0
 
 
 def test_splits_share_no_scene():

@@ -7,8 +7,9 @@
 """
 
 import argparse
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,7 +198,7 @@ def _write(file: Path, scenes: list[Scene], captions: Callable, split: str, doma
 
 
 def draw_images(root: Path | None = None) -> int:
-    """Draw the images of every corpus that are missing; returns their number.
+    """Draw the images of every corpus that are missing, or of other annotations; returns their number.
 
     Args:
         root: folder of the corpora; None: `data_folder()`.
@@ -212,7 +213,10 @@ def draw_images(root: Path | None = None) -> int:
             )
         folder = file.parent.parent / "images"
         folder.mkdir(exist_ok=True)
-        records = json.loads(file.read_text())["images"]
+        text = file.read_text()
+        records = json.loads(text)["images"]
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        _remove_images_of_others(folder, file.stem, digest, (record["file_name"] for record in records))
         for record in tqdm(records, desc=f"drawing {file.stem}", mininterval=1, leave=False, delay=1):
             path = folder / record["file_name"]
             if not path.exists():
@@ -220,6 +224,23 @@ def draw_images(root: Path | None = None) -> int:
                 write_whole(path, lambda part, image=image: image.save(part, "PNG"))
                 drawn += 1
     return drawn
+
+
+def _remove_images_of_others(folder: Path, stem: str, digest: str, names: Iterable[str]) -> None:
+    """Remove images that were drawn from other annotations, as before an update: their names are the same.
+
+    Args:
+        folder: of the images.
+        stem: of the annotation file; beside the images a note says which version of it they were drawn from.
+        digest: of the annotation file.
+        names: of its images.
+    """
+    note = folder / f"{stem}.drawn"
+    if note.exists() and note.read_text() == digest:
+        return
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    write_whole(note, lambda part: part.write_text(digest))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -253,7 +253,8 @@ def size_of_data(folder: Path) -> Interval:
     Args:
         folder: data/miniature.
     """
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.suffix != ".png"]
+    files = [path for path in folder.rglob("*") if path.is_file() and "images" not in path.relative_to(folder).parts]
+    sizes = [path.stat().st_size for path in files]
     megabytes = sum(sizes) / 1e6
     return Interval(megabytes, megabytes, megabytes, len(sizes), None)
 

@@ -50,7 +50,8 @@ def page(rows: Sequence[Mapping], texts: Mapping[str, Mapping[str, str]]) -> lis
         verdicts = {row["verdict"] for row in rows if row["claim"] == int(number)}
         if (verdicts != {"holds"}) != ("reason" in text):
             found = ", ".join(sorted(verdicts)) or "not measured"
-            raise ValueError(f"claim {number}: {found}; {_TEXTS.name} {'has' if 'reason' in text else 'lacks'} a reason")
+            has = "has" if "reason" in text else "lacks"
+            raise ValueError(f"claim {number}: {found}; {_TEXTS.name} {has} a reason")
         parts += [f"## Claim {number}", f"*The paper:* {text['says']}", text.get("reason", "")]
     return parts
 

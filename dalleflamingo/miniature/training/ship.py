@@ -72,7 +72,8 @@ def write_manifest(models: dict[str, dict], root: Path | None = None) -> None:
     root = root or data_folder()
     file = root / "MANIFEST.json"
     manifest = json.loads(file.read_text()) if file.exists() else {"models": {}}
-    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".png" and path != file)
+    found = (path for path in root.rglob("*") if path.is_file() and path != file)
+    paths = sorted(path for path in found if "images" not in path.relative_to(root).parts)
     files = {
         str(path.relative_to(root)): {
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
