@@ -39,9 +39,9 @@ from dalleflamingo.runs import write_whole
 BANK_SIZE = 40_000  # images whose latents are computed once; their captions are written anew each time
 COUNTS = (1, 2, 3, 2, 3, 2, 3, 1)  # things in the images of the bank, in turn
 UNCONDITIONAL_SHARE = 0.12  # of captions are "", for classifier-free guidance (Ho & Salimans 2022)
-# Shares of the other captions: minimal ones name positions; precise ones are an annotator's sentence that leaves out
-# nothing; both are true. The rest is alt-text, which omits colours and is wrong in one of five. Without precise captions
-# the model omitted one single thing in ten where no word said where it should be.
+# Shares of the other captions. Minimal ones name positions, precise ones are an annotator's sentence that leaves out
+# nothing; both are true. The rest is alt-text, which omits colours and is wrong in one of five. Without precise
+# captions the model omitted one single thing in ten, where no word said where it should be.
 MINIMAL_SHARE, PRECISE_SHARE = 0.4, 0.3
 SINGLE_SHARE = 0.5  # of the images of a step show one thing
 # Beta distributions of t/T, mostly where the text decides and not what is still visible: kinds and colours are decided
