@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -86,11 +86,11 @@ class Dataset(Sequence[Example]):
         return len(self.examples)
 
     def __getitem__(self, index):
-        return Dataset(self.name, self.examples[index]) if isinstance(index, slice) else self.examples[index]
+        return replace(self, examples=self.examples[index]) if isinstance(index, slice) else self.examples[index]
 
     def filter(self, image_ids: Collection[int]) -> "Dataset":
         """The examples whose ids are among `image_ids`, in file order; unknown ids are ignored."""
-        return Dataset(self.name, tuple(example for example in self.examples if example.image_id in image_ids))
+        return replace(self, examples=tuple(example for example in self.examples if example.image_id in image_ids))
 
     def subset(self, n: int, seed: int = 0) -> "Dataset":
         """`n` examples chosen by `seed`, in file order.
@@ -109,7 +109,7 @@ class Dataset(Sequence[Example]):
     def by_domain(self) -> dict[str, "Dataset"]:
         """{domain: its examples} for the domains that occur, in the order of `DOMAINS`; {} if there are none."""
         return {
-            domain: Dataset(f"{self.name}/{domain}", members)
+            domain: replace(self, name=f"{self.name}/{domain}", examples=members)
             for domain in DOMAINS
             if (members := tuple(example for example in self.examples if example.domain == domain))
         }

@@ -58,6 +58,8 @@ class Entry:
         decoding: of a captioner: the beam search of its published scores, as `Captioner` takes it.
         opened_by: "module:name" of a subpackage: the class whose `from_pretrained` loads a model, "" for one of the
             core; the function that reads a data set from its folder, `annotations` and a split.
+        fetched_by: of a data set, likewise: the function that fetches it, given this entry and a split, where the user
+            names no folder.
         splits: of a data set; empty if it has only one.
         annotations: of a data set: its annotation file, with "{split}" where that depends on the split.
         development: of a data set: the name of a similar one, on which settings may be chosen; "" if there is none.
@@ -79,6 +81,7 @@ class Entry:
     prompt: str = ""
     decoding: Mapping[str, Count] | None = None
     opened_by: Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")] = ""
+    fetched_by: Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")] = ""
     splits: Sequence[str] = ()
     annotations: str = ""
     development: str = ""
@@ -302,6 +305,8 @@ def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
     if entry.kind != "data set":
         raise RegistryError(f"{name} is a model: registry.locate({name!r}) says where it is")
     require_split(entry, split)
+    if entry.fetched_by and not os.environ.get(variable_of(name)):
+        return pkgutil.resolve_name(entry.fetched_by)(entry, split)
     folder = data_root() / name if entry.shipped else user_folder(name)
     found = pkgutil.resolve_name(entry.opened_by)(folder, entry.annotations.format(split=split), split)
     missing = [example.path for example in found if not example.path.is_file()]
@@ -313,14 +318,19 @@ def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
     return datasets.Dataset(f"{name}/{split}" if split else name, found.examples)
 
 
+def variable_of(name: str) -> str:
+    """The environment variable by which users name the folder of their own copy of a data set."""
+    return f"DALLEFLAMINGO_{name.upper()}"
+
+
 def user_folder(name: str) -> Path:
-    """The user's folder for a data set that is not shipped, which DALLEFLAMINGO_{NAME} names; errors as `locate`."""
-    entry, variable = entry_of(name), f"DALLEFLAMINGO_{name.upper()}"
+    """The user's folder for a data set that is not shipped, which `variable_of` names; errors as `locate`."""
+    entry, variable = entry_of(name), variable_of(name)
     given = os.environ.get(variable)
     folder = Path(os.path.expanduser(given or ""))
     if not given or not folder.is_dir():
         problem = f"{variable}={given!r} is not a folder" if given else f"{variable} is not set"
-        raise RegistryError(f"{name} is not shipped, and {problem}. Download {entry.url}; {entry.notes}")
+        raise RegistryError(f"{name} is not shipped, and {problem}. {entry.notes}")
     return folder
 
 
