@@ -54,7 +54,7 @@ COMMANDS = {
         "the last checkpoint is kept, and the same command goes on from it",
     ),
     "course": Command("dalleflamingo.course.run:main", "execute the notebooks and make pages of them"),
-    "data": Command("dalleflamingo.miniature.corpora:main", "draw the images of the miniature data sets"),
+    "data": Command("dalleflamingo.course.data:main", "draw the miniature's images, fetch the profile's photographs"),
     "train": Command(
         "dalleflamingo.miniature.training.train:main",
         "train the models of the miniature",

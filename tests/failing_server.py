@@ -142,8 +142,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.server.pace:
             self.wfile.write(content)
         else:
-            for start in range(0, len(content), 1 << 14):
-                self.wfile.write(content[start : start + (1 << 14)])
+            for start in range(0, len(content), 1 << 12):
+                self.wfile.write(content[start : start + (1 << 12)])
                 self.wfile.flush()
                 time.sleep(self.server.pace)
 

@@ -39,10 +39,10 @@ TRIES = 6  # in succession that bring nothing new
 BAD = 3  # tries of a file that arrives whole but is not what it should be
 PAUSE, LONGEST = 1.0, 120.0  # seconds before the second try, doubled each time; a longer wait is left to the user
 CONNECT, READ = 5.0, 20.0  # seconds to connect, and without a byte
-ANSWER = 9.0  # seconds after which a server that was not reached lately is said to be out of reach
+ANSWER = 7.5  # seconds after which a server that was not reached lately is said to be out of reach
 LATELY = 30.0  # seconds
 HOPELESS = 8  # files that cannot be had, before any can: the server has other things to tell
-_LOCKS = 16  # in a folder; a file's is chosen by its name
+_LOCKS = 64  # in a folder; a file's is chosen by its name
 _LISTED = 3  # files that an error names itself
 _reached: dict[str, float] = {}  # server -> when it last answered this process
 
@@ -99,7 +99,7 @@ def download(files: Sequence[Remote], what: str, remedy: str = "", megabytes: fl
 
 def announcement(missing: Sequence[Remote], of: int, what: str, megabytes: float | None) -> str:
     """What is about to be fetched, in one line: how many files, how much, from where, to where."""
-    servers = ", ".join(sorted({urlsplit(file.url).netloc for file in missing}))
+    servers = ", ".join(sorted({_server(file.url) for file in missing}))
     size = f"about {max(1, round(megabytes * len(missing))):,} MB" if megabytes else "of unknown size"
     return f"{what}: {len(missing)} of {of} to fetch, {size}, from {servers} into {printable(_folder(missing))}"
 
@@ -219,7 +219,7 @@ def _transfer(session: requests.Session, file: Remote, stop: threading.Event, pr
     except (requests.RequestException, ValueError) as error:  # an address or a redirection that leads nowhere
         raise _NotServed(_told(error)) from error
     with response:
-        _reached[urlsplit(file.url).netloc] = time.monotonic()
+        _reached[_server(file.url)] = time.monotonic()
         encoded = response.headers.get("Content-Encoding", "identity") != "identity"
         if response.status_code == 416 and version and _range(response)[1] == have:
             return  # it was whole already
@@ -240,7 +240,7 @@ def _transfer(session: requests.Session, file: Remote, stop: threading.Event, pr
             write_whole(record, lambda path: path.write_text(json.dumps(new)))
         try:
             with part.open("ab") as output:
-                for chunk in response.iter_content(1 << 16):
+                for chunk in response.iter_content(1 << 14):
                     if stop.is_set():
                         raise _Unavailable("interrupted")
                     output.write(chunk)
@@ -292,6 +292,13 @@ def _unpack(archive: Path, member: str, path: Path) -> None:
                 shutil.copyfileobj(source, output)
         except (KeyError, zlib.error, EOFError) as error:
             raise ValueError(f"a ZIP archive without a whole {member} ({error})") from error
+
+
+def _server(url: str) -> str:
+    try:
+        return urlsplit(url).netloc or "nowhere"
+    except ValueError:
+        return "nowhere"
 
 
 def _part(file: Remote) -> Path:
@@ -367,7 +374,7 @@ def _sha256(path: Path) -> str:
 @contextmanager
 def _alone(path: Path, stop: threading.Event) -> Iterator[None]:
     """Let no other process and no other thread fetch that file meanwhile; the lock ends with the process."""
-    number = zlib.crc32(path.name.encode("utf-8", "surrogateescape")) % _LOCKS
+    number = hashlib.blake2b(os.fsencode(path.name), digest_size=1).digest()[0] % _LOCKS
     lock = FileLock(path.with_name(f".lock-{number:02d}"), timeout=1, fallback_to_soft=False)
     while True:
         try:
@@ -388,7 +395,7 @@ def _alone(path: Path, stop: threading.Event) -> Iterator[None]:
 
 def _require_network(url: str) -> None:
     """Raise `_Unavailable`, within `ANSWER` seconds, where a server is out of reach."""
-    server = urlsplit(url).netloc
+    server = _server(url)
     if constants.HF_HUB_OFFLINE:
         raise _Unavailable("HF_HUB_OFFLINE is set")
     if time.monotonic() - _reached.get(server, -LATELY) < LATELY:
