@@ -1,8 +1,8 @@
 """Where every weight and data set is: its source, pinned revision, licence, size and sha256.
 
-The table itself is registry.toml. Nothing else in the package knows where things are. The miniature is in the
-repository's `data/miniature`; real models are downloaded from the hub at first use; users download real data sets
-once and name their folders in environment variables. All weights but Inception-v3's are safetensors.
+The table itself is registry.toml. The miniature is in the repository's `data/miniature`; real models are downloaded
+from the hub, and photographs by `sources.remote` from their addresses, unless a user names the folder of an own copy.
+All weights but Inception-v3's are safetensors.
 
     captioner = Captioner.from_pretrained(**source_of(profile.captioner, profile.device))
     dataset = load_dataset(profile.dataset)
@@ -58,8 +58,7 @@ class Entry:
         decoding: of a captioner: the beam search of its published scores, as `Captioner` takes it.
         opened_by: "module:name" of a subpackage: the class whose `from_pretrained` loads a model, "" for one of the
             core; the function that reads a data set from its folder, `annotations` and a split.
-        fetched_by: of a data set, likewise: the function that fetches it, given this entry and a split, where the user
-            names no folder.
+        fetched_by: of a data set: likewise, fetches it where the user names no folder; is given the entry and a split.
         splits: of a data set; empty if it has only one.
         annotations: of a data set: its annotation file, with "{split}" where that depends on the split.
         development: of a data set: the name of a similar one, on which settings may be chosen; "" if there is none.
@@ -292,20 +291,17 @@ def is_full(error: BaseException) -> bool:
 
 
 def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
-    """A data set by name: "miniature/{web,coco,nocaps,nocaps-dev}", "coco" or "nocaps".
+    """A data set of `ENTRIES`; `split` is one of `Entry.splits`, or None where it has none.
 
-    Args:
-        name: in `ENTRIES`.
-        split: one of `Entry.splits`; None for a data set without splits.
     Raises:
-        RegistryError: unknown name or split, the user's folder is not named, or its images are missing.
+        RegistryError: unknown name or split, the images are missing, or the data set cannot be fetched.
         datasets.DatasetError: the annotations do not have the expected format.
     """
     entry = entry_of(name)
     if entry.kind != "data set":
         raise RegistryError(f"{name} is a model: registry.locate({name!r}) says where it is")
     require_split(entry, split)
-    if entry.fetched_by and not os.environ.get(variable_of(name)):
+    if entry.fetched_by and not os.environ.get(f"DALLEFLAMINGO_{name.upper()}"):
         return pkgutil.resolve_name(entry.fetched_by)(entry, split)
     folder = data_root() / name if entry.shipped else user_folder(name)
     found = pkgutil.resolve_name(entry.opened_by)(folder, entry.annotations.format(split=split), split)
@@ -318,14 +314,9 @@ def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
     return datasets.Dataset(f"{name}/{split}" if split else name, found.examples)
 
 
-def variable_of(name: str) -> str:
-    """The environment variable by which users name the folder of their own copy of a data set."""
-    return f"DALLEFLAMINGO_{name.upper()}"
-
-
 def user_folder(name: str) -> Path:
-    """The user's folder for a data set that is not shipped, which `variable_of` names; errors as `locate`."""
-    entry, variable = entry_of(name), variable_of(name)
+    """The user's folder for a data set that is not shipped, which DALLEFLAMINGO_{NAME} names; errors as `locate`."""
+    entry, variable = entry_of(name), f"DALLEFLAMINGO_{name.upper()}"
     given = os.environ.get(variable)
     folder = Path(os.path.expanduser(given or ""))
     if not given or not folder.is_dir():

@@ -16,7 +16,7 @@ from huggingface_hub import cached_assets_path
 from PIL import Image
 
 from dalleflamingo.datasets import Dataset, DatasetError, Example, UnreadableImage
-from dalleflamingo.registry import Entry, variable_of
+from dalleflamingo.registry import Entry
 from dalleflamingo.runs import printable
 from dalleflamingo.sources import annotations
 from dalleflamingo.sources.downloads import DownloadError, Remote, announcement, download, write_shared
@@ -131,7 +131,7 @@ def folder_of(entry: Entry) -> Path:
 
 def own_copy(name: str) -> str:
     """The remedy of a user who has the data set already."""
-    return f"name the folder of your own copy in {variable_of(name)}"
+    return f"name the folder of your own copy in DALLEFLAMINGO_{name.upper()}"
 
 
 def image_check(example: Example) -> Callable[[Path], None]:
