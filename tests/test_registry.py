@@ -20,6 +20,7 @@ from dalleflamingo.miniature.inception import MiniatureInception
 from dalleflamingo.miniature.lafite import LafiteGenerator
 from dalleflamingo.miniature.recogniser import Recogniser
 from dalleflamingo.registry import ENTRIES, RegistryError
+from dalleflamingo.sources import remote
 
 UNET = "sd/unet/diffusion_pytorch_model.safetensors"
 
@@ -259,11 +260,15 @@ def test_a_split_that_does_not_exist_is_answered_with_those_that_do(miniature, n
     [("coco", "test", "DALLEFLAMINGO_COCO"), ("nocaps", None, "DALLEFLAMINGO_NOCAPS")],
 )
 def test_an_absent_real_data_set_is_answered_with_where_to_get_it(tmp_path, monkeypatch, name, split, variable):
+    """The tests are offline; `test_remote` fetches from a local server."""
+    monkeypatch.setattr(remote, "folder_of", lambda entry: tmp_path / entry.name)
     monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(RegistryError, match=f"{name} is not shipped, and {variable} is not set. Download https"):
+    with pytest.raises(
+        RegistryError, match=f"{name}: HF_HUB_OFFLINE is set.*your own copy in {variable}; or fetch by hand .*https"
+    ):
         registry.load_dataset(name, split)
     monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
-    with pytest.raises(RegistryError, match="nowhere' is not a folder"):
+    with pytest.raises(RegistryError, match=f"nowhere' is not a folder. Unset {variable}, and photographs are fetched"):
         registry.load_dataset(name, split)
 
 
@@ -273,7 +278,7 @@ def test_real_coco_is_read_from_the_ground_truth_file_or_from_karpathys_json(tmp
     payload = {"images": [{**record, "sentences": [{"raw": "a dog"}]}]}
     (tmp_path / "dataset_coco.json").write_text(json.dumps(payload))
     with pytest.raises(
-        RegistryError, match="1 of the 1 images of coco are missing, .*005.jpg for one: DALLEFLAMINGO_COCO names"
+        RegistryError, match="1 of the 1 images of coco are missing, .*005.jpg for one: Unset DALLEFLAMINGO_COCO"
     ):
         registry.load_dataset("coco", "train")
     (tmp_path / "val2014").mkdir()

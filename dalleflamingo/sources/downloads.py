@@ -91,10 +91,15 @@ def download(files: Sequence[Remote], what: str, remedy: str = "", megabytes: fl
         return {}
     try:
         _require_network(missing[0].url)
-        print(announcement(missing, len(files), what, megabytes))
+        if _worth_telling(missing, megabytes):
+            print(announcement(missing, len(files), what, megabytes))
         return _fetch(missing, what, megabytes, hopeful=len(missing) < len(files))
     except _Unavailable as error:
         raise DownloadError(_advice(str(error), files, what, remedy)) from error
+
+
+def _worth_telling(missing: Sequence[Remote], megabytes: float | None) -> bool:
+    return len(missing) > 1 or not megabytes  # a training run opens photographs one by one
 
 
 def announcement(missing: Sequence[Remote], of: int, what: str, megabytes: float | None) -> str:
@@ -106,6 +111,7 @@ def announcement(missing: Sequence[Remote], of: int, what: str, megabytes: float
 
 def write_shared(path: Path, text: str) -> None:
     """Write a text as a whole where other processes may be writing it, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -133,7 +139,8 @@ def _fetch(missing: Sequence[Remote], what: str, megabytes: float | None, hopefu
         file.path.parent.mkdir(parents=True, exist_ok=True)
         todo.put(file)
     failed, total = {}, int(megabytes * len(missing) * 1e6) if megabytes else None
-    with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False) as bar:
+    silent = not _worth_telling(missing, megabytes)
+    with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=silent) as bar:
         for _ in range(min(PARALLEL, len(missing))):  # daemons: an interrupted process does not wait for a slow server
             threading.Thread(target=_work, args=(todo, done, stop, bar.update), daemon=True).start()
         try:
@@ -425,20 +432,16 @@ def _require_network(url: str) -> None:
 def _advice(problem: str, files: Sequence[Remote], what: str, remedy: str) -> str:
     """The message of a DownloadError. More than a few missing files are listed in a file."""
     missing, folder = [file for file in files if not file.path.is_file()], _folder(files)
-    rows = [f"{file.url} to {printable(file.path)}" for file in missing]
-    if len(missing) <= _LISTED and not any(file.member for file in missing):
-        by_hand = "; ".join(rows)
-    elif any(file.member for file in missing):
-        by_hand = "; ".join(f"{file.member} of {file.url} to {printable(file.path)}" for file in missing)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
+    rows = [f"{file.member + ' of ' if file.member else ''}{file.url} to {printable(file.path)}" for file in missing]
+    by_hand = "; ".join(rows)
+    if len(missing) > _LISTED:
         write_shared(folder / "missing.txt", "\n".join(rows) + "\n")
         by_hand = f"what {printable(folder / 'missing.txt')} lists, each to the path beside it"
     again = "unset HF_HUB_OFFLINE and connect" if constants.HF_HUB_OFFLINE else "connect, or wait a little"
     other = f"; or {remedy}" if remedy else ""
     return (
-        f"{what}: {problem}. {len(files) - len(missing)} of {len(files)} files are here and are kept, as is what has "
-        f"arrived of others: {again}, and give the same command again{other}; or fetch by hand {by_hand}"
+        f"{what}: {problem}. {len(files) - len(missing)} of {len(files)} files are here, and what arrived of others is "
+        f"kept: {again}, and give the same command again{other}; or fetch by hand {by_hand}"
     )
 
 
