@@ -327,7 +327,7 @@ def without_unreadable(dataset: Dataset, captioner: Captioner) -> Dataset:
                 print(printable(f'Skipped the caption "{caption[:40]}" of image {example.image_id}: {error}'))
         if references or not example.references:
             examples.append(replace(example, references=tuple(references)))
-    return Dataset(dataset.name, tuple(examples))
+    return replace(dataset, examples=tuple(examples))
 
 
 _KINDS = {"blip": BlipCaptioner, "blip-2": Blip2Captioner}  # by transformers' model type

@@ -20,7 +20,7 @@ import pytest
 from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dalleflamingo.registry import RegistryError
 from dalleflamingo.sources import downloads, remote
@@ -429,6 +429,21 @@ def test_two_processes_share_the_work(server, tmp_path):
     assert left(tmp_path) == set(names)
 
 
+def test_interrupted_its_threads_ask_for_no_more(server, tmp_path):
+    names = [f"{number}.jpg" for number in range(40)]
+    server.files |= {f"/{name}": jpeg(number) for number, name in enumerate(names)}
+    server.pace = 0.1
+    main = threading.main_thread().ident
+    threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        download([photograph(server, tmp_path, name) for name in names], "photographs")
+    asked, came = len(server.requests), set(tmp_path.glob("*.jpg"))
+    wait_for(lambda: not [one for one in threading.enumerate() if one.name.endswith("(_work)")])
+    assert len(server.requests) == asked < 40 and set(tmp_path.glob("*.jpg")) == came
+    server.pace = 0.0
+    assert download([photograph(server, tmp_path, name) for name in names], "photographs") == {}
+
+
 def test_interrupted_it_returns_at_once(server, tmp_path, monkeypatch):
     server.plan["/a.jpg"] = ["stall"] * 9
     monkeypatch.setattr(downloads, "READ", 60)
@@ -443,16 +458,21 @@ def test_interrupted_it_returns_at_once(server, tmp_path, monkeypatch):
 # ── what arrived ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(length=st.integers(0, len(PHOTOGRAPH) - 1))
-def test_a_jpeg_that_is_cut_anywhere_is_no_image(tmp_path_factory, length):
+@given(length=st.integers(0, len(PHOTOGRAPH) - 1), tolerant=st.booleans())
+def test_a_jpeg_that_is_cut_anywhere_is_no_image(tmp_path_factory, length, tolerant):
+    """Nor where other code has told Pillow to accept truncated images."""
     path = tmp_path_factory.getbasetemp() / "cut.jpg"
     path.write_bytes(PHOTOGRAPH[:length])
-    with pytest.raises(ValueError, match="no whole image|without its end"):
-        remote.require_image(None, True, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
+        with pytest.raises(ValueError, match="no whole image|without its end"):
+            remote.require_image(None, True, path)
 
 
 @pytest.mark.parametrize("lacking", [1, 2, 3, 10])
-def test_a_jpeg_with_a_thumbnail_that_lacks_its_last_bytes_is_no_image(tmp_path, lacking):
+@pytest.mark.parametrize("tolerant", [True, False])
+def test_a_jpeg_with_a_thumbnail_that_lacks_its_last_bytes_is_no_image(tmp_path, monkeypatch, lacking, tolerant):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
     small, whole = jpeg(1, side=24), PHOTOGRAPH
     thumbnail = b"\xff\xe1" + (2 + 6 + len(small)).to_bytes(2, "big") + b"Exif\0\0" + small  # has an end of its own
     content = whole[:2] + thumbnail + whole[2:]

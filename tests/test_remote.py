@@ -6,10 +6,13 @@ import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import failing_server
+import fakes
 import headers
 import huggingface_hub
+import pandas as pd
 import pytest
 from huggingface_hub import constants
 from test_data_calls import NOTEBOOKS, REPLACED, code
@@ -17,6 +20,7 @@ from test_downloads import PHOTOGRAPH, jpeg
 
 from dalleflamingo import __main__ as command_line
 from dalleflamingo import cycle, datasets, profiles, registry
+from dalleflamingo.captioner import without_unreadable
 from dalleflamingo.course import data
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.datasets import Dataset, DatasetError, UnreadableImage
@@ -244,6 +248,49 @@ def test_offline_what_is_there_is_used_and_what_is_not_is_named(server, cache, m
         dataset.fetch()
     listed = (cache / "nocaps/default/images/missing.txt").read_text().splitlines()
     assert len(listed) == 7 and listed[0].startswith(f"{server.url}/nocaps/val/{5:016x}.jpg to {cache}")
+
+
+def journey(run_folder: Path, on_draw=lambda: None):
+    models = fakes.Captioner(), fakes.Generator(on_draw=on_draw), [fakes.MeanColour()]
+    return fakes.image_text_image(registry.load_dataset("nocaps"), *models, run_folder)
+
+
+def test_a_run_fetches_as_it_goes_and_skips_what_is_gone(server, tmp_path):
+    del server.files[f"/nocaps/val/{2:016x}.jpg"]
+    asked = []
+    table = journey(tmp_path / "run", on_draw=lambda: asked.append(len(fetched(server))))
+    assert asked[0] == 3 and asked[-1] == 12  # three images at a time, and not the next ones before these are done
+    assert sorted(set(table.image_id)) == [i for i in range(12) if i != 2]
+    [skipped] = table.attrs["skipped"]
+    assert skipped["image_id"] == 2 and skipped["path"].endswith(f"{2:016x}.jpg")
+
+
+def test_a_run_whose_network_goes_keeps_what_it_has_and_goes_on(server, tmp_path, monkeypatch, capsys):
+    drawn = []
+
+    def lose_the_network() -> None:
+        drawn.append(1)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", len(drawn) >= 10)
+
+    with pytest.raises(DownloadError, match="photographs of nocaps: HF_HUB_OFFLINE is set"):
+        journey(tmp_path / "run", lose_the_network)
+    said = "".join(capsys.readouterr())
+    assert "6 of 12 images are kept" in said and len(drawn) == 18
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    before = len(server.requests)
+    table = journey(tmp_path / "run")
+    assert len(table) == 36 and len(server.requests) == before + 6
+    pd.testing.assert_frame_equal(table, journey(tmp_path / "another"), check_exact=True)
+
+
+def test_labelled_images_of_a_training_run_are_fetched_as_they_are_drawn(server, capsys):
+    reads_all = SimpleNamespace(check_caption=lambda caption: None)
+    dataset = without_unreadable(registry.load_dataset("coco", "train"), reads_all)
+    capsys.readouterr()
+    batches = cycle.CaptionedBatches(dataset, None, None, 2, 0)
+    for example, _ in batches.choose(0):
+        assert dataset.open(example).size == (200, 200)
+    assert len(fetched(server)) == 2 and capsys.readouterr() == ("", "")  # one by one, without a word
 
 
 # ── a user's own copy ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -158,8 +158,9 @@ def require_image(stated: tuple[int, int] | None, jpeg: bool, path: Path) -> Non
         raise ValueError(f"{len(content):,} bytes that begin {content[:20]!r} and are no whole image") from error
     if jpeg and kind not in ("JPEG", "MPO"):
         raise ValueError(f"an image in the format {kind}, expected JPEG")
-    # a decoder invents the last pixels of a JPEG that is a little short; neither marker occurs in compressed data
-    if jpeg and content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+    # Pillow may have been told to accept a short file (LOAD_TRUNCATED_IMAGES). No marker occurs in compressed data, so
+    # that the one of the end must follow the last one of a scan.
+    if jpeg and content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda"):
         raise ValueError(f"{len(content):,} bytes of a JPEG without its end")
     if stated and sorted(size) != sorted(stated):
         raise ValueError(f"an image of {size[0]} × {size[1]} pixels, expected {stated[0]} × {stated[1]}")
