@@ -141,6 +141,11 @@ def _not_an_image(path: Path) -> str:
     return "" if _opens(path) else "no format that Pillow opens; if it is an image, save it as JPEG or PNG"
 
 
+def is_image(path: Path) -> bool:
+    """Whether a folder's entry is an image that `read_folder` takes."""
+    return not path.name.startswith(".") and not _not_an_image(path)
+
+
 def _opens(path: Path) -> bool:
     """Whether Pillow knows the format, by a file's content."""
     try:

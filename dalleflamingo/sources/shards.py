@@ -25,8 +25,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dalleflamingo.datasets import Dataset, DatasetError
-from dalleflamingo.runs import printable, write_whole
-from dalleflamingo.sources.own_files import listed, read_captions, read_pairs
+from dalleflamingo.runs import hold, printable, write_whole
+from dalleflamingo.sources.own_files import is_image, listed, read_captions, read_pairs
 from dalleflamingo.sources.records import CAPTION_COLUMNS, IMAGE_COLUMNS, Record, captions_in, has_captions
 from dalleflamingo.sources.text_files import shape_of
 
@@ -38,10 +38,12 @@ _LONGEST = 150  # of a file's name that is made of a key, in bytes
 
 
 def is_shards(source: str | Path) -> bool:
-    """Whether a path names shards: a tar file, a pattern such as photos-{000..099}.tar, or a folder that holds some."""
+    """Whether a path names shards: a tar file, a pattern such as photos-{000..099}.tar, or a folder that holds some
+    and no image."""
     source = Path(source)
     if source.is_dir():
-        return any(path.name.endswith(SUFFIXES) for path in source.iterdir())
+        is_tar = [path.name.endswith(SUFFIXES) for path in source.iterdir() if not path.name.startswith(".")]
+        return any(is_tar) and not any(map(is_image, source.iterdir()))
     return source.name.endswith(SUFFIXES) or (source.is_file() and tarfile.is_tarfile(source))
 
 
@@ -49,9 +51,9 @@ def read_shards(shards: str | Path, folder: str | Path, captions: bool = False) 
     """Unpack shards into a folder, once, and read them from there.
 
     A sample's image is its member .jpg, .jpeg, .png, .webp or another that Pillow opens; its caption is .txt, or the
-    key caption, captions or text of .json, whose image_id, a whole number, is the image's id. The other values of .json,
-    and the class of .cls, are the example's `extra`. Samples that lack what is read are left out, and a printed line
-    names them. No member is written outside of the folder, whatever its name.
+    key caption, captions or text of .json, whose image_id, a whole number, is the image's id. The other values of
+    .json, and the class of .cls, are the example's `extra`. Samples that lack what is read are left out, and a printed
+    line names them. No member is written outside of the folder, whatever its name.
 
     Args:
         shards: a tar file, also compressed by gzip; a folder of them; or a pattern with braces, {000..099}.
@@ -66,11 +68,11 @@ def read_shards(shards: str | Path, folder: str | Path, captions: bool = False) 
     kind = "captions" if captions else "images"
     table, note = folder / f"{kind}.jsonl", folder / f"{kind}.json"
     unpacked = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    if not (table.is_file() and note.is_file() and json.loads(note.read_text(encoding="ascii")) == unpacked):
-        folder.mkdir(parents=True, exist_ok=True)
-        note.unlink(missing_ok=True)
-        write_whole(table, lambda part: _unpack(paths, folder, part, captions))
-        write_whole(note, lambda part: part.write_text(json.dumps(unpacked), encoding="ascii"))
+    with hold(folder):
+        if not (table.is_file() and note.is_file() and json.loads(note.read_text(encoding="ascii")) == unpacked):
+            note.unlink(missing_ok=True)
+            write_whole(table, lambda part: _unpack(paths, folder, part, captions))
+            write_whole(note, lambda part: part.write_text(json.dumps(unpacked), encoding="ascii"))
     found = read_captions(table) if captions else read_pairs(table)
     return type(found)(printable(_stem(Path(shards).resolve())), found.examples)
 
@@ -194,14 +196,14 @@ def _samples(path: Path) -> Iterator[dict]:
     try:
         with open(path, "rb") as file:
             for sample in _webdataset().tariterators.group_by_keys(members(file)):
-                key = sample["__key__"]
+                key = sample["__key__"].removeprefix("./")
                 if key in keys:
                     raise DatasetError(
-                        f"the shard {printable(path)} holds the members of {printable(key)} apart from each other: make "
-                        "it again, as with tar --sort=name"
+                        f"the shard {printable(path)} holds the members of {printable(key)} apart from each other: "
+                        "make it again, as with tar --sort=name"
                     )
                 keys.add(key)
-                yield sample
+                yield sample | {"__key__": key}
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise _damaged(path, str(error).partition(" @ ")[0]) from error
 
