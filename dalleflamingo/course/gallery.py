@@ -144,7 +144,7 @@ def _item(place: int, rows: list[dict], by: str, example, run_folder: Path, part
                 "rank": row["rank"],
                 "text": text,
                 "image": _copy(open_image(path), part / "images" / f"{row['image_id']}-{row['candidate']}"),
-                "scores": [(label(name), f"{row[name]:.3f}") for name in similarities],
+                "scores": [(label(name), _number(row[name])) for name in similarities],
             }
         )
     return {
@@ -154,7 +154,7 @@ def _item(place: int, rows: list[dict], by: str, example, run_folder: Path, part
         "source": source,
         "reason": clean(reason),
         "references": [clean(caption) for caption in example.references] if example and not of_texts else [],
-        "score": f"{first[by]:.3f}",
+        "score": _number(first[by]),
         "candidates": candidates,
     }
 
@@ -182,6 +182,10 @@ def _copy(image: Image.Image, stem: Path) -> dict:
         image.save(path, quality=85)
     squares = max(image.size) <= _SMALL
     return {"path": f"images/{path.name}", "width": image.width, "height": image.height, "squares": squares}
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−")
 
 
 def _settings(run_folder: Path) -> list[tuple[str, str]]:
