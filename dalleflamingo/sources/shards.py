@@ -33,7 +33,7 @@ from dalleflamingo.sources.text_files import shape_of
 PER_SHARD = 10_000  # samples in a shard that is written
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img", "image")  # in the order of preference
-_END = 1024  # zero bytes that end a tar file
+_BROKEN = (EOFError, OSError, zlib.error, lzma.LZMAError)  # of a file that cannot be read or unpacked to its end
 _LONGEST = 150  # of a file's name that is made of a key, in bytes
 
 
@@ -153,23 +153,28 @@ def _stem(path: Path) -> str:
 
 
 def _check_whole(path: Path) -> None:
-    """Refuse what is no tar file, and one whose end is missing, which reading it would not notice."""
+    """Refuse what is no tar file, and one that is damaged where readers would take the damage for the end."""
     shown = printable(path)
     if not path.is_file():
         raise DatasetError(f"there is no shard {shown}: check the path, or the pattern")
     try:
-        is_tar = tarfile.is_tarfile(path)
-    except (OSError, EOFError, zlib.error) as error:
+        shard = tarfile.open(path)
+    except (tarfile.TarError, *_BROKEN) as error:
+        size = path.stat().st_size
+        raise DatasetError(
+            f"{shown} ({size:,} bytes) is not a tar file, or cut short: fetch it again, or make it with tar"
+        ) from error
+    try:
+        with shard:
+            while shard.next():
+                shard.members = []  # which would otherwise hold all headers
+            shard.fileobj.seek(shard.offset)
+            if shard.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no member and no end at byte {shard.offset}")
+            while shard.fileobj.read(1 << 20):
+                pass  # to the checksum of a compressed file
+    except (tarfile.TarError, *_BROKEN) as error:
         raise _damaged(path, error) from error
-    with open(path, "rb") as file:
-        compressed = file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7")
-        size = file.seek(0, os.SEEK_END)
-        file.seek(-min(size, _END), os.SEEK_END)
-        ends = file.read() == bytes(_END)
-    if not is_tar:
-        raise DatasetError(f"{shown} ({size:,} bytes) is not a tar file: fetch it again, or make it with tar")
-    if not compressed and not ends:
-        raise _damaged(path, "its end is missing")
 
 
 def _damaged(path: Path, reason: object) -> DatasetError:
@@ -204,7 +209,7 @@ def _samples(path: Path) -> Iterator[dict]:
                     )
                 keys.add(key)
                 yield sample | {"__key__": key}
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    except (tarfile.TarError, *_BROKEN) as error:
         raise _damaged(path, str(error).partition(" @ ")[0]) from error
 
 
