@@ -57,5 +57,5 @@ def recall(run_folder: Path) -> Dataset | None:
         images = record["images"] and Path(record["images"])
         return read_source(Path(record["source"]), "images", images, Path(run_folder))[0]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"the input images are not found: {printable(error)}")
+        print(f"the page shows no input images, because they are not found ({printable(error)}): name them by --source")
         return None
