@@ -1,8 +1,7 @@
 """Images with their reference captions.
 
-COCO captions, Karpathy's splits, NoCaps, and a user's own files all become a `Dataset` of `Example`s, so that the rest
-of the package does not depend on the source; their readers are in `dalleflamingo.sources`. Captions are kept exactly as
-published: metrics tokenize them, training cleans them (`clean_caption`).
+COCO captions, Karpathy's splits, NoCaps and a user's own files all become a `Dataset` of `Example`s by the readers in
+`dalleflamingo.sources`. Captions are kept as published: metrics tokenize them, training cleans them (`clean_caption`).
 """
 
 import hashlib

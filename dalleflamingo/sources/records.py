@@ -42,7 +42,7 @@ class Records:
     @staticmethod
     def of(path: Path) -> "Records":
         """The reader for a suffix: .json, .jsonl, .csv or .tsv; any other file is a caption a line."""
-        kinds = {".json": Json, ".jsonl": JsonLines, ".ndjson": JsonLines, ".csv": Table, ".tsv": Table}
+        kinds = {".json": Json, ".jsonl": JsonLines, ".csv": Table, ".tsv": Table}
         return kinds.get(Path(path).suffix.lower(), Captions)(path)
 
     def __iter__(self) -> Iterator[Record]:
