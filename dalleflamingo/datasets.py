@@ -1,11 +1,11 @@
 """Images with their reference captions.
 
-COCO captions, Karpathy's splits, NoCaps, and a user's own files all become a `Dataset` of `Example`s, so that the rest
-of the package does not depend on the source; their readers are in `dalleflamingo.sources`. Captions are kept exactly as
-published: metrics tokenize them, training cleans them (`clean_caption`).
+COCO captions, Karpathy's splits, NoCaps and a user's own files all become a `Dataset` of `Example`s by the readers in
+`dalleflamingo.sources`. Captions are kept as published: metrics tokenize them, training cleans them (`clean_caption`).
 """
 
 import hashlib
+import heapq
 import os
 import re
 from collections import Counter
@@ -103,7 +103,7 @@ class Dataset(Sequence[Example]):
         """
         if not 1 <= n <= len(self):
             raise DatasetError(f"a subset of {n} was asked of {self.name}: ask for 1 to {len(self)}, its size")
-        chosen = sorted(self.examples, key=lambda example: derive_seed("subset", seed, example.image_id))[:n]
+        chosen = heapq.nsmallest(n, self.examples, key=lambda one: derive_seed("subset", seed, one.image_id))
         return self.filter({example.image_id for example in chosen})
 
     def by_domain(self) -> dict[str, "Dataset"]:
