@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from accelerate.utils import compare_versions
 from diffusers import SchedulerMixin, StableDiffusionPipeline
 from PIL import ImageOps
 from PIL.Image import Image, Resampling
@@ -29,6 +30,7 @@ from dalleflamingo.runs import fingerprint
 from dalleflamingo.tokens import check_caption
 
 PREDICTIONS = ("epsilon", "v_prediction")
+_DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40") else "torch_dtype"  # an unknown name is ignored
 FITS = {"resize": Image.resize, "crop": ImageOps.fit}  # how an image is made square
 
 
@@ -125,6 +127,7 @@ class Generator:
         cls,
         name_or_path: str,
         device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
         scheduler: str | None = None,
         image_size: int | None = None,
         **options: object,
@@ -134,15 +137,16 @@ class Generator:
         Args:
             name_or_path: a folder, or the id of a model on the hub.
             device: where it computes.
+            dtype: of the weights.
             scheduler: one of `denoising.SCHEDULERS`, such as "DDIM" or "DDIMScheduler"; None: of the model's own kind.
             image_size: as in the class, a multiple of 8.
-            options: the stock pipeline's, such as dtype (default: float32) or a hub's `revision` and `variant`.
+            options: the stock pipeline's, such as a hub's `revision` and `variant`.
         Raises:
             RegistryError: the folder's weights are missing or cut short.
             ValueError: the scheduler is not one of `denoising.SCHEDULERS`.
         """
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        options = {"dtype": torch.float32, "use_safetensors": True} | unchecked | options
+        options = {_DTYPE: dtype, "use_safetensors": True} | unchecked | options
         with loading(name_or_path):
             pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
         wanted = type(pipeline.scheduler).__name__ if scheduler is None else scheduler
