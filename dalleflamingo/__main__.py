@@ -53,6 +53,7 @@ COMMANDS = {
         "finetune a captioner and a generator through each other",
         "the last checkpoint is kept, and the same command goes on from it",
     ),
+    "doctor": Command("dalleflamingo.course.doctor:main", "say what this machine lacks, with remedies", "ask again"),
     "course": Command("dalleflamingo.course.run:main", "execute the notebooks and make pages of them"),
     "data": Command("dalleflamingo.miniature.corpora:main", "draw the images of the miniature data sets"),
     "train": Command(
