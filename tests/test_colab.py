@@ -65,7 +65,9 @@ def changes(runtime: Path, wanted: list[Requirement], *options: str) -> dict[str
 
 def test_colabs_versions_lie_within_our_bounds(pins):
     wanted = {canonicalize_name(one.name): one for one in requirements("colab")}
-    outside = [f"{one} is {pins[name]}" for name, one in wanted.items() if name in pins and pins[name] not in one.specifier]
+    outside = [
+        f"{one} is {pins[name]}" for name, one in wanted.items() if name in pins and pins[name] not in one.specifier
+    ]
     assert not outside
     assert {"torch", "numpy", "pandas", "diffusers", "transformers", "filelock"} <= wanted.keys() & pins.keys()
 

@@ -1,4 +1,4 @@
-"""`python -m dalleflamingo doctor`: each condition is faked and found, and its remedy is carried out or checked to work."""
+"""`python -m dalleflamingo doctor`: each condition is faked and found, and its remedy carried out or checked."""
 
 import importlib
 import os
@@ -77,7 +77,9 @@ def cache_inception() -> None:
 # ── Python and its packages ──
 
 
-@pytest.mark.parametrize(("version", "state"), [("3.11.7", "ok"), ("3.13.9", "ok"), ("3.10.1", "missing"), ("3.14.0", "missing")])
+@pytest.mark.parametrize(
+    ("version", "state"), [("3.11.7", "ok"), ("3.13.9", "ok"), ("3.10.1", "missing"), ("3.14.0", "missing")]
+)
 def test_another_python_is_refused_with_a_command_that_takes_the_right_one(monkeypatch, version, state):
     monkeypatch.setattr(platform, "python_version", lambda: version)
     found = doctor.check_python()
@@ -160,7 +162,8 @@ def test_a_real_profile_without_a_gpu_is_told_so(machine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("free", "profile", "state"), [(14.5, "colab", "ok"), (3.0, "paper", "note"), (3.0, "mini", "ok"), (8.0, "paper", "ok")]
+    ("free", "profile", "state"),
+    [(14.5, "colab", "ok"), (3.0, "paper", "note"), (3.0, "mini", "ok"), (8.0, "paper", "ok")],
 )
 def test_a_gpus_free_memory_is_compared_with_what_the_models_need(monkeypatch, free, profile, state):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -184,7 +187,10 @@ def test_room_is_compared_with_what_is_still_to_be_downloaded(machine, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, room.get(Path(folder), 20e9)))
     found = doctor.check_disk(REAL)
     assert found.detail == f"5.0 GB free in {machine}, 8.3 GB to download"
-    assert (found.state, found.remedy) == ("missing", "make 3.3 GB free there, or set HF_HOME to a folder on a larger disk")
+    assert (found.state, found.remedy) == (
+        "missing",
+        "make 3.3 GB free there, or set HF_HOME to a folder on a larger disk",
+    )
     (machine / "larger").mkdir()
     cached = subprocess.run(
         [sys.executable, "-c", "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"],
@@ -204,7 +210,9 @@ def test_models_are_here_or_to_be_downloaded_or_missing(machine, monkeypatch):
     assert f"copy {constants.HF_HUB_CACHE} from a machine that has them" in found.remedy
     monkeypatch.setattr(registry, "answers", lambda url: url == constants.ENDPOINT)
     found = doctor.check_models(REAL)
-    assert found.state == "ok" and found.detail.startswith("to be downloaded at first use: blip-large (1,879 MB), sd-v1-4")
+    assert found.state == "ok" and found.detail.startswith(
+        "to be downloaded at first use: blip-large (1,879 MB), sd-v1-4"
+    )
     monkeypatch.setattr(registry, "answers", lambda url: False)
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(machine / "other machine"))
@@ -256,7 +264,9 @@ def test_the_network_matters_only_where_something_is_to_be_downloaded(monkeypatc
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_ENDPOINT"])
 def test_unsetting_the_variable_and_starting_again_is_a_remedy(variable):
     script = "from huggingface_hub import constants as c; print(c.HF_HUB_OFFLINE, c.ENDPOINT)"
-    environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    }
     line = [sys.executable, "-c", script]
     set_, unset = (
         subprocess.run(line, env=environment | more, capture_output=True, text=True).stdout.split()

@@ -1,4 +1,4 @@
-"""What comes from the hub: the files that a profile needs and no others, and an answer at once where the hub is down."""
+"""What comes from the hub: the files that a profile needs and no others; and what is said where it is down."""
 
 import json
 import os
@@ -25,7 +25,11 @@ def session(tmp_path_factory) -> dict:
 
 
 def test_of_stable_diffusion_the_float16_files_are_fetched_and_no_safety_checker(session):
-    files = {line.split("/resolve/")[1] for line in session["asked"] if line.startswith("GET /CompVis") and "/resolve/" in line}
+    files = {
+        line.split("/resolve/")[1]
+        for line in session["asked"]
+        if line.startswith("GET /CompVis") and "/resolve/" in line
+    }
     weights = {"/".join(file.split("/")[1:]) for file in files if file.endswith(".safetensors")}
     assert weights == {
         "text_encoder/model.fp16.safetensors",

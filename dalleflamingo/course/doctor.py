@@ -63,7 +63,9 @@ def check_packages() -> Finding:
 
     required = [Requirement(text) for text in metadata.requires("dalleflamingo") or []]
     required = [one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
-    wrong = {one: found for one in required if not one.specifier.contains(found := _version(one.name), prereleases=True)}
+    wrong = {
+        one: found for one in required if not one.specifier.contains(found := _version(one.name), prereleases=True)
+    }
     if not wrong:
         return Finding("ok", "packages", f"all {len(required)} that are required")
     detail = ", ".join(f"{one.name} {_version(one.name) or 'is not installed'}" for one in wrong)
@@ -115,7 +117,9 @@ def check_gpu(profile: "Profile") -> Finding:
     if "COLAB_RELEASE_TAG" in os.environ:
         remedy = "choose Runtime > Change runtime type > T4 GPU, and begin again in the new runtime"
     elif shutil.which("nvidia-smi"):
-        remedy = f"install a PyTorch for the driver that nvidia-smi names (pytorch.org); {torch.__version__} sees no GPU"
+        remedy = (
+            f"install a PyTorch for the driver that nvidia-smi names (pytorch.org); {torch.__version__} sees no GPU"
+        )
     else:
         remedy = "take a machine with a GPU, or the miniature: set DALLEFLAMINGO_PROFILE=mini"
     detail = f"none: profile {profile.name} would take a quarter of an hour on a CPU for one denoising step"
@@ -212,7 +216,15 @@ def _models(profile: "Profile") -> list["Entry"]:
     """The entries of what the profile's two journeys load."""
     from dalleflamingo import registry
 
-    names = [profile.captioner, profile.generator, profile.clip, profile.dino, profile.inception, "sbert", profile.judge]
+    names = [
+        profile.captioner,
+        profile.generator,
+        profile.clip,
+        profile.dino,
+        profile.inception,
+        "sbert",
+        profile.judge,
+    ]
     return [registry.entry_of(name) for name in names if name]
 
 

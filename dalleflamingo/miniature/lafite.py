@@ -132,7 +132,9 @@ class LafiteGenerator:
             model = Lafite.from_pretrained(check_weights(name_or_path), revision=revision, torch_dtype=dtype)
         folder = Path(registry.locate(model.config.autoencoder))
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype)
-        return cls(model.to(device), vae.to(device), ClipText.from_pretrained(registry.locate(model.config.clip), device))
+        return cls(
+            model.to(device), vae.to(device), ClipText.from_pretrained(registry.locate(model.config.clip), device)
+        )
 
     def fingerprint(self) -> str:
         """Digest of the weights, by which a run notices another generator."""
