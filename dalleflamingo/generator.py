@@ -14,10 +14,12 @@ from collections.abc import Callable, Hashable, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate.utils import compare_versions
 from diffusers import SchedulerMixin, StableDiffusionPipeline
+from huggingface_hub import constants, try_to_load_from_cache
 from PIL import ImageOps
 from PIL.Image import Image, Resampling
 from torch import Tensor
@@ -148,7 +150,12 @@ class Generator:
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         options = {_DTYPE: dtype, "use_safetensors": True} | unchecked | options
         with loading(name_or_path):
-            pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
+            folder = check_weights(name_or_path)
+            if constants.HF_HUB_OFFLINE and not Path(folder).is_dir():
+                # by its name diffusers 0.39 opens a cached model only where all files of its repository are cached
+                index = try_to_load_from_cache(folder, "model_index.json", revision=options.get("revision"))
+                folder = Path(index).parent if isinstance(index, str) else folder
+            pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
         wanted = type(pipeline.scheduler).__name__ if scheduler is None else scheduler
         pipeline.scheduler = load_scheduler(wanted, pipeline.scheduler)
         return cls(pipeline.to(device), image_size)

@@ -272,7 +272,7 @@ def loading(name_or_path: str | Path) -> Iterator[None]:
         message = f"cannot be loaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}): "
         if Path(name_or_path).is_dir():
             message += _RESTORE.format(name_or_path)
-        elif is_unreachable(error):
+        elif is_unreachable(error) or (constants.HF_HUB_OFFLINE > offline and isinstance(error, OSError)):
             sizes = [f"({one.size_mb:,} MB) " for one in ENTRIES.values() if one.source == name_or_path and one.size_mb]
             message = f"{''.join(sizes)}is not on this machine, and cannot be downloaded: "
             message += "unset HF_HUB_OFFLINE and " if offline else f"{constants.ENDPOINT} does not answer; "

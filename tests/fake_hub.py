@@ -132,7 +132,7 @@ def main(folder: Path) -> dict[str, object]:
         loaded = [models.load_captioner(profile).model]
         loaded.append(models.load_generator(profile).pipeline.unet)
         loaded.append(models.Dino.from_pretrained(**registry.source_of("dino-vitb8"), image_size=32).model)
-        sums = (sum(float(weight.double().abs().sum()) for weight in model.parameters()) for model in loaded)
+        sums = (sum(float(weight.detach().double().abs().sum()) for weight in model.parameters()) for model in loaded)
         return [f"{model.dtype} {total}" for model, total in zip(loaded, sums, strict=True)]
 
     result = {"downloaded": load(), "asked": list(hub.asked), "cached": {}, "absent": {}}
