@@ -29,7 +29,7 @@ from dalleflamingo.datasets import to_rgb
 from dalleflamingo.denoising import fast_unet, load_scheduler, side_by_side, spread_steps
 from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
-from dalleflamingo.tokens import check_caption
+from dalleflamingo.tokens import check_caption, check_vocabulary
 
 PREDICTIONS = ("epsilon", "v_prediction")
 _DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40") else "torch_dtype"  # an unknown name is ignored
@@ -156,6 +156,7 @@ class Generator:
                 index = try_to_load_from_cache(folder, "model_index.json", revision=options.get("revision"))
                 folder = Path(index).parent if isinstance(index, str) else folder
             pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
+            check_vocabulary(pipeline.tokenizer, pipeline.text_encoder.config.vocab_size)
         wanted = type(pipeline.scheduler).__name__ if scheduler is None else scheduler
         pipeline.scheduler = load_scheduler(wanted, pipeline.scheduler)
         return cls(pipeline.to(device), image_size)
