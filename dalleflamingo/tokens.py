@@ -60,6 +60,19 @@ def tokenizer_style(tokenizer: Tokenizer) -> TokenizerStyle:
     )
 
 
+def check_vocabulary(tokenizer: Tokenizer, size: int) -> Tokenizer:
+    """Returns the tokenizer unchanged, after checking that it has most of its model's `size` tokens.
+
+    Raises:
+        FileNotFoundError: it has not; transformers makes an empty one where a download left its files out.
+    """
+    if len(tokenizer) < size // 2:
+        raise FileNotFoundError(
+            f"the tokenizer has {len(tokenizer)} of the model's {size} tokens: its files are missing"
+        )
+    return tokenizer
+
+
 def token_bytes(token: str, style: TokenizerStyle) -> bytes:
     """The bytes that a token adds to a text, by its tokenizer's style, spaces included.
 

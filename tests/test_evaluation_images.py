@@ -14,7 +14,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from dalleflamingo import registry
 from dalleflamingo.evaluation import image_metrics
-from dalleflamingo.evaluation.image_features import FeatureExtractor, InceptionV3
+from dalleflamingo.evaluation.image_features import URL_INCEPTION_V3, FeatureExtractor, InceptionV3
 from dalleflamingo.evaluation.similarities import Fidelity
 from dalleflamingo.miniature.inception import MiniatureInception
 
@@ -127,6 +127,22 @@ def test_weights_by_pickle_are_refused_and_missing_ones_named(tmp_path):
         InceptionV3.from_pretrained(tmp_path / "evil.pth")
     with pytest.raises(FileNotFoundError, match="no .*gone.pth: download https"):
         InceptionV3.from_pretrained(tmp_path / "gone.pth")
+
+
+@pytest.mark.parametrize("url", [URL_INCEPTION_V3, "https://elsewhere.org/other.pth"])
+def test_weights_whose_server_does_not_answer_are_named_at_once(tmp_path, monkeypatch, url):
+    asked = []
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(registry, "answers", lambda url: asked.append(url))
+    file = tmp_path / "checkpoints" / url.rpartition("/")[2]
+    with pytest.raises(registry.RegistryError, match=f"{file} is not on this machine, .*copy the file from a machine"):
+        InceptionV3.from_pretrained(url)
+    assert asked == [url]
+    file.parent.mkdir()
+    file.touch()  # cached: torch opens it, and nobody is asked
+    with pytest.raises((EOFError, RuntimeError)):
+        InceptionV3.from_pretrained(url)
+    assert asked == [url]
 
 
 @pytest.fixture(scope="module")

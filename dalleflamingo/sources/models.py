@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+
 from dalleflamingo import registry
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.generator import Generator
@@ -45,4 +47,6 @@ def load_generator(profile: Profile, name: str | None = None, scheduler: str | N
     if other := registry.class_of(name):  # not a diffusion model: it has no scheduler
         return other.from_pretrained(**source)
     scheduler = profile.scheduler if scheduler is None else scheduler
-    return Generator.from_pretrained(**source, scheduler=scheduler, image_size=profile.image_size)
+    halved = profile.torch_dtype == torch.float16 and registry.entry_of(name).fp16_mb is not None
+    variant = {"variant": "fp16"} if halved else {}
+    return Generator.from_pretrained(**source, **variant, scheduler=scheduler, image_size=profile.image_size)
