@@ -352,10 +352,11 @@ def cycle(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from dalleflamingo import profiles
-    from dalleflamingo.cycle import CycleConfig, load_cycle, train_cycle
+    from dalleflamingo.cycle import CycleConfig, train_cycle
     from dalleflamingo.evaluation.cycle_reporting import export, push, read_config, tracked, write_model_cards
     from dalleflamingo.evaluation.cycle_validation import Validation, validation_set
     from dalleflamingo.runs import hold
+    from dalleflamingo.sources.models import load_cycle
 
     profile, validate = profiles.current(), None
     config = read_config(options.config, profile) if options.config else CycleConfig.of(profile)

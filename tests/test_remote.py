@@ -27,7 +27,7 @@ from dalleflamingo.datasets import Dataset, DatasetError, UnreadableImage
 from dalleflamingo.evaluation import image_features
 from dalleflamingo.evaluation.image_features import ImageFiles
 from dalleflamingo.registry import ENTRIES
-from dalleflamingo.sources import annotations, downloads, remote
+from dalleflamingo.sources import annotations, downloads, registered, remote
 from dalleflamingo.sources.downloads import DownloadError
 from dalleflamingo.sources.remote import RemoteDataset
 
@@ -119,7 +119,7 @@ def test_the_addresses_are_the_official_ones():
 
 
 def test_a_data_set_is_loaded_without_a_photograph_and_a_subset_fetches_its_own(server, cache, capsys):
-    dataset = registry.load_dataset("nocaps")
+    dataset = registered.load_dataset("nocaps")
     assert isinstance(dataset, RemoteDataset) and dataset.name == "nocaps" and len(dataset) == 12
     assert {len(example.references) for example in dataset} == {10} and not fetched(server)
     assert list(dataset.by_domain()) == list(DOMAINS) and not fetched(server)
@@ -129,7 +129,7 @@ def test_a_data_set_is_loaded_without_a_photograph_and_a_subset_fetches_its_own(
     said = capsys.readouterr().out
     assert "photographs of nocaps: 5 of 5 to fetch, about 2 MB, from 127.0.0.1" in said and str(cache) in said
     before = len(server.requests)
-    assert registry.load_dataset("nocaps").subset(5, seed=1) == part and len(server.requests) == before
+    assert registered.load_dataset("nocaps").subset(5, seed=1) == part and len(server.requests) == before
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_data_set_is_loaded_without_a_photograph_and_a_subset_fetches_its_own(
     ],
 )
 def test_what_is_used_is_fetched_and_nothing_else(server, take, count):
-    part = take(registry.load_dataset("nocaps"))
+    part = take(registered.load_dataset("nocaps"))
     assert len(fetched(server)) == count
     if isinstance(part, Dataset) and count:
         assert fetched(server) == names(part) and all(example.path.is_file() for example in part)
@@ -157,25 +157,25 @@ def test_what_is_used_is_fetched_and_nothing_else(server, take, count):
 
 def test_a_whole_data_set_is_fetched_by_a_journey_as_far_as_it_comes(server):
     """`run_journey` takes slices."""
-    dataset = registry.load_dataset("nocaps")
+    dataset = registered.load_dataset("nocaps")
     for start in (0, 4):
         assert all(dataset.open(example).size == (200, 200) for example in dataset[start : start + 4])
     assert len(fetched(server)) == 8
 
 
 def test_licences_and_addresses_are_kept_beside_the_photographs(server, cache):
-    registry.load_dataset("nocaps")
+    registered.load_dataset("nocaps")
     kept = json.loads((cache / "nocaps/default/licences.json").read_text())
     assert kept["licenses"][0]["name"] == "CC BY 2.0" and kept["info"]["url"] == "http://nocaps.org"
     name = f"{3:016x}.jpg"
     assert kept["images"][name]["coco_url"] == f"{server.url}/nocaps/val/{name}"
     assert kept["images"][name]["license"] == 0 and len(kept["images"]) == 12
-    registry.load_dataset("coco", "val")
+    registered.load_dataset("coco", "val")
     assert json.loads((cache / "coco/default/licences.json").read_text())["terms"] == remote.COCO_TERMS
 
 
 def test_coco_comes_in_karpathys_splits_each_photograph_from_its_folder(server, cache):
-    train = registry.load_dataset("coco", "train")
+    train = registered.load_dataset("coco", "train")
     assert train.name == "coco/train" and [example.image_id for example in train] == [0, 1, 4, 5]
     assert registry.entry_of(train.name) is ENTRIES["coco"] and not fetched(server)
     train.fetch()
@@ -183,14 +183,14 @@ def test_coco_comes_in_karpathys_splits_each_photograph_from_its_folder(server, 
     for example in train:
         assert example.path == cache / "coco/default" / example.path.parent.name / example.path.name
         assert example.path.read_bytes() == server.files[f"/coco/{example.path.parent.name}/{example.path.name}"]
-    assert [example.references[0] for example in registry.load_dataset("coco", "test")] == ["a dog 3 0"]
+    assert [example.references[0] for example in registered.load_dataset("coco", "test")] == ["a dog 3 0"]
     assert len(server.asked("/all.zip")) == 1 and not list(cache.rglob("*flickr*"))
 
 
 def test_a_photograph_that_is_gone_is_skipped_by_name_and_the_others_come(server, capsys):
     gone = f"{2:016x}.jpg"
     del server.files[f"/nocaps/val/{gone}"]
-    part = registry.load_dataset("nocaps")[:4]
+    part = registered.load_dataset("nocaps")[:4]
     said = f"{gone} cannot be had from {server.url}/nocaps/val/{gone}: its server answers 404"
     assert said in capsys.readouterr().out
     assert [example.path.is_file() for example in part] == [True, True, False, True]
@@ -203,7 +203,7 @@ def test_a_photograph_that_is_gone_is_skipped_by_name_and_the_others_come(server
 def test_a_photograph_of_another_size_or_a_web_page_is_never_used(server):
     server.files[f"/nocaps/val/{0:016x}.jpg"] = jpeg(0, side=100)
     server.files[f"/nocaps/val/{1:016x}.jpg"] = b"<html>moved</html>"
-    part = registry.load_dataset("nocaps")[:3]
+    part = registered.load_dataset("nocaps")[:3]
     assert [example.path.is_file() for example in part] == [False, False, True]
 
 
@@ -215,7 +215,7 @@ def test_a_header_cannot_have_files_written_elsewhere(server, cache, name):
     server.files["/header.json"] = header_of([record])
     server.files["/captions.json"] = header_of([record], annotations=[])
     with pytest.raises(DatasetError, match="expected a plain file name and a URL"):
-        registry.load_dataset("nocaps").fetch()
+        registered.load_dataset("nocaps").fetch()
     assert not list(cache.parent.parent.rglob("*evil*")) and not fetched(server)
 
 
@@ -224,25 +224,25 @@ def test_a_header_without_addresses_is_refused(server):
     server.files["/header.json"] = header_of([record])
     server.files["/captions.json"] = header_of([record], annotations=[])
     with pytest.raises(DatasetError, match="with the address None"):
-        registry.load_dataset("nocaps")
+        registered.load_dataset("nocaps")
 
 
 @pytest.mark.parametrize("content", [b"<html>Please log in</html>", b"[]", b"{}", b'{"images": []', b""])
 def test_annotations_that_are_something_else_are_not_kept(server, cache, content):
     server.files["/captions.json"] = content
     with pytest.raises(DownloadError, match="captions.json cannot be used: .*DALLEFLAMINGO_NOCAPS"):
-        registry.load_dataset("nocaps")
+        registered.load_dataset("nocaps")
     assert not (cache / "nocaps/default/nocaps_val_4500_captions.json").exists()
 
 
 def test_offline_what_is_there_is_used_and_what_is_not_is_named(server, cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DownloadError, match="annotations of nocaps: HF_HUB_OFFLINE is set.*DALLEFLAMINGO_NOCAPS"):
-        registry.load_dataset("nocaps")
+        registered.load_dataset("nocaps")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    registry.load_dataset("nocaps")[:5]
+    registered.load_dataset("nocaps")[:5]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    dataset = registry.load_dataset("nocaps")
+    dataset = registered.load_dataset("nocaps")
     assert dataset.open(dataset[:5][4]).size == (200, 200)
     with pytest.raises(DownloadError, match="5 of 12 files are here.*missing.txt lists"):
         dataset.fetch()
@@ -252,7 +252,7 @@ def test_offline_what_is_there_is_used_and_what_is_not_is_named(server, cache, m
 
 def journey(run_folder: Path, on_draw=lambda: None):
     models = fakes.Captioner(), fakes.Generator(on_draw=on_draw), [fakes.MeanColour()]
-    return fakes.image_text_image(registry.load_dataset("nocaps"), *models, run_folder)
+    return fakes.image_text_image(registered.load_dataset("nocaps"), *models, run_folder)
 
 
 def test_a_run_fetches_as_it_goes_and_skips_what_is_gone(server, tmp_path):
@@ -285,7 +285,7 @@ def test_a_run_whose_network_goes_keeps_what_it_has_and_goes_on(server, tmp_path
 
 def test_labelled_images_of_a_training_run_are_fetched_as_they_are_drawn(server, capsys):
     reads_all = SimpleNamespace(check_caption=lambda caption: None)
-    dataset = without_unreadable(registry.load_dataset("coco", "train"), reads_all)
+    dataset = without_unreadable(registered.load_dataset("coco", "train"), reads_all)
     capsys.readouterr()
     batches = cycle.CaptionedBatches(dataset, None, None, 2, 0)
     for example, _ in batches.choose(0):
@@ -309,14 +309,14 @@ def own(server, tmp_path, monkeypatch) -> Path:
 
 def test_an_own_copy_is_found_and_left_alone(server, own, cache):
     (own / "nocaps_val_4500_captions.json").write_bytes(server.files["/captions.json"])
-    dataset = registry.load_dataset("nocaps")
+    dataset = registered.load_dataset("nocaps")
     assert type(dataset) is Dataset and dataset[4].path == own / "images" / f"{4:016x}.jpg"
     assert dataset[4].domain == "near-domain" and dataset[4].extra["license"] == 0  # of captions and of header
     assert not dataset.subset(12)[0].path.is_file() and not server.requests and not cache.exists()
 
 
 def test_the_real_header_alone_is_a_data_set_without_captions(own, capsys):
-    dataset = registry.load_dataset("nocaps")
+    dataset = registered.load_dataset("nocaps")
     assert len(dataset) == 12 and dataset[4].references == () and dataset.by_domain() == {}
     assert "nocaps_val_image_info.json holds no captions and no domains" in capsys.readouterr().out
 
@@ -326,13 +326,13 @@ def test_a_header_of_other_images_is_refused(server, own):
     records = json.loads(server.files["/header.json"])["images"]
     (own / annotations.NOCAPS_HEADER).write_bytes(header_of([one | {"id": 11 - one["id"]} for one in records]))
     with pytest.raises(DatasetError, match="are both of the same split"):
-        registry.load_dataset("nocaps")
+        registered.load_dataset("nocaps")
 
 
 def test_a_folder_without_photographs_is_answered_with_both_remedies(server, own):
     (own / "images" / f"{4:016x}.jpg").unlink()
     with pytest.raises(registry.RegistryError, match="Unset DALLEFLAMINGO_NOCAPS, and photographs are fetched"):
-        registry.load_dataset("nocaps")
+        registered.load_dataset("nocaps")
 
 
 def test_the_published_header_is_read_as_it_is(real_data, tmp_path, monkeypatch):
@@ -341,7 +341,7 @@ def test_the_published_header_is_read_as_it_is(real_data, tmp_path, monkeypatch)
     (tmp_path / annotations.NOCAPS_HEADER).write_bytes(header.read_bytes())
     (tmp_path / "images").mkdir()
     (tmp_path / "images/0013ea2087020901.jpg").touch()
-    dataset = registry.load_dataset("nocaps")
+    dataset = registered.load_dataset("nocaps")
     assert (
         len(dataset) == 4_500
         and dataset[0].extra["coco_url"] == "https://s3.amazonaws.com/nocaps/val/" + dataset[0].path.name

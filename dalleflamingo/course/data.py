@@ -9,21 +9,22 @@ from dalleflamingo.cycle import CaptionedBatches, CycleConfig
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.miniature import corpora
 from dalleflamingo.profiles import Profile
+from dalleflamingo.sources import registered
 from dalleflamingo.sources.remote import RemoteDataset
 
 
 def photographs(profile: Profile) -> Iterator[RemoteDataset]:
     """What the notebooks open of the profile's data sets, of those that are fetched and not the user's own.
 
-    Fetches the annotations, which say what there is; errors as `registry.load_dataset`.
+    Fetches the annotations, which say what there is; errors as `registered.load_dataset`.
     """
     for name, split, ids_of in ((profile.dataset, None, notebook_images), (profile.coco, "train", cycle_images)):
-        found = registry.load_dataset(name, split)
+        found = registered.load_dataset(name, split)
         if isinstance(found, RemoteDataset):
             ids = ids_of(Dataset(found.name, found.examples), profile)  # whose parts fetch nothing
             yield replace(found, examples=tuple(example for example in found if example.image_id in ids))
         else:
-            print(f"{found.name} is your own copy: {len(found)} images in {registry.user_folder(name)}")
+            print(f"{found.name} is your own copy: {len(found)} images in {registered.user_folder(name)}")
 
 
 def notebook_images(dataset: Dataset, profile: Profile) -> set[int]:

@@ -20,6 +20,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from dalleflamingo import registry
 from dalleflamingo.datasets import open_image, to_rgb
+from dalleflamingo.sources.models import class_of
 
 
 class ImageFiles(Sequence[Image]):
@@ -121,7 +122,7 @@ class FeatureExtractor:
         Raises:
             RegistryError: unknown name, or weights that are missing or cut short.
         """
-        network = registry.class_of(name) or InceptionV3
+        network = class_of(name) or InceptionV3
         where = registry.check_weights(registry.locate(name))
         with registry.loading(where):
             return cls(network.from_pretrained(where).to(device))

@@ -53,7 +53,8 @@ class Sbert(Encoder[str]):
         source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
         with loading(name_or_path):
             model = AutoModel.from_pretrained(**source, dtype=torch.float32, use_safetensors=True)
-            tokenizer = check_vocabulary(AutoTokenizer.from_pretrained(**source), model.config.vocab_size)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            check_vocabulary(tokenizer, model.config.vocab_size)
         return cls(model.to(device), tokenizer)
 
     def _encode(self, texts: Sequence[str]) -> Tensor:

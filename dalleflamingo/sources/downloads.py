@@ -31,7 +31,7 @@ from huggingface_hub import constants
 from tqdm.auto import tqdm
 
 from dalleflamingo import __version__
-from dalleflamingo.registry import RegistryError
+from dalleflamingo.registry import RegistryError, ask
 from dalleflamingo.runs import WITHOUT_LOCKS, printable, write_whole
 
 PARALLEL = 4  # files at a time
@@ -39,7 +39,6 @@ TRIES = 6  # in succession that bring nothing new
 BAD = 3  # tries of a file that arrives whole but is not what it should be
 PAUSE, LONGEST = 1.0, 120.0  # seconds before the second try, doubled each time; a longer wait is left to the user
 CONNECT, READ = 5.0, 20.0  # seconds to connect, and without a byte
-ANSWER = 7.5  # seconds after which a server that was not reached lately is said to be out of reach
 LATELY = 30.0  # seconds
 HOPELESS = 8  # files that cannot be had, before any can: the server has other things to tell
 _LOCKS = 64  # in a folder; a file's is chosen by its name
@@ -401,31 +400,16 @@ def _alone(path: Path, stop: threading.Event) -> Iterator[None]:
 
 
 def _require_network(url: str) -> None:
-    """Raise `_Unavailable`, within `ANSWER` seconds, where a server is out of reach."""
+    """Raise `_Unavailable` where a server is out of reach, or the process is told to stay offline."""
     server = _server(url)
     if constants.HF_HUB_OFFLINE:
         raise _Unavailable("HF_HUB_OFFLINE is set")
     if time.monotonic() - _reached.get(server, -LATELY) < LATELY:
         return
-    found: list[Exception | None] = []
-
-    def ask() -> None:
-        try:
-            with _session() as session:
-                session.head(url, timeout=(CONNECT, 2))
-        except requests.ReadTimeout:
-            found.append(None)  # slow, but there
-        except Exception as error:
-            found.append(None if _was_cut(error) else error)
-        else:
-            found.append(None)
-
-    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no timeout of its own
-    asking.start()
-    asking.join(ANSWER)
-    problem = found[0] if found else TimeoutError(f"no answer in {ANSWER:.0f} seconds")
-    if isinstance(problem, (requests.ConnectionError, TimeoutError)):
-        raise _Unavailable(f"{server} cannot be reached ({_told(problem)})") from problem
+    answer = ask(url)
+    is_slow = isinstance(answer, requests.ReadTimeout)
+    if isinstance(answer, (requests.ConnectionError, TimeoutError)) and not is_slow and not _was_cut(answer):
+        raise _Unavailable(f"{server} cannot be reached ({_told(answer)})") from answer
     _reached[server] = time.monotonic()
 
 

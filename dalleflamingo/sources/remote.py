@@ -20,6 +20,7 @@ from dalleflamingo.registry import Entry
 from dalleflamingo.runs import printable
 from dalleflamingo.sources import annotations
 from dalleflamingo.sources.downloads import DownloadError, Remote, announcement, download, write_shared
+from dalleflamingo.sources.registered import variable_of
 from dalleflamingo.sources.text_files import load_json, shape_of
 
 HEADER_URL = "https://s3.amazonaws.com/nocaps/nocaps_val_image_info.json"  # as nocaps.org/download links it
@@ -131,7 +132,7 @@ def folder_of(entry: Entry) -> Path:
 
 def own_copy(name: str) -> str:
     """The remedy of a user who has the data set already."""
-    return f"name the folder of your own copy in DALLEFLAMINGO_{name.upper()}"
+    return f"name the folder of your own copy in {variable_of(name)}"
 
 
 def image_check(example: Example) -> Callable[[Path], None]:
