@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import requests
 import torch
 from coco_files import write_coco
 from fake_hub import Hub
@@ -22,8 +25,11 @@ from huggingface_hub.file_download import repo_folder_name
 from dalleflamingo import __main__ as command_line
 from dalleflamingo import registry
 from dalleflamingo.course import doctor
-from dalleflamingo.datasets import Example
+from dalleflamingo.course.data import notebook_images
+from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.profiles import PROFILES, VARIABLE, Profile, current
+from dalleflamingo.sources import remote
+from dalleflamingo.sources.annotations import NOCAPS_HEADER
 
 ROOT = Path(__file__).parents[1]
 REAL = PROFILES["colab"]
@@ -36,6 +42,8 @@ def machine(tmp_path, monkeypatch) -> Path:
     for variable in ("CONDA_PREFIX", "COLAB_RELEASE_TAG", "DALLEFLAMINGO_NOCAPS", "DALLEFLAMINGO_COCO", "HF_ENDPOINT"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assets = partial(huggingface_hub.cached_assets_path, assets_dir=tmp_path / "assets")
+    monkeypatch.setattr(remote, "cached_assets_path", assets)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(registry, "answers", lambda url: False)
     monkeypatch.setattr(registry, "packaged_sbert", lambda: tmp_path)
@@ -278,13 +286,13 @@ def test_unsetting_the_variable_and_starting_again_is_a_remedy(variable):
 # ── data ──
 
 
-def test_data_sets_are_looked_for_where_their_variables_say(machine, monkeypatch):
-    nocaps, coco = doctor.check_data(REAL)
-    assert nocaps.state == "missing" and "DALLEFLAMINGO_NOCAPS is not set" in nocaps.detail
-    assert coco.state == "note" and "notebooks 06 and 07" in coco.detail and coco.remedy.startswith("Download https")
+def test_own_copies_are_looked_for_where_their_variables_say(machine, monkeypatch):
     folder = machine / "nocaps"
-    (folder / "images").mkdir(parents=True)
     monkeypatch.setenv("DALLEFLAMINGO_NOCAPS", str(folder))
+    found = next(doctor.check_data(REAL))
+    assert found.state == "missing" and f"DALLEFLAMINGO_NOCAPS='{folder}' is not a folder" in found.detail
+    assert found.remedy.startswith("Unset DALLEFLAMINGO_NOCAPS")
+    (folder / "images").mkdir(parents=True)
     assert next(doctor.check_data(REAL)).state == "missing"  # no annotations
     examples = [Example(i, folder / f"images/{i}.jpg", ("a lion",), "out-domain") for i in range(2)]
     write_coco(folder / "nocaps_val_4500_captions.json", examples)
@@ -294,6 +302,41 @@ def test_data_sets_are_looked_for_where_their_variables_say(machine, monkeypatch
     assert found.state == "note" and "lacks 1 of 2 images, 1.jpg for one" in found.detail
     examples[1].path.touch()
     assert next(doctor.check_data(REAL)) == doctor.Finding("ok", "data", f"nocaps in {folder / 'images'}, 2 images")
+    monkeypatch.setenv("DALLEFLAMINGO_COCO", str(folder / "images"))
+    _, coco = doctor.check_data(REAL)
+    assert coco.state == "note" and "there is no file" in coco.detail and "notebooks 06 and 07" in coco.detail
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_what_would_be_fetched_is_said_and_not_fetched(machine, monkeypatch, online):
+    monkeypatch.setattr(registry, "answers", lambda url: online)
+    asked = []
+    monkeypatch.setattr(requests.Session, "request", lambda own, *request, **__: asked.append(request))
+    for name, found in zip(("nocaps", "coco"), doctor.check_data(REAL), strict=True):
+        assert f"photographs of {name}: to be fetched, and the annotations, too" in found.detail
+        assert found.state == ("missing" if name == "nocaps" and not online else "note")
+        assert found.remedy.startswith("connect" if not online else "run")
+        assert "`python -m dalleflamingo data --profile colab`" in found.remedy
+    assert ("at first use" in found.detail) == online and "notebooks 06 and 07 use it" in found.detail
+    assert not asked and constants.HF_HUB_OFFLINE is False
+
+    folder = remote.folder_of(registry.ENTRIES["nocaps"])
+    (folder / "images").mkdir(parents=True)
+    addressed = {"coco_url": "https://nocaps.example/0.jpg"}
+    examples = [Example(i, folder / f"images/{i}.jpg", ("a lion",), "out-domain", addressed) for i in range(300)]
+    write_coco(folder / "nocaps_val_4500_captions.json", examples)
+    write_coco(folder / NOCAPS_HEADER, examples)
+    opened = notebook_images(Dataset("nocaps", tuple(examples)), REAL)
+    assert 256 < len(opened) < 300
+    for image_id in opened:
+        examples[image_id].path.touch()
+    all_here = doctor.Finding("ok", "data", f"photographs of nocaps: all {len(opened)} are here")
+    assert next(doctor.check_data(REAL)) == all_here
+    for image_id in sorted(opened)[:2]:
+        examples[image_id].path.unlink()
+    found = next(doctor.check_data(REAL))
+    assert f"nocaps: 2 of {len(opened)} to fetch, about 1 MB, from nocaps.example into {folder}" in found.detail
+    assert found.state == ("note" if online else "missing") and not asked
 
 
 def test_undrawn_miniature_images_are_drawn_by_the_command_that_is_named(machine, monkeypatch):

@@ -127,7 +127,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(ask):
 
 
 def test_models_and_data_sets_are_not_mistaken_for_each_other(miniature):
-    with pytest.raises(RegistryError, match="is a data set: open it with registered.load_dataset"):
+    with pytest.raises(RegistryError, match="is a data set: open it with load_dataset"):
         registry.locate("miniature/coco")
     with pytest.raises(RegistryError, match="is a model: registry.locate"):
         registered.load_dataset("miniature/sd")

@@ -394,7 +394,8 @@ def test_the_command_fetches_what_the_notebooks_open(in_full_size, monkeypatch):
     for notebook in filter(lambda notebook: "profile.dataset" in code(notebook), NOTEBOOKS):
         headers.run(code(notebook), {"__name__": "__main__"}, REPLACED)
     opened = {path.name for path in in_full_size if path.parent.name == "images"}
-    [nocaps, coco] = data.photographs(profiles.PROFILES["colab"])
+    colab = profiles.PROFILES["colab"]
+    nocaps, coco = (data.photographs(name, colab) for name in (colab.dataset, colab.coco))
     assert opened == set(names(nocaps)) and len(nocaps) == 304
     assert len(coco) == 800 and coco.name == "coco/train"
     assert "about 130 MB, from images.cocodataset.org" in coco.plan()
@@ -411,7 +412,7 @@ def test_a_whole_epoch_is_the_whole_data_set(monkeypatch):
 
 def test_the_command_data_in_a_real_profile(server, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(data.corpora, "main", lambda arguments: drawn.append(arguments) or 0)
+    monkeypatch.setattr(data.corpora, "prepare", lambda *arguments: drawn.append(arguments))
     monkeypatch.setattr(data, "notebook_images", lambda dataset, profile: {1, 2})
     monkeypatch.setattr(data, "cycle_images", lambda dataset, profile: {0, 1})
     monkeypatch.setenv(profiles.VARIABLE, "mini")
@@ -420,19 +421,23 @@ def test_the_command_data_in_a_real_profile(server, monkeypatch, capsys):
     assert "photographs of nocaps: 2 of 2 to fetch, about 1 MB" in said and "photographs of coco: 2 of 2" in said
     assert not fetched(server) and drawn == []
     assert command_line.main(["data", "--profile", "colab"]) == 0
-    assert "nocaps: 2 photographs are here" in capsys.readouterr().out and len(fetched(server)) == 4 and drawn == [[]]
+    assert (
+        "nocaps: 2 photographs are here" in capsys.readouterr().out
+        and len(fetched(server)) == 4
+        and drawn == [(False, False)]
+    )
 
 
 @pytest.mark.parametrize("profile", ["smoke", "mini"])
 def test_the_miniatures_profiles_ask_no_server(server, monkeypatch, profile):
     drawn = []
-    monkeypatch.setattr(data.corpora, "main", lambda arguments: drawn.append(arguments) or 0)
+    monkeypatch.setattr(data.corpora, "prepare", lambda *arguments: drawn.append(arguments))
     monkeypatch.setenv(profiles.VARIABLE, profile)
-    assert command_line.main(["data", "--verify"]) == 0 and drawn == [["--verify"]] and not server.requests
+    assert command_line.main(["data", "--verify"]) == 0 and drawn == [(False, True)] and not server.requests
 
 
 def test_the_command_says_in_one_line_that_it_is_offline(server, monkeypatch, capsys):
-    monkeypatch.setattr(data.corpora, "main", lambda arguments: 0)
+    monkeypatch.setattr(data.corpora, "prepare", lambda *arguments: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv(profiles.VARIABLE, "colab")
     assert command_line.main(["data"]) == 2

@@ -1,7 +1,6 @@
 """The command `data`: draws the images of the miniature, and fetches the photographs that the notebooks open."""
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import replace
 
 from dalleflamingo import profiles, registry
@@ -13,18 +12,17 @@ from dalleflamingo.sources import registered
 from dalleflamingo.sources.remote import RemoteDataset
 
 
-def photographs(profile: Profile) -> Iterator[RemoteDataset]:
-    """What the notebooks open of the profile's data sets, of those that are fetched and not the user's own.
+def photographs(name: str, profile: Profile) -> Dataset:
+    """What the notebooks open of one of the profile's data sets; of the user's own copy or the miniature, all images.
 
-    Fetches the annotations, which say what there is; errors as `registered.load_dataset`.
+    Fetches annotations, which say what there is, and no photograph; errors as `registered.load_dataset`.
     """
-    for name, split, ids_of in ((profile.dataset, None, notebook_images), (profile.coco, "train", cycle_images)):
-        found = registered.load_dataset(name, split)
-        if isinstance(found, RemoteDataset):
-            ids = ids_of(Dataset(found.name, found.examples), profile)  # whose parts fetch nothing
-            yield replace(found, examples=tuple(example for example in found if example.image_id in ids))
-        else:
-            print(f"{found.name} is your own copy: {len(found)} images in {registered.user_folder(name)}")
+    found = registered.load_dataset(name, "train" if name == profile.coco else None)
+    if not isinstance(found, RemoteDataset):
+        return found
+    ids_of = cycle_images if name == profile.coco else notebook_images
+    ids = ids_of(Dataset(found.name, found.examples), profile)  # whose parts fetch nothing
+    return replace(found, examples=tuple(example for example in found if example.image_id in ids))
 
 
 def notebook_images(dataset: Dataset, profile: Profile) -> set[int]:
@@ -54,7 +52,8 @@ def main(arguments: list[str]) -> int:
         description="Draw the images of the miniature that are not drawn yet. In the profiles colab and paper, fetch "
         "the photographs of NoCaps and COCO that the notebooks open, too; without this command they are fetched when "
         "they are opened. An interrupted command goes on where it was.",
-        epilog="`--write` and `--verify` are for the miniature alone.",
+        epilog="`--write` and `--verify` are for the miniature alone, which lies in the repository's data/miniature, "
+        "or in the folder miniature of DALLEFLAMINGO_DATA.",
         allow_abbrev=False,
     )
     parser.add_argument("--dry-run", action="store_true", help="fetch annotations only, and say what else would come")
@@ -63,15 +62,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--verify", action="store_true", help="then compare all shipped files with their sha256")
     options = parser.parse_args(arguments)
     if not options.dry_run:
-        corpora.main([f"--{name}" for name in ("write", "verify") if getattr(options, name)])
+        corpora.prepare(options.write, options.verify)
     profile = profiles.current()
     if registry.entry_of(profile.dataset).shipped:
+        if options.dry_run:
+            print(f"profile {profile.name} needs no photographs")
         return 0
-    for found in photographs(profile):
-        print(found.plan()) if options.dry_run else found.fetch()
-        lost = len(found.shelf.lost)
-        if not options.dry_run:
-            print(
-                f"{found.name}: {len(found) - lost} photographs are here" + (f", {lost} cannot be had" if lost else "")
-            )
+    for name in (profile.dataset, profile.coco):
+        found = photographs(name, profile)
+        if not isinstance(found, RemoteDataset):
+            print(f"{found.name} is your own copy: {len(found)} images in {registered.user_folder(name)}")
+        elif options.dry_run:
+            print(found.plan())
+        else:
+            lost = len(found.fetch().shelf.lost)
+            unavailable = f", {lost} cannot be had" if lost else ""
+            print(f"{found.name}: {len(found) - lost} photographs are here{unavailable}")
     return 0

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -127,7 +127,7 @@ def check_gpu(profile: "Profile") -> Finding:
 
 
 def check_disk(profile: "Profile") -> Finding:
-    """Is there room for what will be downloaded?"""
+    """Is there room for the models that will be downloaded?"""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE)
@@ -157,7 +157,7 @@ def check_models(profile: "Profile") -> Finding:
     if not absent:
         return Finding("ok", "models", f"all {len(entries)} are on this machine")
     detail = ", ".join(f"{entry.name} ({size:,} MB)" for entry, size in absent)
-    if registry.answers(constants.ENDPOINT) and not constants.HF_HUB_OFFLINE:
+    if _is_online():
         return Finding("ok", "models", f"to be downloaded at first use: {detail}")
     remedy = f"mend the network, or copy {constants.HF_HUB_CACHE} from a machine that has them"
     return Finding("missing", "models", f"not on this machine, and the hub does not answer: {detail}", remedy)
@@ -184,26 +184,69 @@ def check_network(profile: "Profile") -> Finding:
 
 
 def check_data(profile: "Profile") -> Iterator[Finding]:
-    """Are the profile's data sets here, with their images?"""
+    """Are the profile's data sets here, with their images, or can they be fetched?"""
     from dalleflamingo import registry
-    from dalleflamingo.datasets import DatasetError
+    from dalleflamingo.sources import registered
 
-    for name, needed in ((profile.dataset, True), (profile.coco, False)):
+    for name in (profile.dataset, profile.coco):
         entry = registry.entry_of(name)
-        try:
-            dataset = registry.load_dataset(name, "test" if entry.splits else None)
-        except (registry.RegistryError, DatasetError, OSError) as error:
-            failed = _failed("data", error)
-            detail = failed.detail if needed or entry.shipped else f"{failed.detail} (notebooks 06 and 07 use it)"
-            yield Finding("missing" if needed or entry.shipped else "note", "data", detail, failed.remedy)
-            continue
-        lost = [example.path for example in dataset if not example.path.is_file()]
-        where = f"{dataset.name} in {dataset[0].path.parent}"
-        if lost:
-            detail = f"{where} lacks {len(lost):,} of {len(dataset):,} images, {lost[0].name} for one"
-            yield Finding("note", "data", detail, f"download these, or go on without them; {entry.url}")
-        else:
-            yield Finding("ok", "data", f"{where}, {len(dataset):,} images")
+        check = _check_fetched if registered.is_fetched(entry) else _check_copy
+        found = check(entry, profile)
+        if found.state != "ok" and name != profile.dataset and not entry.shipped:
+            found = replace(found, state="note", detail=f"{found.detail} (notebooks 06 and 07 use it)")
+        yield found
+
+
+def _check_copy(entry: "Entry", _: "Profile") -> Finding:
+    """Of a data set that is shipped, or of which the user names an own copy."""
+    from dalleflamingo.datasets import DatasetError
+    from dalleflamingo.registry import RegistryError
+    from dalleflamingo.sources import registered
+
+    try:
+        dataset = registered.load_dataset(entry.name, "test" if entry.splits else None)
+    except (RegistryError, DatasetError, OSError) as error:
+        return _failed("data", error)
+    lost = [example.path for example in dataset if not example.path.is_file()]
+    where = f"{dataset.name} in {dataset[0].path.parent}"
+    if not lost:
+        return Finding("ok", "data", f"{where}, {len(dataset):,} images")
+    detail = f"{where} lacks {len(lost):,} of {len(dataset):,} images, {lost[0].name} for one"
+    return Finding("note", "data", detail, f"download these, or go on without them; {entry.url}")
+
+
+def _check_fetched(entry: "Entry", profile: "Profile") -> Finding:
+    """Of a data set that comes from its address: how much of what the notebooks open is here?"""
+    from huggingface_hub import constants
+
+    from dalleflamingo.course.data import photographs
+    from dalleflamingo.datasets import DatasetError
+    from dalleflamingo.sources.downloads import DownloadError
+
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # so that nothing is fetched
+    try:
+        dataset = photographs(entry.name, profile)
+        detail = dataset.plan()
+    except DownloadError:
+        dataset, detail = None, f"photographs of {entry.name}: to be fetched, and the annotations, too"
+    except (DatasetError, OSError) as error:
+        return _failed("data", error)
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+    if dataset is not None and not dataset.missing():
+        return Finding("ok", "data", detail)
+    command = f"python -m dalleflamingo data --profile {profile.name}"
+    if _is_online():
+        return Finding("note", "data", f"{detail}, at first use", f"run `{command}` to have them before")
+    return Finding("missing", "data", detail, f"connect to the network, and run `{command}`")
+
+
+def _is_online() -> bool:
+    from huggingface_hub import constants
+
+    from dalleflamingo import registry
+
+    return not constants.HF_HUB_OFFLINE and registry.answers(constants.ENDPOINT)
 
 
 def _uses_hub(profile: "Profile") -> bool:

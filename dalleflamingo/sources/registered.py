@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 
 from dalleflamingo.datasets import Dataset
-from dalleflamingo.registry import RegistryError, data_root, entry_of, require_split
+from dalleflamingo.registry import Entry, RegistryError, data_root, entry_of, require_split
 
 
 def load_dataset(name: str, split: str | None = None) -> Dataset:
@@ -25,7 +25,7 @@ def load_dataset(name: str, split: str | None = None) -> Dataset:
     if entry.kind != "data set":
         raise RegistryError(f"{name} is a model: registry.locate({name!r}) says where it is")
     require_split(entry, split)
-    if entry.fetched_by and not os.environ.get(variable_of(name)):
+    if is_fetched(entry):
         return pkgutil.resolve_name(entry.fetched_by)(entry, split)
     folder = data_root() / name if entry.shipped else user_folder(name)
     found = pkgutil.resolve_name(entry.opened_by)(folder, entry.annotations.format(split=split), split)
@@ -36,6 +36,11 @@ def load_dataset(name: str, split: str | None = None) -> Dataset:
             f"{len(missing)} of the {len(found)} images of {name} are missing, {missing[0]} for one: {remedy}"
         )
     return Dataset(f"{name}/{split}" if split else name, found.examples)
+
+
+def is_fetched(entry: Entry) -> bool:
+    """Whether a data set comes from its address: it can, and the user names no own copy."""
+    return bool(entry.fetched_by) and not os.environ.get(variable_of(entry.name))
 
 
 def user_folder(name: str) -> Path:

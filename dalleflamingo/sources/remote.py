@@ -76,9 +76,13 @@ class RemoteDataset(Dataset):
         self._fetch(self.examples)
         return self
 
+    def missing(self) -> list[Remote]:
+        """What `fetch` would fetch."""
+        return [remote for remote in self._remotes(self.examples) if not remote.path.is_file()]
+
     def plan(self) -> str:
         """What `fetch` would do, in one line."""
-        missing = [remote for remote in self._remotes(self.examples) if not remote.path.is_file()]
+        missing = self.missing()
         if not missing:
             return f"photographs of {self.shelf.name}: all {len(self)} are here"
         return announcement(missing, len(self), f"photographs of {self.shelf.name}", self.shelf.megabytes)
