@@ -41,7 +41,7 @@ class Command:
     interrupted: str = "what is finished is kept, and the same command goes on where it was"
 
 
-_CORPUS = 20_000  # captions whose n-grams are counted, so that a million do not fill the memory
+_CORPUS = 20_000  # captions that CIDEr's weights come from; the n-grams of a million would fill the memory
 _SHOWN = 3  # images or captions whose best candidates `reconstruct` prints
 COMMANDS = {
     "reconstruct": Command(
@@ -289,7 +289,7 @@ def _image_journey(
 def _text_journey(
     source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
 ) -> "DataFrame":
-    """The table of candidates. How rare an n-gram is, for CIDEr, the first `_CORPUS` captions say."""
+    """The table of candidates. CIDEr takes the weights of n-grams from the first `_CORPUS` captions."""
     from dalleflamingo.evaluation.similarities import load_text_similarities
     from dalleflamingo.reconstruct import text_image_text
     from dalleflamingo.sources.models import load_captioner, load_generator
@@ -327,10 +327,11 @@ def _print_best(table: "DataFrame", name: str, column: str) -> None:
         name: the column that the user knows an image or caption by.
         column: what to print of a candidate.
     """
-    from dalleflamingo.reconstruct import ImageTextImage, TextImageText, select
+    from dalleflamingo.course.gallery import similarities_among
+    from dalleflamingo.reconstruct import select
     from dalleflamingo.runs import printable
 
-    for similarity in (name for name in table if name not in ImageTextImage.columns | TextImageText.columns):
+    for similarity in similarities_among(table):
         best = select(table, by=similarity).head(_SHOWN)
         print(f"best by {similarity}:")
         for known, score, candidate in zip(best[name], best[similarity], best[column], strict=True):

@@ -32,7 +32,7 @@ from dalleflamingo.runs import fingerprint
 from dalleflamingo.tokens import check_caption, check_vocabulary
 
 PREDICTIONS = ("epsilon", "v_prediction")
-_DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40") else "torch_dtype"  # an unknown name is ignored
+_DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40") else "torch_dtype"  # 0.39 ignores dtype
 FITS = {"resize": Image.resize, "crop": ImageOps.fit}  # how an image is made square
 
 

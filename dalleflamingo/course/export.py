@@ -9,15 +9,13 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from dalleflamingo.course.gallery import generated_image, write_gallery
+from dalleflamingo.course.gallery import generated_image, similarities_among, write_gallery
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.caption_results import write_results
 from dalleflamingo.reconstruct import ImageTextImage, TextImageText, rank, select
 from dalleflamingo.runs import RunFolderError, printable
 from dalleflamingo.sources.inputs import read_source, recall
 from dalleflamingo.sources.shards import write_shards
-
-_NO_SIMILARITY = ImageTextImage.columns | TextImageText.columns
 
 
 def main(arguments: list[str]) -> int:
@@ -102,7 +100,7 @@ def read_run(run_folder: Path) -> pd.DataFrame:
 
 def chosen_similarity(table: pd.DataFrame, by: str | None) -> str:
     """The similarity of that name, or the first of the table. Raises ValueError: there is none."""
-    there = [name for name in table if name not in _NO_SIMILARITY]
+    there = similarities_among(table)
     if not there or by not in (None, *there):
         raise ValueError(f"the run has no similarity {by or 'at all'}: it has {', '.join(there) or 'none'}")
     return by or there[0]

@@ -12,7 +12,7 @@ disk, a memory stick or any web server, and asks nothing of the network.
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -29,7 +29,6 @@ from dalleflamingo.sources.shards import new_folder
 PER_PAGE = 24  # inputs
 SIZE = 384  # longest side of a copied image, in pixels: 192 on a screen with two to each
 _SMALL = 128  # images up to this side are shown with their pixels as squares
-_COLUMNS = ImageTextImage.columns | TextImageText.columns  # others are similarities
 
 
 def write_gallery(
@@ -97,6 +96,12 @@ def write_gallery(
     return Path(folder) / "index.html"
 
 
+def similarities_among(columns: Iterable[str]) -> list[str]:
+    """Those of a table's columns that are similarities: all that neither a journey nor `reconstruct.rank` adds."""
+    others = ImageTextImage.columns.keys() | TextImageText.columns.keys() | {"rank"}
+    return [name for name in columns if name not in others]
+
+
 def page_name(order: str, number: int) -> str:
     """The file of a page: the first with the best inputs is index.html."""
     if order == "unread":
@@ -128,8 +133,7 @@ def clean(text: object) -> str:
 
 def _item(place: int, rows: list[dict], by: str, example, run_folder: Path, part: Path) -> dict:
     """What the page says of an input: the images are copied."""
-    first, similarities = rows[0], [name for name in rows[0] if name not in _COLUMNS and name != "rank"]
-    similarities.sort(key=lambda name: name != by)
+    first, similarities = rows[0], sorted(similarities_among(rows[0]), key=lambda name: name != by)
     of_texts = "recovered" in first
     name = first["caption"] if of_texts else first["file"]
     source, reason = None, ""

@@ -7,6 +7,7 @@ refused with a remedy where they hold something else.
 import os
 import warnings
 from collections import defaultdict
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -123,7 +124,7 @@ def holds(path: str | Path) -> tuple[bool, bool]:
 
 def _records(path: str | Path) -> Records:
     path = Path(path)
-    if path.suffix.lower() in _OF_IMAGES or (os.path.isfile(path) and _opens(path)):
+    if path.suffix.lower() in _OF_IMAGES or (os.path.isfile(path) and opens(path)):
         raise DatasetError(f"{printable(path)} is a single image: put it into a folder, and give the folder")
     return Records.of(path)
 
@@ -138,7 +139,7 @@ def _not_an_image(path: Path) -> str:
         path.open("rb").close()
     except OSError as error:
         return str(error.strerror)
-    return "" if _opens(path) else "no format that Pillow opens; if it is an image, save it as JPEG or PNG"
+    return "" if opens(path) else "no format that Pillow opens; if it is an image, save it as JPEG or PNG"
 
 
 def is_image(path: Path) -> bool:
@@ -146,11 +147,11 @@ def is_image(path: Path) -> bool:
     return not path.name.startswith(".") and not _not_an_image(path)
 
 
-def _opens(path: Path) -> bool:
-    """Whether Pillow knows the format, by a file's content."""
+def opens(file: Path | BytesIO) -> bool:
+    """Whether Pillow knows the format of a file, by its content."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of damaged metadata
-            Image.open(path).close()
+            Image.open(file).close()
     except Image.DecompressionBombError:
         return True  # opening it says how large an image may be
     except Exception:  # readers of broken headers raise anything

@@ -12,21 +12,20 @@ import lzma
 import os
 import shutil
 import tarfile
-import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image
 from tqdm.auto import tqdm
 
 from dalleflamingo.datasets import Dataset, DatasetError
 from dalleflamingo.runs import hold, printable, write_whole
-from dalleflamingo.sources.own_files import is_image, listed, read_captions, read_pairs
+from dalleflamingo.sources.own_files import is_image, listed, opens, read_captions, read_pairs
 from dalleflamingo.sources.records import CAPTION_COLUMNS, IMAGE_COLUMNS, Record, captions_in, has_captions
 from dalleflamingo.sources.text_files import shape_of
 
@@ -74,7 +73,7 @@ def read_shards(shards: str | Path, folder: str | Path, captions: bool = False) 
             write_whole(table, lambda part: _unpack(paths, folder, part, captions))
             write_whole(note, lambda part: part.write_text(json.dumps(unpacked), encoding="ascii"))
     found = read_captions(table) if captions else read_pairs(table)
-    return type(found)(printable(_stem(Path(shards).resolve())), found.examples)
+    return replace(found, name=printable(_stem(Path(shards).resolve())))
 
 
 def write_shards(folder: str | Path, samples: Iterable[Mapping[str, object]], per_shard: int = PER_SHARD) -> list[Path]:
@@ -274,12 +273,7 @@ def _save_image(sample: Mapping[str, bytes], shard: str, folder: Path) -> tuple[
     suffix = next((suffix for suffix in _IMAGES if suffix in sample), None)
     if suffix is None:
         return "", "no image"
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            Image.open(io.BytesIO(sample[suffix])).close()
-    except Image.DecompressionBombError:
-        pass  # opening it says how large an image may be
-    except Exception:  # readers of broken headers raise anything
+    if not opens(io.BytesIO(sample[suffix])):
         return "", "no format that Pillow opens"
     name = f"images/{_file_name(shard)}/{_file_name(sample['__key__'])}.{suffix}"
     path = folder / name

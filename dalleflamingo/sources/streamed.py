@@ -39,10 +39,6 @@ class StreamedDataset(Dataset):
     def __post_init__(self):
         pass  # the ids were found to be distinct when the file was indexed
 
-    def __getitem__(self, index):
-        found = self.examples[index]
-        return StreamedDataset(self.name, found) if isinstance(index, slice) else found
-
 
 @dataclass(frozen=True)
 class StreamedExamples(Sequence[Example]):
