@@ -364,7 +364,10 @@ def _was_cut(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, cut) or _was_cut(error.__cause__ or error.__context__))
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
+    """What led to an error; requests and urllib3 wrap it in texts of their own."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
