@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from dalleflamingo import registry
 from dalleflamingo.registry import RegistryError
 from dalleflamingo.sources import downloads, remote
 from dalleflamingo.sources.downloads import DownloadError, Remote, download
@@ -318,6 +319,20 @@ def test_a_network_that_swallows_everything_is_said_within_ten_seconds(tmp_path,
     with pytest.raises(DownloadError, match="slow.example cannot be reached"):
         download([Remote("http://slow.example/a.jpg", tmp_path / "a.jpg", IS_JPEG)], "photographs")
     assert time.monotonic() - began < 10
+
+
+def test_a_server_that_is_slow_is_not_out_of_reach(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "PATIENCE", 0.4)
+    monkeypatch.setattr(failing_server.Handler, "do_HEAD", lambda own: time.sleep(1))
+    assert not isinstance(registry.ask(server.url), int) and not registry.answers(server.url)
+    assert download([photograph(server, tmp_path)], "photographs") == {}
+
+
+def test_an_error_of_the_network_names_what_led_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(downloads, "_reached", {})
+    with pytest.raises(DownloadError, match=r"127.0.0.1:9 cannot be reached \(ConnectionRefusedError: .{0,60}\)\."):
+        download([Remote("http://127.0.0.1:9/a.jpg", tmp_path / "a.jpg", IS_JPEG)], "photographs")
 
 
 def test_told_to_stay_offline_nothing_is_asked(server, tmp_path, monkeypatch):

@@ -229,9 +229,9 @@ def test_a_slice_a_filter_and_a_subset_are_those_of_a_data_set_in_memory(tmp_pat
     for cut in (slice(None), slice(7, 30), slice(None, None, -7), slice(100, 200), slice(3, 50, 4)):
         assert list(lazy[cut]) == list(whole[cut]) and len(lazy[cut]) == len(whole[cut])
         assert list(lazy[2:50][cut]) == list(whole[2:50][cut])
-    assert lazy.subset(9, seed=3) == whole.subset(9, seed=3) and lazy.subset(60) == whole
+    assert list(lazy.subset(9, seed=3)) == list(whole.subset(9, seed=3)) and list(lazy.subset(60)) == list(whole)
     wanted = {whole[4].image_id, whole[44].image_id}
-    assert lazy.filter(wanted) == whole.filter(wanted) and len(wanted) == 2
+    assert list(lazy.filter(wanted)) == list(whole.filter(wanted)) and len(wanted) == 2
 
 
 def memory_of(n: int, folder: Path, read, suffix: str) -> float:

@@ -34,7 +34,7 @@ _READ = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, ID_COLUMN}  # columns that become fie
 
 
 class StreamedDataset(Dataset):
-    """A `Dataset` whose `examples` are read when they are asked for; a slice is one too."""
+    """A `Dataset` whose `examples` are read when they are asked for; those of a slice, too, but not of a `filter`."""
 
     def __post_init__(self):
         pass  # the ids were found to be distinct when the file was indexed
