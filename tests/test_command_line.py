@@ -329,7 +329,7 @@ def test_a_model_that_is_neither_here_nor_within_reach_is_named(tmp_path):
     )
     [error] = [line for line in done.stderr.splitlines() if line.startswith("python -m dalleflamingo reconstruct: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "vit_large_patch14_clip_224.openai (1,710 MB) is not on this machine, and cannot be downloaded: unset" in error
+    assert "clip_224.openai (1,710 MB) is not on this machine, and cannot be downloaded: unset" in error
     assert f"or copy {tmp_path / 'cache/hub'} from a machine that has it" in error
     assert not (tmp_path / "run/run.json").exists()
 
