@@ -42,6 +42,7 @@ from dalleflamingo.research.options import positive
 from dalleflamingo.research.probes import knn_accuracy, ridge_accuracy
 from dalleflamingo.runs import derive_seed, write_whole
 from dalleflamingo.similarity import ClipImage, Dino, load_clip
+from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_captioner, load_generator
 
 SEED = 20  # of the held-out scenes; no training draws from it
@@ -196,7 +197,7 @@ def _accuracy_change(before: Sequence[ImageScore], after: Sequence[ImageScore]) 
 def captioner_figures(name: str) -> Figures:
     """Beam search on coco test; nucleus sampling there and in the domains of nocaps."""
     captioner = load_captioner(MINI, name)
-    test = registry.load_dataset(MINI.coco, "test").subset(300, SEED)
+    test = registered.load_dataset(MINI.coco, "test").subset(300, SEED)
     scenes = _scenes(test)
     captions = _in_parts(
         lambda part: captioner.describe([test.open(example) for example in part]), list(test), "beam search"
@@ -208,7 +209,7 @@ def captioner_figures(name: str) -> Figures:
         "beam search: recall of things": recall,
     }
     figures |= _sampling_figures(captioner, test, "coco test")
-    for domain, part in registry.load_dataset(MINI.dataset).by_domain().items():
+    for domain, part in registered.load_dataset(MINI.dataset).by_domain().items():
         figures |= _sampling_figures(captioner, part.subset(60, SEED), domain)
     return figures
 
