@@ -1,5 +1,6 @@
 # make course   environment, then every notebook executed: pages, executed notebooks and figures in build/
 # make test     environment, then every test, the notebooks in profile smoke included (ARGS="-k house" for some of them)
+# make test-lowest  the tests that need neither weights nor notebooks, on the lower ends of pyproject's ranges
 # make lab      environment, then JupyterLab on the notebooks
 # make data     draw the images of the miniature data sets, where they are not drawn yet
 # make figures  the two figures of the README, in docs/figures/
@@ -21,7 +22,7 @@ DALLEFLAMINGO := $(BIN)/python -m dalleflamingo
 # Named after what it holds, so that a checkout which only touches the two files does not install again.
 MADE := .venv/made-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help course test lab data figures reproduce gates clean
+.PHONY: help course test test-lowest lab data figures reproduce gates clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -37,6 +38,17 @@ test: data
 	mkdir -p build/test/figures
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 		--nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
+
+# In an environment of its own, with Python 3.11 or 3.12: the oldest releases have no wheels for later ones.
+LOWEST := build/lowest
+test-lowest: export HF_HUB_OFFLINE = 1
+test-lowest: export OMP_NUM_THREADS = 1
+test-lowest:
+	"$(PYTHON)" -m venv $(LOWEST)
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/pip install --only-binary=:all: --constraint $(LOWEST)/lowest.txt --editable '.[colab,test]'
+	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests $(ARGS) \
+		$(addprefix --ignore-glob=tests/test_,research_* miniature_* course_run* shipped* full_size* house* data_calls*)
 
 # A kernel called python3 elsewhere on JUPYTER_PATH, or in the user's folder, is of another environment.
 lab: export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))

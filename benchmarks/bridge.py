@@ -33,6 +33,7 @@ from dalleflamingo.profiles import PROFILES
 from dalleflamingo.research.pages import current_commit
 from dalleflamingo.research.released import released_map
 from dalleflamingo.runs import derive_seed
+from dalleflamingo.sources import registered
 from dalleflamingo.tokens import Alignment
 from dalleflamingo.vocabulary import MAP_KINDS, VocabularyMap
 
@@ -111,7 +112,7 @@ def reports(captioner, generator, learned: list[str], measured: list[str], kinds
 
 def miniature_reports() -> list[dict]:
     texts = {
-        part: [text for example in registry.load_dataset(MINI.coco, part) for text in example.references]
+        part: [text for example in registered.load_dataset(MINI.coco, part) for text in example.references]
         for part in ("train", "test")
     }
     captioner = Captioner.from_pretrained(registry.locate(MINI.captioner))
@@ -202,13 +203,13 @@ def images(n: int) -> list[dict]:
     generator = Generator.from_pretrained(registry.locate(MINI.generator))
     recogniser = Recogniser.from_pretrained(registry.locate(MINI.judge)).eval()
     source, target = captioner.processor.tokenizer, generator.pipeline.tokenizer
-    data = registry.load_dataset(MINI.coco, "test").subset(n, SEED)
+    data = registered.load_dataset(MINI.coco, "test").subset(n, SEED)
     sources = [data.open(example) for example in data]
     scenes = [Scene.from_dict(example.extra["scene"]) for example in data]
     captions = captioner.describe(sources)
     logits, ids = captioner.token_logits(sources, captions)
     seeds = [derive_seed(SEED, example.image_id) for example in data]
-    train = [text for example in registry.load_dataset(MINI.coco, "train") for text in example.references]
+    train = [text for example in registered.load_dataset(MINI.coco, "train") for text in example.references]
 
     def judged(encoder_hidden_states) -> list:
         generated = generator.render(encoder_hidden_states, seeds, MINI.steps, MINI.guidance_scale, 25)

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from dalleflamingo import profiles
-from dalleflamingo.cycle import CycleConfig, load_cycle
+from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_losses import LOSS_NAMES, Batch, Cycle, Losses, total_loss
 from dalleflamingo.research.pages import SHIPPED, current_commit, table, write_page
+from dalleflamingo.sources.models import load_cycle
 
 STEPS = {  # kind of step -> its halves, its losses
     "label → captioner (1)": (("image",), LOSS_NAMES[:1]),

@@ -43,6 +43,7 @@ from dalleflamingo.profiles import Profile
 from dalleflamingo.reconstruct import JourneySettings, image_text_image
 from dalleflamingo.research.pages import SHIPPED, current_commit, table
 from dalleflamingo.runs import derive_seed
+from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_models
 
 K, STEPS, MATRIX = 10, 20, 2048
@@ -99,7 +100,7 @@ def timed(work: Callable[..., Result], *arguments: object) -> tuple[Result, floa
 
 def speed(profile: Profile, count: int, repeats: int) -> dict:
     """Seconds of all sides for so many images, how far the generated images lie apart, and where the time goes."""
-    dataset = registry.load_dataset(profile.dataset)
+    dataset = registered.load_dataset(profile.dataset)
     images = [dataset.open(example) for example in dataset.subset(count)]
     captioner = Captioner.from_pretrained(registry.locate(profile.captioner))
     generator = Generator.from_pretrained(registry.locate(profile.generator))
@@ -264,7 +265,7 @@ def stock_images(
 
 def agreement(profile: Profile, count: int, runs: Path) -> dict[tuple[str, int], dict[str, float]]:
     """Spearman's ρ, within a picture, of CLIP's order by each scheduler with that by many steps; equal first noise."""
-    pictures = registry.load_dataset(profile.dataset).subset(count)
+    pictures = registered.load_dataset(profile.dataset).subset(count)
     captioner, _, encoders = load_models(profile)
     found = {}
     for many, fewer in QUICK.items():
@@ -288,7 +289,7 @@ def agreement(profile: Profile, count: int, runs: Path) -> dict[tuple[str, int],
 
 def half_precision(profile: Profile, count: int, runs: Path) -> dict:
     """What CLIP chooses among the same candidates when their images are generated in bfloat16 instead of float32."""
-    pictures = registry.load_dataset(profile.dataset).subset(count)
+    pictures = registered.load_dataset(profile.dataset).subset(count)
     captioner, _, encoders = load_models(profile)
     settings = JourneySettings.of(profile, candidates=5, batch_size=32, seed=2)
     tables = [
@@ -325,7 +326,7 @@ def in_a_process_of_its_own(images: int) -> float:
 
 def peak_memory(images: int) -> float:
     profile = profiles.PROFILES["mini"]
-    dataset = registry.load_dataset(profile.coco, "train").subset(images)
+    dataset = registered.load_dataset(profile.coco, "train").subset(images)
     settings = JourneySettings(candidates=2, steps=1, guidance_scale=1.0)
     with tempfile.TemporaryDirectory() as folder:
         image_text_image(dataset, *load_models(profile), folder, settings)

@@ -26,6 +26,7 @@ from dalleflamingo import decoding, profiles, registry
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.generator import Generator
 from dalleflamingo.research.baselines import log_likelihood
+from dalleflamingo.sources import registered
 
 THREADS, LOADS = (1, 2), ("calm", "busy")
 Work = Callable[[], object]
@@ -34,7 +35,7 @@ Work = Callable[[], object]
 def works() -> dict[str, Work]:
     """Name -> a call that does it, for everything that takes a while in the course."""
     profile = profiles.PROFILES["mini"]
-    dataset = registry.load_dataset(profile.dataset).subset(16)
+    dataset = registered.load_dataset(profile.dataset).subset(16)
     images = [dataset.open(example) for example in dataset]
     captioner = Captioner.from_pretrained(registry.locate(profile.captioner))
     generator = Generator.from_pretrained(registry.locate(profile.generator))

@@ -41,6 +41,7 @@ class Command:
     interrupted: str = "what is finished is kept, and the same command goes on where it was"
 
 
+_CORPUS = 20_000  # captions that CIDEr's weights come from; the n-grams of a million would fill the memory
 _SHOWN = 3  # images or captions whose best candidates `reconstruct` prints
 COMMANDS = {
     "reconstruct": Command(
@@ -48,13 +49,19 @@ COMMANDS = {
         "send your own images or captions there and back",
         interrupted="",  # the journey itself says how many images are kept, and where
     ),
+    "export": Command(
+        "dalleflamingo.course.export:main",
+        "make a page, COCO results or shards of a run of reconstruct",
+        "the same command starts again",
+    ),
     "cycle": Command(
         "dalleflamingo.__main__:cycle",
         "finetune a captioner and a generator through each other",
         "the last checkpoint is kept, and the same command goes on from it",
     ),
+    "doctor": Command("dalleflamingo.course.doctor:main", "say what this machine lacks, with remedies", "ask again"),
     "course": Command("dalleflamingo.course.run:main", "execute the notebooks and make pages of them"),
-    "data": Command("dalleflamingo.miniature.corpora:main", "draw the images of the miniature data sets"),
+    "data": Command("dalleflamingo.course.data:main", "draw the miniature's images, fetch the profile's photographs"),
     "train": Command(
         "dalleflamingo.miniature.training.train:main",
         "train the models of the miniature",
@@ -212,21 +219,31 @@ def _fault(error: Exception) -> str:
 def reconstruct(arguments: list[str]) -> int:
     """Send your own images, or your own captions, there and back with the profile's models.
 
-    A folder of images: each is captioned several times, an image is generated from each caption, and CLIP and DINO
-    score how similar it is to the original. A file of captions: several images are generated from each, each image is
-    described, and four similarities of texts score how similar the description is to the caption. Such a file is a text
-    with one caption a line, or .json, .jsonl, .csv or .tsv with a caption in each entry or row.
+    Images: each is captioned several times, an image is generated from each caption, and CLIP and DINO score how
+    similar it is to the original. Captions: several images are generated from each, each image is described, and four
+    similarities of texts score how similar the description is to the caption.
+
+    SOURCE is a folder of images; a text with one caption a line; .jsonl, .csv, .tsv or .json with a caption, an image's
+    path or both in each row or entry, in columns called caption, captions or text, and image, image_path or file_name;
+    or webdataset shards: a .tar file, a folder of them, or a pattern such as photos-{000..099}.tar.
 
     The best candidates of the first images or captions are printed. All candidates with their scores are in
-    candidates.parquet of the run folder. To rank them in Python (after a text file, by="text_clip"):
+    candidates.parquet of the run folder, and the command `export` makes a page, COCO results or shards of them. To rank
+    them in Python (after captions, by="text_clip"):
 
         import pandas
         from dalleflamingo import rank
         ranked = rank(pandas.read_parquet("OUT/candidates.parquet"), by="clip")
     """
     parser = _parser("reconstruct", reconstruct)
-    parser.add_argument("source", type=_path, help="a folder of images, or a file of captions, one a line")
+    parser.add_argument("source", type=_path, help="a folder of images, a file of captions or of both, or shards")
     parser.add_argument("--out", type=_path, required=True, help="run folder; a run that was interrupted goes on there")
+    parser.add_argument(
+        "--from", dest="start", choices=("images", "captions"), help="begin with these, where SOURCE holds both"
+    )
+    parser.add_argument(
+        "--image-folder", type=_path, metavar="DIR", help="that paths in SOURCE are relative to; default: its own"
+    )
     parser.add_argument("--images", type=_positive, metavar="N", help="take only the first N images or captions")
     parser.add_argument(
         "--candidates", type=_positive, metavar="K", help="captions of an image, or images of a caption"
@@ -239,15 +256,19 @@ def reconstruct(arguments: list[str]) -> int:
 
     from dalleflamingo.reconstruct import JourneySettings
     from dalleflamingo.runs import hold
-    from dalleflamingo.sources.own_files import read_captions, read_folder
+    from dalleflamingo.sources.inputs import read_source, remember
 
-    is_text = not options.source.is_dir()
-    source = (read_captions if is_text else read_folder)(options.source)[: options.images]
+    source, start = read_source(options.source, options.start, options.image_folder, options.out)
+    source = source[: options.images]
     profile = _sized_profile(options)
     settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
     with hold(options.out):  # before models are loaded, which may take minutes
-        table, names = (_text_journey if is_text else _image_journey)(source, options, profile, settings)
-    _print_best(table, names, "image" if is_text else "caption")
+        if start == "images":
+            table = _image_journey(source, options, profile, settings)
+            remember(options.out, options.source, options.image_folder)
+            _print_best(table, "file", "caption")
+        else:
+            _print_best(_text_journey(source, options, profile, settings), "caption", "image")
     return 0
 
 
@@ -261,30 +282,29 @@ def _sized_profile(options: argparse.Namespace) -> "Profile":
 
 def _image_journey(
     source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
-) -> "tuple[DataFrame, dict[int, str]]":
-    """The table of candidates, and the file name of each image id."""
+) -> "DataFrame":
+    """The table of candidates."""
     from dalleflamingo.reconstruct import image_text_image
     from dalleflamingo.sources.models import load_models
 
     models = load_models(profile, options.scheduler)
     require_steps(models.generator, options, settings.steps)
-    table = image_text_image(source, *models, options.out, settings)
-    return table, {image.image_id: image.path.name for image in source}
+    return image_text_image(source, *models, options.out, settings)
 
 
 def _text_journey(
     source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
-) -> "tuple[DataFrame, dict[int, str]]":
-    """The table of candidates, and the caption of each image id."""
+) -> "DataFrame":
+    """The table of candidates. CIDEr takes the weights of n-grams from the first `_CORPUS` captions."""
     from dalleflamingo.evaluation.similarities import load_text_similarities
     from dalleflamingo.reconstruct import text_image_text
     from dalleflamingo.sources.models import load_captioner, load_generator
 
     captioner, generator = load_captioner(profile), load_generator(profile, scheduler=options.scheduler)
     require_steps(generator, options, settings.steps)
-    similarities = load_text_similarities(profile, {text.image_id: text.references for text in source})
-    table = text_image_text(source, captioner, generator, similarities, options.out, settings)
-    return table, {text.image_id: text.references[0] for text in source}
+    corpus = {text.image_id: text.references for text in source[:_CORPUS]}
+    similarities = load_text_similarities(profile, corpus)
+    return text_image_text(source, captioner, generator, similarities, options.out, settings)
 
 
 def require_steps(generator: "Generator", options: argparse.Namespace, steps: int) -> None:
@@ -305,22 +325,23 @@ def require_steps(generator: "Generator", options: argparse.Namespace, steps: in
         raise ValueError(f"steps = {steps}: {name} needs {least} or more; take {least}, {remedy}")
 
 
-def _print_best(table: "DataFrame", names: Mapping[int, str], column: str) -> None:
+def _print_best(table: "DataFrame", name: str, column: str) -> None:
     """For each similarity of a journey's table, the best candidate of the first few images or captions.
 
     Args:
         table: of candidates.
-        names: image id -> what the user knows the image or caption by.
+        name: the column that the user knows an image or caption by.
         column: what to print of a candidate.
     """
-    from dalleflamingo.reconstruct import ImageTextImage, TextImageText, select
+    from dalleflamingo.course.gallery import similarities_among
+    from dalleflamingo.reconstruct import select
     from dalleflamingo.runs import printable
 
-    for similarity in (name for name in table if name not in ImageTextImage.columns | TextImageText.columns):
+    for similarity in similarities_among(table):
         best = select(table, by=similarity).head(_SHOWN)
         print(f"best by {similarity}:")
-        for image_id, score, candidate in zip(best["image_id"], best[similarity], best[column], strict=True):
-            print(f"  {printable(names[image_id]):<24.24} {score:8.3f}  {candidate}")
+        for known, score, candidate in zip(best[name], best[similarity], best[column], strict=True):
+            print(f"  {printable(known):<24.24} {score:8.3f}  {candidate}")
 
 
 def cycle(arguments: list[str]) -> int:
@@ -338,10 +359,11 @@ def cycle(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from dalleflamingo import profiles
-    from dalleflamingo.cycle import CycleConfig, load_cycle, train_cycle
+    from dalleflamingo.cycle import CycleConfig, train_cycle
     from dalleflamingo.evaluation.cycle_reporting import export, push, read_config, tracked, write_model_cards
     from dalleflamingo.evaluation.cycle_validation import Validation, validation_set
     from dalleflamingo.runs import hold
+    from dalleflamingo.sources.models import load_cycle
 
     profile, validate = profiles.current(), None
     config = read_config(options.config, profile) if options.config else CycleConfig.of(profile)

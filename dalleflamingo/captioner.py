@@ -31,7 +31,7 @@ from dalleflamingo.datasets import Dataset, clean_caption, to_rgb
 from dalleflamingo.decoding import PAPER_SAMPLING, GumbelNoise, Strategy, WordLimits, decoding_threads
 from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint, printable
-from dalleflamingo.tokens import check_caption
+from dalleflamingo.tokens import check_caption, check_vocabulary
 
 
 class Captioner(ABC):
@@ -82,6 +82,7 @@ class Captioner(ABC):
         with loading(name_or_path):
             model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype, use_safetensors=True)
             processor = AutoProcessor.from_pretrained(**source)
+            check_vocabulary(processor.tokenizer, model.config.text_config.vocab_size)
         return _KINDS[kind](model.to(device), processor, prompt, decoding)
 
     @torch.no_grad()
@@ -327,7 +328,7 @@ def without_unreadable(dataset: Dataset, captioner: Captioner) -> Dataset:
                 print(printable(f'Skipped the caption "{caption[:40]}" of image {example.image_id}: {error}'))
         if references or not example.references:
             examples.append(replace(example, references=tuple(references)))
-    return Dataset(dataset.name, tuple(examples))
+    return replace(dataset, examples=tuple(examples))
 
 
 _KINDS = {"blip": BlipCaptioner, "blip-2": Blip2Captioner}  # by transformers' model type

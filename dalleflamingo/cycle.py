@@ -242,18 +242,6 @@ def build_cycle(
     return cycle, batches, TrainableParameters(trainable, config.ema_decay)
 
 
-def load_cycle(
-    config: CycleConfig, device: torch.device, build: Callable[..., tuple] = build_cycle
-) -> tuple[Cycle, CaptionedBatches, TrainableParameters]:
-    """Load what a configuration names onto a device, and `build` the cycle from it."""
-    captioner = Captioner.from_pretrained(**registry.source_of(config.captioner, str(device)))
-    source = registry.source_of(config.generator, str(device))
-    generator = Generator.from_pretrained(**source, scheduler=config.scheduler)
-    dataset = registry.load_dataset(config.dataset, config.split)
-    dataset = dataset if config.images is None else dataset.subset(config.images)
-    return build(config, captioner, generator, dataset)
-
-
 def train_cycle(
     config: CycleConfig,
     cycle: Cycle,
@@ -267,7 +255,7 @@ def train_cycle(
 
     Args:
         config: settings of the run.
-        cycle: from `load_cycle` or `build_cycle`.
+        cycle: from `build_cycle`.
         batches: likewise.
         trainable: likewise.
         run_folder: gets config.json, state.safetensors and log.jsonl with the losses of every step.

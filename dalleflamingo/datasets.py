@@ -1,16 +1,16 @@
 """Images with their reference captions.
 
-COCO captions, Karpathy's splits, NoCaps, and a user's own files all become a `Dataset` of `Example`s, so that the rest
-of the package does not depend on the source; their readers are in `dalleflamingo.sources`. Captions are kept exactly as
-published: metrics tokenize them, training cleans them (`clean_caption`).
+COCO captions, Karpathy's splits, NoCaps and a user's own files all become a `Dataset` of `Example`s by the readers in
+`dalleflamingo.sources`. Captions are kept as published: metrics tokenize them, training cleans them (`clean_caption`).
 """
 
 import hashlib
+import heapq
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -86,11 +86,11 @@ class Dataset(Sequence[Example]):
         return len(self.examples)
 
     def __getitem__(self, index):
-        return Dataset(self.name, self.examples[index]) if isinstance(index, slice) else self.examples[index]
+        return replace(self, examples=self.examples[index]) if isinstance(index, slice) else self.examples[index]
 
     def filter(self, image_ids: Collection[int]) -> "Dataset":
         """The examples whose ids are among `image_ids`, in file order; unknown ids are ignored."""
-        return Dataset(self.name, tuple(example for example in self.examples if example.image_id in image_ids))
+        return replace(self, examples=tuple(example for example in self.examples if example.image_id in image_ids))
 
     def subset(self, n: int, seed: int = 0) -> "Dataset":
         """`n` examples chosen by `seed`, in file order.
@@ -103,13 +103,13 @@ class Dataset(Sequence[Example]):
         """
         if not 1 <= n <= len(self):
             raise DatasetError(f"a subset of {n} was asked of {self.name}: ask for 1 to {len(self)}, its size")
-        chosen = sorted(self.examples, key=lambda example: derive_seed("subset", seed, example.image_id))[:n]
+        chosen = heapq.nsmallest(n, self.examples, key=lambda one: derive_seed("subset", seed, one.image_id))
         return self.filter({example.image_id for example in chosen})
 
     def by_domain(self) -> dict[str, "Dataset"]:
         """{domain: its examples} for the domains that occur, in the order of `DOMAINS`; {} if there are none."""
         return {
-            domain: Dataset(f"{self.name}/{domain}", members)
+            domain: replace(self, name=f"{self.name}/{domain}", examples=members)
             for domain in DOMAINS
             if (members := tuple(example for example in self.examples if example.domain == domain))
         }

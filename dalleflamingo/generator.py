@@ -14,9 +14,12 @@ from collections.abc import Callable, Hashable, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
+from accelerate.utils import compare_versions
 from diffusers import SchedulerMixin, StableDiffusionPipeline
+from huggingface_hub import constants, try_to_load_from_cache
 from PIL import ImageOps
 from PIL.Image import Image, Resampling
 from torch import Tensor
@@ -26,9 +29,10 @@ from dalleflamingo.datasets import to_rgb
 from dalleflamingo.denoising import fast_unet, load_scheduler, side_by_side, spread_steps
 from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint
-from dalleflamingo.tokens import check_caption
+from dalleflamingo.tokens import check_caption, check_vocabulary
 
 PREDICTIONS = ("epsilon", "v_prediction")
+_DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40") else "torch_dtype"  # 0.39 ignores dtype
 FITS = {"resize": Image.resize, "crop": ImageOps.fit}  # how an image is made square
 
 
@@ -125,6 +129,7 @@ class Generator:
         cls,
         name_or_path: str,
         device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
         scheduler: str | None = None,
         image_size: int | None = None,
         **options: object,
@@ -134,17 +139,24 @@ class Generator:
         Args:
             name_or_path: a folder, or the id of a model on the hub.
             device: where it computes.
+            dtype: of the weights.
             scheduler: one of `denoising.SCHEDULERS`, such as "DDIM" or "DDIMScheduler"; None: of the model's own kind.
             image_size: as in the class, a multiple of 8.
-            options: the stock pipeline's, such as dtype (default: float32) or a hub's `revision` and `variant`.
+            options: the stock pipeline's, such as a hub's `revision` and `variant`.
         Raises:
             RegistryError: the folder's weights are missing or cut short.
             ValueError: the scheduler is not one of `denoising.SCHEDULERS`.
         """
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        options = {"dtype": torch.float32, "use_safetensors": True} | unchecked | options
+        options = {_DTYPE: dtype, "use_safetensors": True} | unchecked | options
         with loading(name_or_path):
-            pipeline = StableDiffusionPipeline.from_pretrained(check_weights(name_or_path), **options)
+            folder = check_weights(name_or_path)
+            if constants.HF_HUB_OFFLINE and not Path(folder).is_dir():
+                # by its name diffusers 0.39 opens a cached model only where all files of its repository are cached
+                index = try_to_load_from_cache(folder, "model_index.json", revision=options.get("revision"))
+                folder = Path(index).parent if isinstance(index, str) else folder
+            pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
+            check_vocabulary(pipeline.tokenizer, pipeline.text_encoder.config.vocab_size)
         wanted = type(pipeline.scheduler).__name__ if scheduler is None else scheduler
         pipeline.scheduler = load_scheduler(wanted, pipeline.scheduler)
         return cls(pipeline.to(device), image_size)

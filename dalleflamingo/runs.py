@@ -37,7 +37,7 @@ _ROW = [*SOURCE, "candidate"]  # identifies a row
 _SCORES = pa.schema({"image_id": pa.int64(), "digest": pa.string(), "candidate": pa.int64(), "score": pa.float64()})
 _LAYOUT = 2  # of run.json and the parts; 1 had no digests
 _PER_TENSOR = 64  # values of each tensor that go into a model's fingerprint; training changes every tensor
-_WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)  # of some network drives
+WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)  # of some network drives
 
 
 class RunFolderError(ValueError):
@@ -61,7 +61,7 @@ def hold(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise RunFolderError(f"another process is at work in {folder}: wait for it, or give another folder") from error
     except OSError as error:
-        if error.errno not in _WITHOUT_LOCKS:
+        if error.errno not in WITHOUT_LOCKS:
             problem = "it is a file" if os.path.isfile(folder) else error.strerror or error
             raise RunFolderError(f"{folder} cannot hold a run ({problem}): give a folder to write to") from error
         print(f"{folder} is on a drive without file locks: let no second process work there")

@@ -60,6 +60,16 @@ def tokenizer_style(tokenizer: Tokenizer) -> TokenizerStyle:
     )
 
 
+def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
+    """Refuse a tokenizer that lacks most of its model's `size` tokens.
+
+    Raises:
+        FileNotFoundError: it does; transformers makes an empty one where a download left its files out.
+    """
+    if len(tokenizer) < size // 2:
+        raise FileNotFoundError(f"the tokenizer has {len(tokenizer)} of the model's {size} tokens: files are missing")
+
+
 def token_bytes(token: str, style: TokenizerStyle) -> bytes:
     """The bytes that a token adds to a text, by its tokenizer's style, spaces included.
 

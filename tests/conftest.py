@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("course")
 def real_data() -> Path:
     """The folder of real data that DALLEFLAMINGO_REAL_DATA names; without it the test is skipped and counted.
 
-    It holds `coco-karpathy`, `coco-photos`, `nocaps` and `magic-predictions`.
+    It holds `coco-karpathy`, `coco-photos`, `nocaps`, `magic-predictions` and `colab`.
     """
     named = os.environ.get(VARIABLE)
     if not named:
@@ -38,5 +38,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("real data")
         terminalreporter.line(
             f"{len(skipped)} tests on real data did NOT run: {VARIABLE} is not set. It names a folder that holds "
-            "coco-karpathy, coco-photos, nocaps and magic-predictions."
+            "coco-karpathy, coco-photos, nocaps, magic-predictions and colab."
         )

@@ -329,7 +329,7 @@ def test_a_model_that_is_neither_here_nor_within_reach_is_named(tmp_path):
     )
     [error] = [line for line in done.stderr.splitlines() if line.startswith("python -m dalleflamingo reconstruct: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "timm/vit_large_patch14_clip_224.openai is not on this machine, and cannot be downloaded: unset" in error
+    assert "clip_224.openai (1,710 MB) is not on this machine, and cannot be downloaded: unset" in error
     assert f"or copy {tmp_path / 'cache/hub'} from a machine that has it" in error
     assert not (tmp_path / "run/run.json").exists()
 
@@ -339,7 +339,7 @@ def test_cycle_takes_the_profiles_models_and_the_options(monkeypatch, tmp_path, 
         raise RegistryError(f"asked for {config}")
 
     monkeypatch.setenv(profiles.VARIABLE, "smoke")
-    monkeypatch.setattr(cycle, "load_cycle", load)
+    monkeypatch.setattr(profile_models, "load_cycle", load)
     shared = ["cycle", "--run", tmp_path, "--tracker", "none", "--profile", "mini"]
     status, error = run(*shared, "--steps", 3, "--seed", 4, "--batch-size", 5, capsys=capsys)
     wanted = cycle.CycleConfig.of(profiles.PROFILES["mini"], steps=3, seed=4, batch_size=5)

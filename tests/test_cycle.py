@@ -32,6 +32,8 @@ from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.evaluation import accelerators, caption_metrics, cycle_reporting
 from dalleflamingo.evaluation.cycle_validation import Validation
 from dalleflamingo.runs import RunFolderError
+from dalleflamingo.sources import registered
+from dalleflamingo.sources.models import load_cycle
 
 HERE = Path(__file__).parent
 
@@ -389,10 +391,10 @@ def test_validation_renders_with_the_profiles_scheduler(folder, monkeypatch, tmp
     """From the profile to the pipeline that draws validation's images, with the profile's steps and guidance."""
     profile = dataclasses.replace(profiles.PROFILES["smoke"], scheduler=scheduler)
     config = cycle_reporting.read_config(_written(tmp_path / "config.json", {"images": 6, "batch_size": 3}), profile)
-    monkeypatch.setattr(registry, "load_dataset", lambda name, split: dataset(folder))
+    monkeypatch.setattr(registered, "load_dataset", lambda name, split: dataset(folder))
     kinds = {config.captioner: "blip", config.generator: "sd"}
     monkeypatch.setattr(registry, "locate", lambda name: str(folder / kinds[name]))
-    made, *_ = cycle.load_cycle(config, torch.device("cpu"))
+    made, *_ = load_cycle(config, torch.device("cpu"))
     used, pipeline = [], made.generator.pipeline
     step = type(pipeline.scheduler).step
     monkeypatch.setattr(

@@ -17,7 +17,8 @@ from dalleflamingo.evaluation import image_features
 from dalleflamingo.evaluation.cycle_validation import validation_set
 from dalleflamingo.profiles import PROFILES, Profile
 from dalleflamingo.research import cycle_arms, cycle_study, insights, stability, studies, variants
-from dalleflamingo.sources import annotations
+from dalleflamingo.sources import annotations, registered
+from dalleflamingo.sources.models import load_cycle
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -34,7 +35,7 @@ def load_batches(config: CycleConfig, device: object) -> tuple:
     def build(config, captioner, generator, dataset):
         return UNKNOWN, CaptionedBatches(dataset, captioner, generator, config.batch_size, config.seed), UNKNOWN
 
-    return cycle.load_cycle(config, device, build)
+    return load_cycle(config, device, build)
 
 
 REPLACED = {**dict.fromkeys(MODELS.split(), UNKNOWN), "load_cycle": load_batches}
@@ -89,9 +90,9 @@ def code(notebook: str) -> str:
 
 @pytest.mark.parametrize("profile", ["paper"], indirect=True)
 def test_the_headers_have_the_published_sizes(profile):
-    sizes = {split: len(registry.load_dataset("coco", split)) for split in ("train", "val", "test")}
+    sizes = {split: len(registered.load_dataset("coco", split)) for split in ("train", "val", "test")}
     assert sizes == {"train": 113_287, "val": 5_000, "test": 5_000}
-    nocaps = registry.load_dataset("nocaps")
+    nocaps = registered.load_dataset("nocaps")
     assert len(nocaps) == 4_500 and {len(example.references) for example in nocaps} == {10}
     assert list(nocaps.by_domain()) == list(datasets.DOMAINS)
 
@@ -158,7 +159,7 @@ def test_other_wrong_calls_and_calls_out_of_sight_are_caught_too(profile, change
 
 def insight_of(profile: Profile) -> SimpleNamespace:
     """In place of `report`: what an insight of the profile has in the docs."""
-    examples = registry.load_dataset(profile.dataset).subset(500)
+    examples = registered.load_dataset(profile.dataset).subset(500)
     rows = [{"image_id": example.image_id, "candidate": k} for example in examples for k in range(insights.RANKED)]
     return SimpleNamespace(load=lambda name, folder: (pd.DataFrame(rows), UNKNOWN))
 
@@ -172,7 +173,7 @@ def test_the_insights_ask_for_no_more_than_there_is(study, images, profile, monk
     for models in (insights.ImageJourneyModels, insights.TextJourneyModels):
         monkeypatch.setattr(models, "load", lambda *_: UNKNOWN)
     monkeypatch.setattr(
-        insights, "_write", lambda name, measured, docs: measured(registry.load_dataset(profile.dataset))
+        insights, "_write", lambda name, measured, docs: measured(registered.load_dataset(profile.dataset))
     )
     getattr(insights, study)(["--images", str(images)])
     assert found == [images]
@@ -214,7 +215,7 @@ def test_the_cycle_study_asks_for_no_more_than_there_is(profile):
 @pytest.mark.parametrize("profile", ["smoke", "paper"], indirect=True)
 def test_a_study_that_asks_for_more_is_caught(profile, monkeypatch, tmp_path):
     replaced = {**REPLACED, "report": insight_of(profile)}
-    whole = len(registry.load_dataset(profile.dataset))
+    whole = len(registered.load_dataset(profile.dataset))
     monkeypatch.setitem(studies.MORE, "images", whole + 1)
     with pytest.raises(DatasetError, match=f"{whole + 1} .* 1 to {whole}"):
         headers.run_function(studies.measure_studies, [tmp_path, tmp_path], replaced)

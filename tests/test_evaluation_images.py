@@ -14,9 +14,10 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from dalleflamingo import registry
 from dalleflamingo.evaluation import image_metrics
-from dalleflamingo.evaluation.image_features import FeatureExtractor, InceptionV3
+from dalleflamingo.evaluation.image_features import URL_INCEPTION_V3, FeatureExtractor, InceptionV3
 from dalleflamingo.evaluation.similarities import Fidelity
 from dalleflamingo.miniature.inception import MiniatureInception
+from dalleflamingo.sources import models
 
 
 def gaussian(n: int, mean: list[float], scale: list[float], seed: int = 0) -> torch.Tensor:
@@ -129,6 +130,22 @@ def test_weights_by_pickle_are_refused_and_missing_ones_named(tmp_path):
         InceptionV3.from_pretrained(tmp_path / "gone.pth")
 
 
+@pytest.mark.parametrize("url", [URL_INCEPTION_V3, "https://elsewhere.org/other.pth"])
+def test_weights_whose_server_does_not_answer_are_named_at_once(tmp_path, monkeypatch, url):
+    asked = []
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(registry, "answers", lambda url: asked.append(url))
+    file = tmp_path / "checkpoints" / url.rpartition("/")[2]
+    with pytest.raises(registry.RegistryError, match=f"{file} is not on this machine, .*copy the file from a machine"):
+        InceptionV3.from_pretrained(url)
+    assert asked == [url]
+    file.parent.mkdir()
+    file.touch()  # cached: torch opens it, and nobody is asked
+    with pytest.raises((EOFError, RuntimeError)):
+        InceptionV3.from_pretrained(url)
+    assert asked == [url]
+
+
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory):
     folder = tmp_path_factory.mktemp("miniature")
@@ -142,8 +159,8 @@ def pictures(n: int) -> list[Image.Image]:
 
 
 def test_an_inception_of_the_registry_is_opened_by_its_own_class():
-    assert registry.class_of("miniature/inception") is MiniatureInception
-    assert registry.class_of("inception-v3") in (InceptionV3, None)
+    assert models.class_of("miniature/inception") is MiniatureInception
+    assert models.class_of("inception-v3") in (InceptionV3, None)
     extractor = FeatureExtractor.from_registry("miniature/inception")
     assert type(extractor.model) is MiniatureInception and not extractor.model.training
     assert extractor.name == "the miniature's Inception"

@@ -15,6 +15,7 @@ from dalleflamingo.captioner import BlipCaptioner
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.evaluation import cycle_reporting
 from dalleflamingo.generator import Generator
+from dalleflamingo.sources import registered
 
 ROOT = Path(__file__).parents[1]
 SIDE = 64  # pixels
@@ -41,7 +42,7 @@ def test_both_halves_of_the_cycle_train_at_full_size(full_size, tmp_path):
     pipeline = StableDiffusionPipeline(
         full_size.vae(SIDE), encoder, tokenizer, unet, schedule, None, None, requires_safety_checker=False
     )
-    dataset = registry.load_dataset("miniature/coco", "val").subset(2)
+    dataset = registered.load_dataset("miniature/coco", "val").subset(2)
     config = CycleConfig("blip-base", "sd-v1-4", "coco", steps=2, batch_size=2, learning_rate=1e-3, checkpointing=True)
     made, batches, trainable = cycle.build_cycle(config, captioner, Generator(pipeline), dataset)
     learning = cycle_losses.captioner_parameters(captioner) | cycle_losses.generator_parameters(made.generator)

@@ -3,12 +3,12 @@
 Each kind of file is damaged in a hundred ways by seeds. A file that is still read is no failure.
 """
 
+import contextlib
 import faulthandler
 import json
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import fakes
@@ -18,12 +18,16 @@ import pytest
 import tiny
 from PIL import Image
 from test_command_line import models  # noqa: F401, a fixture
+from test_shards import tar
 
 from dalleflamingo import __main__ as command_line
-from dalleflamingo import cycle
 from dalleflamingo.captioner import Captioner
+from dalleflamingo.datasets import DatasetError, UnreadableImage
 from dalleflamingo.registry import RegistryError
+from dalleflamingo.sources import models as profile_models
 from dalleflamingo.sources.annotations import read_coco
+from dalleflamingo.sources.own_files import read_pairs
+from dalleflamingo.sources.shards import read_shards
 
 SEEDS = range(100)  # of each kind
 LIMIT = 60  # seconds for one file
@@ -51,7 +55,7 @@ class Hang(BaseException):
     """Not an Exception, which readers of damaged files catch."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def no_hang():
     def stop(*_):
         raise Hang(f"it took more than {LIMIT} seconds")
@@ -128,6 +132,38 @@ def test_annotations(tmp_path):
                 assert file.name in str(error)
                 refused += 1
     assert 30 < refused < 100
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "tar", "tar.gz"])
+def test_images_with_captions(tmp_path, kind):
+    """Read, or refused by name; an image that is damaged is found when it is opened."""
+    images = sorted(example.path for example in fakes.dataset(tmp_path / "mine", 3))
+    names = [path.name for path in images]
+    if kind.startswith("tar"):
+        members = [(path.name, path.read_bytes()) for path in images] + [("z.png", images[0].read_bytes())]
+        members.append(("z.json", json.dumps({"captions": ["a red cat", "a boat"], "image_id": 7})))
+        whole = tar(tmp_path / "whole", members, "w:gz" if kind == "tar.gz" else "w").read_bytes()
+        if kind == "tar":
+            whole = whole.rstrip(b"\0") + bytes(2048)  # fewer of the zeros, where damage is none
+    elif kind == "csv":
+        whole = ("image,captions\n" + "".join(f'{name},"a cat, asleep"\n' for name in names)).encode()
+    else:
+        whole = "".join(json.dumps({"image": name, "captions": ["a", "b"]}) + "\n" for name in names).encode()
+    refused = 0
+    for seed in SEEDS:
+        file = tmp_path / "mine" / f"{seed}.{kind}"
+        file.write_bytes(damaged(whole, seed))
+        with no_hang():
+            try:
+                dataset = read_shards(file, tmp_path / str(seed)) if kind.startswith("tar") else read_pairs(file)
+                assert len({example.image_id for example in dataset}) == len(dataset) > 0
+                for example in dataset:
+                    with contextlib.suppress(UnreadableImage):
+                        dataset.open(example)
+            except DatasetError as error:
+                assert file.stem in str(error) and str(error).isprintable(), error
+                refused += 1
+    assert 5 < refused <= 100
 
 
 @pytest.mark.usefixtures("models")
@@ -212,7 +248,7 @@ def test_configurations(tmp_path, capsys, monkeypatch):
         began.append(True)
         raise RegistryError("far enough")
 
-    monkeypatch.setattr(cycle, "load_cycle", train)
+    monkeypatch.setattr(profile_models, "load_cycle", train)
     whole = {"steps": 3, "learning_rate": 1e-4, "losses": {"caption": 1.0}, "schedule": "joint", "seed": 7}
     for seed in SEEDS:
         file = tmp_path / f"{seed}.json"

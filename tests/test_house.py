@@ -38,7 +38,8 @@ def pins() -> dict[str, str]:
 
 def direct_requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
-    return [Requirement(text) for text in PROJECT["dependencies"] + extras["course"] + extras["test"]]
+    lists = (PROJECT["dependencies"], *(extras[name] for name in ("colab", "course", "test")))
+    return [one for listed in lists for one in map(Requirement, listed) if one.name != PROJECT["name"]]
 
 
 def closure(roots: list[Requirement]) -> set[str]:

@@ -140,7 +140,7 @@ def test_the_command_draws_where_the_registry_looks_from_any_working_directory(w
     shutil.copytree(written, root, ignore=shutil.ignore_patterns("*.png"))
     monkeypatch.setenv("DALLEFLAMINGO_DATA", str(root.parent))
     monkeypatch.chdir(tmp_path / "data")
-    assert corpora.main([]) == 0
+    corpora.prepare()
     assert f"{root}: 39 images drawn" in capsys.readouterr().out
     for file in root.rglob("*.png"):
         assert file.read_bytes() == (written / file.relative_to(root)).read_bytes()

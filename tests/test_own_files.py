@@ -230,7 +230,7 @@ def test_a_file_is_read_as_what_its_suffix_says(tmp_path, name, mark):
         ("a.json", '{"a": "b"}', "an object with the keys 'a'; expected a list of strings"),
         ("a.json", "[1]", "entry 1 is a number; expected a string"),
         ("a.json", '[{"caption": null}]', "entry 1 is an object with the keys 'caption'; expected"),
-        ("a.json", '["a", {"text": "b"}]', "entry 2 is an object with the keys 'text'"),
+        ("a.json", '["a", {"words": "b"}]', "entry 2 is an object with the keys 'words'"),
         ("a.json", "a red kite", "a.json is not JSON"),
         ("a.json", "[]", "holds no caption"),
         ("a.json", "[" * 100_000, "is not JSON"),

@@ -508,7 +508,7 @@ def test_similarities_that_cannot_be_columns_are_refused(tmp_path, names):
 
 def test_a_generator_is_opened_by_the_class_that_its_registry_entry_names():
     smoke = profiles.PROFILES["smoke"]
-    assert type(models.load_generator(smoke, "miniature/lafite")) is registry.class_of("miniature/lafite")
+    assert type(models.load_generator(smoke, "miniature/lafite")) is models.class_of("miniature/lafite")
     usual = models.load_generator(smoke, scheduler="DDIM")
     assert type(usual) is Generator and type(usual.pipeline.scheduler).__name__ == "DDIMScheduler"
 

@@ -20,6 +20,7 @@ from dalleflamingo.miniature.inception import MiniatureInception
 from dalleflamingo.miniature.lafite import LafiteGenerator
 from dalleflamingo.miniature.recogniser import Recogniser
 from dalleflamingo.registry import ENTRIES, RegistryError
+from dalleflamingo.sources import models, registered, remote
 
 UNET = "sd/unet/diffusion_pytorch_model.safetensors"
 
@@ -100,14 +101,14 @@ def test_a_captioner_is_decoded_by_settings_that_transformers_knows_within_the_p
 
 
 def test_a_model_that_the_core_does_not_open_is_opened_by_the_class_that_its_entry_names():
-    assert registry.class_of("miniature/lafite") is LafiteGenerator
-    assert registry.class_of("miniature/recogniser") is Recogniser
-    assert registry.class_of("miniature/inception") is MiniatureInception
-    assert registry.class_of("miniature/sd") is registry.class_of("sd-v1-4") is None
+    assert models.class_of("miniature/lafite") is LafiteGenerator
+    assert models.class_of("miniature/recogniser") is Recogniser
+    assert models.class_of("miniature/inception") is MiniatureInception
+    assert models.class_of("miniature/sd") is models.class_of("sd-v1-4") is None
 
 
 def test_an_entry_is_found_by_the_name_that_a_data_set_has_after_loading(miniature):
-    coco, nocaps = registry.load_dataset("miniature/coco", "test"), registry.load_dataset("miniature/nocaps")
+    coco, nocaps = registered.load_dataset("miniature/coco", "test"), registered.load_dataset("miniature/nocaps")
     assert registry.entry_of(coco.name) is ENTRIES["miniature/coco"]
     assert registry.entry_of(nocaps.by_domain()["out-domain"].name) is ENTRIES["miniature/nocaps"]
     assert registry.entry_of("coco/test") is ENTRIES["coco"] and registry.entry_of("miniature/sd").shipped
@@ -116,7 +117,7 @@ def test_an_entry_is_found_by_the_name_that_a_data_set_has_after_loading(miniatu
             registry.entry_of(name)
 
 
-ASK = [registry.locate, verify, registry.load_dataset, registry.class_of, registry.source_of]
+ASK = [registry.locate, verify, registered.load_dataset, models.class_of, registry.source_of]
 
 
 @pytest.mark.parametrize("ask", ASK)
@@ -126,10 +127,10 @@ def test_an_unknown_name_is_answered_with_the_known_ones(ask):
 
 
 def test_models_and_data_sets_are_not_mistaken_for_each_other(miniature):
-    with pytest.raises(RegistryError, match="is a data set: open it with registry.load_dataset"):
+    with pytest.raises(RegistryError, match="is a data set: open it with load_dataset"):
         registry.locate("miniature/coco")
     with pytest.raises(RegistryError, match="is a model: registry.locate"):
-        registry.load_dataset("miniature/sd")
+        registered.load_dataset("miniature/sd")
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -162,7 +163,7 @@ def test_truncated_weights_are_named_with_both_sizes_and_the_remedy_even_before_
     for ask in (registry.locate, verify):
         with pytest.raises(RegistryError) as refusal:
             ask("miniature/sd")
-        message = f"{weights} is truncated: it has 100 bytes; expected {size:,} bytes: run `git checkout -- {weights}`"
+        message = f"{weights} has 100 bytes; expected {size:,} bytes: run `git checkout -- {weights}`"
         assert str(refusal.value) == message
 
 
@@ -225,7 +226,7 @@ def test_sbert_comes_from_its_hub_where_the_package_is_absent(monkeypatch):
 
 
 def test_miniature_data_sets_come_with_images_domains_and_scenes(miniature):
-    coco, nocaps = registry.load_dataset("miniature/coco", "test"), registry.load_dataset("miniature/nocaps")
+    coco, nocaps = registered.load_dataset("miniature/coco", "test"), registered.load_dataset("miniature/nocaps")
     assert coco.name == "miniature/coco/test" and coco[0].extra["scene"] == {"ground": "sand"}
     assert coco.open(coco[0]).size == (64, 64)
     assert nocaps.name == "miniature/nocaps" and list(nocaps.by_domain()) == ["out-domain"]
@@ -236,7 +237,7 @@ def test_undrawn_images_are_answered_with_the_command_that_draws_them(miniature)
     with pytest.raises(
         RegistryError, match="1 of the 2 images of miniature/coco are missing, .*1.png .*dalleflamingo data"
     ):
-        registry.load_dataset("miniature/coco", "test")
+        registered.load_dataset("miniature/coco", "test")
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_undrawn_images_are_answered_with_the_command_that_draws_them(miniature)
 )
 def test_a_split_that_does_not_exist_is_answered_with_those_that_do(miniature, name, split, message):
     with pytest.raises(RegistryError, match=message):
-        registry.load_dataset(name, split)
+        registered.load_dataset(name, split)
 
 
 @pytest.mark.parametrize(
@@ -259,12 +260,16 @@ def test_a_split_that_does_not_exist_is_answered_with_those_that_do(miniature, n
     [("coco", "test", "DALLEFLAMINGO_COCO"), ("nocaps", None, "DALLEFLAMINGO_NOCAPS")],
 )
 def test_an_absent_real_data_set_is_answered_with_where_to_get_it(tmp_path, monkeypatch, name, split, variable):
+    """The tests are offline; `test_remote` fetches from a local server."""
+    monkeypatch.setattr(remote, "folder_of", lambda entry: tmp_path / entry.name)
     monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(RegistryError, match=f"{name} is not shipped, and {variable} is not set. Download https"):
-        registry.load_dataset(name, split)
+    with pytest.raises(
+        RegistryError, match=f"{name}: HF_HUB_OFFLINE is set.*your own copy in {variable}; or fetch by hand .*https"
+    ):
+        registered.load_dataset(name, split)
     monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
-    with pytest.raises(RegistryError, match="nowhere' is not a folder"):
-        registry.load_dataset(name, split)
+    with pytest.raises(RegistryError, match=f"nowhere' is not a folder. Unset {variable}, and photographs are fetched"):
+        registered.load_dataset(name, split)
 
 
 def test_real_coco_is_read_from_the_ground_truth_file_or_from_karpathys_json(tmp_path, monkeypatch):
@@ -273,16 +278,16 @@ def test_real_coco_is_read_from_the_ground_truth_file_or_from_karpathys_json(tmp
     payload = {"images": [{**record, "sentences": [{"raw": "a dog"}]}]}
     (tmp_path / "dataset_coco.json").write_text(json.dumps(payload))
     with pytest.raises(
-        RegistryError, match="1 of the 1 images of coco are missing, .*005.jpg for one: DALLEFLAMINGO_COCO names"
+        RegistryError, match="1 of the 1 images of coco are missing, .*005.jpg for one: Unset DALLEFLAMINGO_COCO"
     ):
-        registry.load_dataset("coco", "train")
+        registered.load_dataset("coco", "train")
     (tmp_path / "val2014").mkdir()
     (tmp_path / "val2014/COCO_val2014_000000000005.jpg").touch()
-    assert registry.load_dataset("coco", "train")[0].references == ("a dog",)
+    assert registered.load_dataset("coco", "train")[0].references == ("a dog",)
 
     ground_truth = {"images": [{"id": 5}], "annotations": [{"image_id": 5, "caption": "a cat"}]}
     (tmp_path / "coco_karpathy_test_gt.json").write_text(json.dumps(ground_truth))
-    assert registry.load_dataset("coco", "test")[0].references == ("a cat",)
+    assert registered.load_dataset("coco", "test")[0].references == ("a cat",)
 
 
 def test_real_nocaps_is_read_with_its_domains(tmp_path, monkeypatch):
@@ -292,4 +297,4 @@ def test_real_nocaps_is_read_with_its_domains(tmp_path, monkeypatch):
     lion = datasets.Example(0, tmp_path / "images/0.jpg", ("a lion",), "out-domain")
     lost = datasets.Example(1, tmp_path / "images/1.jpg", ("a kite",), "in-domain")  # for the run to skip
     write_coco(tmp_path / "nocaps_val_4500_captions.json", [lion, lost])
-    assert registry.load_dataset("nocaps").examples == (lion, lost)
+    assert registered.load_dataset("nocaps").examples == (lion, lost)

@@ -56,6 +56,30 @@ def test_a_model_that_is_neither_here_nor_within_reach_is_named(loader):
         loader.from_pretrained("nobody/no-such-model")
 
 
+@pytest.mark.parametrize(
+    ("make", "loader", "files"),
+    [
+        (tiny.blip, Captioner, ["vocab.txt", "tokenizer.json"]),
+        (tiny.blip2, Captioner, ["vocab.json", "merges.txt", "tokenizer.json"]),
+        (
+            tiny.stable_diffusion,
+            Generator,
+            ["tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer.json"],
+        ),
+    ],
+    ids=["blip", "blip2", "sd"],
+)
+def test_a_model_without_its_tokenizers_files_is_refused(tmp_path, make, loader, files):
+    """As an interrupted download leaves it; transformers makes an empty vocabulary, which reads every word as [UNK]."""
+    folder = make(tmp_path)
+    removed = [folder / file for file in files if (folder / file).exists()]
+    assert removed
+    for file in removed:
+        file.unlink()
+    with pytest.raises(RegistryError, match=f"^{folder} cannot be loaded .*; else copy or download it again$"):
+        loader.from_pretrained(str(folder))
+
+
 def test_what_is_not_the_models_fault_passes_unchanged():
     """A full disk, a full memory, our own words: wrapped in a remedy for damaged models they would mislead."""
     for error in (

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from worlds import NAME, ThreeColours, candidates, world
 
-from dalleflamingo import registry
 from dalleflamingo.datasets import DOMAINS, Dataset, Example
 from dalleflamingo.evaluation import caption_metrics
 from dalleflamingo.evaluation.intervals import Interval, resample
@@ -31,6 +30,7 @@ from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import Selection
 from dalleflamingo.runs import RunFolderError
 from dalleflamingo.similarity import Encoder
+from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import Models
 
 
@@ -588,7 +588,7 @@ def test_the_shipped_claims_follow_from_the_shipped_table():
     assert [(row["ranked_by"], row["verdict"]) for row in shipped] == [
         (claim.ranked_by, claim.verdict) for claim in insights.claim_2(effects)
     ]
-    dataset = registry.load_dataset(table.attrs["dataset"])
+    dataset = registered.load_dataset(table.attrs["dataset"])
     evaluated = evaluate_captions(table[table["candidate"] < table.attrs["ranked"]], dataset)
     again = ranking.measure(evaluated, resamples=100)
     for row in shipped:

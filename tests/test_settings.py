@@ -29,6 +29,7 @@ from dalleflamingo.evaluation.cycle_reporting import read_config
 from dalleflamingo.miniature.training import train
 from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import options
+from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_captioner, load_generator
 
 ROOT = Path(__file__).parents[1]
@@ -304,7 +305,7 @@ def test_an_entry_that_a_user_writes_wrong_is_named(tmp_path, text, message):
 @pytest.mark.parametrize("value", ["~nobody-of-this-name/data", "\udcff", "x" * 300, "relative/and/gone"])
 def test_a_variable_that_names_no_folder_is_named(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
-    find = registry.data_root if variable.endswith("DATA") else lambda: registry.user_folder("coco")
+    find = registry.data_root if variable.endswith("DATA") else lambda: registered.user_folder("coco")
     with pytest.raises((registry.RegistryError, OSError), match=variable if len(value) < 256 else "name too long"):
         find()
 

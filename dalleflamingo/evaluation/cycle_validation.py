@@ -11,20 +11,20 @@ from pathlib import Path
 from diffusers.utils import make_image_grid
 from PIL.Image import Image
 
-from dalleflamingo import registry
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.evaluation import caption_metrics
 from dalleflamingo.evaluation.caption_results import describe_dataset
 from dalleflamingo.generator import Generator
+from dalleflamingo.sources import registered
 
 VALIDATED = 200  # images
 
 
 def validation_set(config: CycleConfig) -> Dataset:
     """At most 200 images of the split "val" of a configuration's data set."""
-    dataset = registry.load_dataset(config.dataset, "val")
+    dataset = registered.load_dataset(config.dataset, "val")
     return dataset.subset(min(VALIDATED, len(dataset)))
 
 

@@ -20,6 +20,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from dalleflamingo import registry
 from dalleflamingo.datasets import open_image, to_rgb
+from dalleflamingo.sources.models import class_of
 
 
 class ImageFiles(Sequence[Image]):
@@ -87,6 +88,12 @@ class InceptionV3(FeatureExtractorInceptionV3):
 
 def _read_weights(path: str | Path) -> dict[str, Tensor]:
     if str(path).startswith("https://"):
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(path).name)
+        if not cached.is_file() and not registry.answers(str(path)):  # torch would wait for minutes
+            raise registry.RegistryError(
+                f"{cached} is not on this machine, and cannot be downloaded: {path} does not answer; connect to the "
+                "network once, or copy the file from a machine that has it"
+            )
         return torch.hub.load_state_dict_from_url(str(path), map_location="cpu", weights_only=True)
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no {path}: download {URL_INCEPTION_V3}, or give no path to have it done")
@@ -115,7 +122,7 @@ class FeatureExtractor:
         Raises:
             RegistryError: unknown name, or weights that are missing or cut short.
         """
-        network = registry.class_of(name) or InceptionV3
+        network = class_of(name) or InceptionV3
         where = registry.check_weights(registry.locate(name))
         with registry.loading(where):
             return cls(network.from_pretrained(where).to(device))

@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.similarity import Encoder, load_clip
+from dalleflamingo.tokens import check_vocabulary
 
 SBERT_TOKENS = 256
 
@@ -52,7 +53,9 @@ class Sbert(Encoder[str]):
         source = {"pretrained_model_name_or_path": check_weights(name_or_path), "revision": revision or "main"}
         with loading(name_or_path):
             model = AutoModel.from_pretrained(**source, dtype=torch.float32, use_safetensors=True)
-            return cls(model.to(device), AutoTokenizer.from_pretrained(**source))
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            check_vocabulary(tokenizer, model.config.vocab_size)
+        return cls(model.to(device), tokenizer)
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
         options = dict(padding=True, truncation=True, max_length=SBERT_TOKENS, return_tensors="pt")

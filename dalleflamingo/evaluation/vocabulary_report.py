@@ -38,7 +38,9 @@ def wordpiece_tokenizer() -> PreTrainedTokenizerBase:
 
     It is also SBERT's, which the extra `course` installs, so it needs no network.
     """
-    return AutoTokenizer.from_pretrained(registry.locate("sbert"), revision=registry.ENTRIES["sbert"].revision)
+    folder = registry.locate("sbert")
+    with registry.loading(folder):
+        return AutoTokenizer.from_pretrained(folder, revision=registry.ENTRIES["sbert"].revision)
 
 
 def clip_tokenizer() -> PreTrainedTokenizerBase:

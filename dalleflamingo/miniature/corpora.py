@@ -6,7 +6,6 @@
 * **nocaps-dev**: other scenes from the same distribution, for choosing settings, which must not be chosen on nocaps.
 """
 
-import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -243,26 +242,21 @@ def _remove_images_of_others(folder: Path, stem: str, digest: str, names: Iterab
     write_whole(note, lambda part: part.write_text(digest))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command `python -m dalleflamingo data`; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dalleflamingo data",
-        description="Draw the images of the miniature data sets that are not drawn yet, as their annotation files, "
-        "which come with the repository, describe them. They lie in its data/miniature, or in the folder miniature of "
-        "DALLEFLAMINGO_DATA.",
-    )
-    parser.add_argument(
-        "--write", action="store_true", help="first write the annotation files; they follow from a seed"
-    )
-    parser.add_argument("--verify", action="store_true", help="then compare all shipped files with their sha256")
-    options = parser.parse_args(arguments)
-    if options.write:
+def prepare(write: bool = False, verify_files: bool = False) -> None:
+    """Draw the images that are not drawn yet, as the annotation files describe them.
+
+    Args:
+        write: first write the annotation files; they follow from a seed.
+        verify_files: then compare all shipped files with their sha256.
+    Raises:
+        RegistryError: as `data_folder`, or as `verify`.
+    """
+    if write:
         write_annotations()
     drawn = draw_images()
     print(f"{data_folder()}: {drawn} images drawn, the others were there already")
-    if options.verify:
+    if verify_files:
         shipped = [name for name, entry in registry.ENTRIES.items() if entry.shipped]
         for name in tqdm(shipped, desc="verifying"):
             verify(name)
         print(f"the files of {len(shipped)} models and data sets are those that MANIFEST.json lists")
-    return 0

@@ -129,10 +129,12 @@ class LafiteGenerator:
             RegistryError: weights are missing or incomplete.
         """
         with loading(name_or_path):
-            model = Lafite.from_pretrained(check_weights(name_or_path), revision=revision, dtype=dtype).to(device)
+            model = Lafite.from_pretrained(check_weights(name_or_path), revision=revision, torch_dtype=dtype)
         folder = Path(registry.locate(model.config.autoencoder))
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype).to(device)
-        return cls(model, vae, ClipText.from_pretrained(registry.locate(model.config.clip), device))
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype)
+        return cls(
+            model.to(device), vae.to(device), ClipText.from_pretrained(registry.locate(model.config.clip), device)
+        )
 
     def fingerprint(self) -> str:
         """Digest of the weights, by which a run notices another generator."""

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
-from dalleflamingo.cycle import CycleConfig, build_cycle, load_cycle, train_cycle
+from dalleflamingo.cycle import CycleConfig, build_cycle, train_cycle
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.accelerators import make_accelerator
@@ -33,6 +33,8 @@ from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.research.released import build_released_cycle
 from dalleflamingo.runs import write_whole
 from dalleflamingo.similarity import ClipImage, Encoder
+from dalleflamingo.sources import registered
+from dalleflamingo.sources.models import load_cycle
 
 IMAGES = 300  # of each data set; of NoCaps a hundred of each domain
 
@@ -44,7 +46,7 @@ def test_sets(profile: Profile, images: int = IMAGES) -> dict[str, Dataset]:
         profile: names the data sets; of `dataset` as many of every domain.
         images: of each data set.
     """
-    nocaps, coco = registry.load_dataset(profile.dataset), registry.load_dataset(profile.coco, "test")
+    nocaps, coco = registered.load_dataset(profile.dataset), registered.load_dataset(profile.coco, "test")
     parts = nocaps.by_domain().values()
     ids = {example.image_id for part in parts for example in part.subset(images // len(parts))}
     return {"nocaps": nocaps.filter(ids), "coco": coco.subset(images)}
@@ -64,7 +66,7 @@ def development_sets(profile: Profile) -> dict[str, Dataset]:
             f"no images like those of {profile.dataset} are set apart for choosing settings: use a profile of the "
             "miniature, such as mini"
         )
-    return {"nocaps": registry.load_dataset(name), "coco": registry.load_dataset(profile.coco, "val")}
+    return {"nocaps": registered.load_dataset(name), "coco": registered.load_dataset(profile.coco, "val")}
 
 
 def train_and_evaluate(

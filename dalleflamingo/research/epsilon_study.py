@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from dalleflamingo import profiles
 from dalleflamingo.captioner import Captioner
-from dalleflamingo.cycle import CaptionedBatches, CycleConfig, TrainableParameters, build_cycle, load_cycle
+from dalleflamingo.cycle import CaptionedBatches, CycleConfig, TrainableParameters, build_cycle
 from dalleflamingo.cycle_losses import Cycle, captioner_parameters, generator_parameters
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.intervals import Interval
@@ -36,6 +36,7 @@ from dalleflamingo.research.epsilon import AtTimestep, compare_timesteps, epsilo
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.runs import write_whole
+from dalleflamingo.sources.models import load_cycle
 
 COMMAND = "python -m dalleflamingo research epsilon"
 FORMS = ("v", "ε")

@@ -31,6 +31,7 @@ from dalleflamingo.research import caption_gates, encoder_gates, fresh, image_ga
 from dalleflamingo.research.options import RUNS, positive
 from dalleflamingo.runs import write_whole
 from dalleflamingo.similarity import ClipImage, Dino, Similarity, load_clip
+from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_captioner, load_generator
 
 SEED = 20  # of the scenes that are drawn; no training draws from it
@@ -175,7 +176,7 @@ class Development:
         n = self.size(600)
         if self.seed is not None:
             return fresh.nocaps(n, self.seed)
-        return registry.load_dataset(registry.entry_of(MINI.dataset).development).subset(n)
+        return registered.load_dataset(registry.entry_of(MINI.dataset).development).subset(n)
 
 
 def _open_recogniser() -> Recogniser:

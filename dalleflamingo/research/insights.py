@@ -63,6 +63,7 @@ from dalleflamingo.research.ranking import (
     similarities,
 )
 from dalleflamingo.similarity import Encoder, Similarity
+from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_captioner, load_models
 
 _OUT = "out-domain"
@@ -446,7 +447,7 @@ def _options(name: str, about: str, arguments: list[str]) -> tuple[argparse.Name
 
 def _write(name: str, measured: Callable[[Dataset], report.Insight], docs: Path) -> int:
     began = time.monotonic()
-    insight = measured(registry.load_dataset(profiles.current().dataset))
+    insight = measured(registered.load_dataset(profiles.current().dataset))
     report.write(docs, insight)
     print_claims(insight.claims)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)

@@ -14,11 +14,12 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dalleflamingo import profiles, registry
+from dalleflamingo import profiles
 from dalleflamingo.course import show
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.miniature.scene_graph import Scene, scene_graph_f1
 from dalleflamingo.reconstruct import JourneySettings, image_text_image
+from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import Models, load_models
 
 BY = "clip"
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/figures"), help="default: docs/figures")
     folder = parser.parse_args(arguments).folder
     profile = profiles.PROFILES["mini"]
-    dataset, settings = registry.load_dataset(profile.dataset), JourneySettings.of(profile, candidates=CANDIDATES)
+    dataset, settings = registered.load_dataset(profile.dataset), JourneySettings.of(profile, candidates=CANDIDATES)
     show.write_png(world(dataset), folder / "world.png")
     show.write_png(ranked(dataset.subset(profile.images), load_models(profile), settings), folder / "ranked.png")
     print(f"world.png and ranked.png are in {folder}/")

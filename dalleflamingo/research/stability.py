@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from dalleflamingo import profiles, registry
+from dalleflamingo import profiles
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.intervals import Interval, mean_interval, within_group_spearman
 from dalleflamingo.generator import Generator
@@ -31,6 +31,7 @@ from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import ALL, RESAMPLES, EvaluatedCandidates, gains, measure
 from dalleflamingo.runs import RunFolder, derive_seed, write_whole
 from dalleflamingo.similarity import Similarity
+from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_models
 
 
@@ -221,7 +222,7 @@ def measure_stability(images: int, per_caption: int, folder: Path, run_folder: P
     """
     profile = profiles.current()
     table, _ = report.load("insight-1", folder)
-    dataset = registry.load_dataset(profile.dataset)
+    dataset = registered.load_dataset(profile.dataset)
     ids = {example.image_id for example in dataset.subset(images)}
     table = table[table["image_id"].isin(ids) & (table["candidate"] < RANKED)].reset_index(drop=True)
     _, generator, encoders = load_models(profile)

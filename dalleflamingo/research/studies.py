@@ -47,6 +47,7 @@ from dalleflamingo.research.ranking import (
     similarities,
 )
 from dalleflamingo.runs import derive_seed, write_whole
+from dalleflamingo.sources import registered
 from dalleflamingo.sources.annotations import read_coco
 
 NUCLEUS = tuple(paper.TABLE_6)  # values of p
@@ -202,12 +203,12 @@ def claim_13(
 
 def _tokenized_alike(profile: profiles.Profile) -> list[Claim]:
     """Claim 13 of the profile's vocabularies, and of the paper's where COCO's captions are at hand."""
-    test = registry.load_dataset(profile.coco, "test")
+    test = registered.load_dataset(profile.coco, "test")
     source = AutoTokenizer.from_pretrained(registry.locate(profile.captioner))
     target = AutoTokenizer.from_pretrained(registry.locate(profile.generator), subfolder="tokenizer")
     found = [claim_13(_captions(test), source, target, dataset=test.name)]
     try:
-        file = registry.user_folder("coco") / "coco_karpathy_test_gt.json"
+        file = registered.user_folder("coco") / "coco_karpathy_test_gt.json"
     except registry.RegistryError:  # the real vocabularies are compared only where the captions are
         return found
     if file.is_file():
@@ -366,7 +367,7 @@ def measure_studies(docs: Path, runs: Path) -> Studies:
     profile = profiles.current()
     table, _ = report.load("insight-1", docs / "results")
     of_images, _ = report.load("insight-2", docs / "results")
-    everything = registry.load_dataset(profile.dataset)
+    everything = registered.load_dataset(profile.dataset)
     models = TextJourneyModels.load(profile, everything)
     check_similarities(models.similarities, "text")
     evaluated = evaluate_captions(table, everything)

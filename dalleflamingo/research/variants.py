@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from dalleflamingo import profiles, registry
+from dalleflamingo import profiles
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import PAPER_SAMPLING, Strategy, Temperature, TopK
@@ -42,6 +42,7 @@ from dalleflamingo.research.ranking import (
 )
 from dalleflamingo.runs import write_whole
 from dalleflamingo.similarity import Similarity
+from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_captioner, load_models
 
 BATCH = 16  # images described at once
@@ -82,7 +83,7 @@ class Variant:
 
     def dataset(self, usual: Profile) -> Dataset:
         """All images of the variant; of COCO the test split."""
-        return registry.load_dataset(self.profile(usual).dataset, "test" if self.on_coco else None)
+        return registered.load_dataset(self.profile(usual).dataset, "test" if self.on_coco else None)
 
     def settings(self, usual: Profile) -> JourneySettings:
         """Of the variant's journey."""
@@ -203,7 +204,7 @@ def insight_2_by_captioner(docs: Path, run_folder: Path) -> dict[str, pd.DataFra
     table, _ = report.load("insight-2", docs / "results")
     if not (run_folder / "images").is_dir():
         raise FileNotFoundError(f"{run_folder} has no images: make them by `{table.attrs['command']}`, then go on")
-    everything = registry.load_dataset(profile.dataset)
+    everything = registered.load_dataset(profile.dataset)
     dataset = everything.filter(set(table["image_id"]))
     texts = load_text_similarities(profile, {example.image_id: example.references for example in everything})
     check_similarities(texts, "text")
@@ -366,7 +367,7 @@ def measure_variants(images: int, docs: Path, runs: Path) -> Variants:
     chosen = {name: one for name, one in VARIANTS.items() if profile.other_generator or not one.other_generator}
     evaluated = {name: run_variant(one, profile, images, runs / name) for name, one in chosen.items()}
     again = {name: measure(one) for name, one in evaluated.items()}
-    usual = registry.load_dataset(profile.dataset)
+    usual = registered.load_dataset(profile.dataset)
     everyone = {"Insight I": (evaluate_captions(table[table["candidate"] < RANKED], usual), usual)}
     everyone |= {one.what: (evaluated[name], one.dataset(profile)) for name, one in chosen.items()}
     # real images have no scene that captions could be compared with

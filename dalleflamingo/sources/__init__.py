@@ -1,1 +1,1 @@
-"""A user's own files as data sets: folders of images, and captions in a text, JSON or CSV file."""
+"""Readers of published data sets and of a user's own files: folders of images, captions, tables of both, shards."""

@@ -2,11 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from dalleflamingo.datasets import DOMAINS, Dataset, DatasetError, Example, distinct
 from dalleflamingo.sources.text_files import load_json, shape_of, value_of
 
+NOCAPS_HEADER = "nocaps_val_image_info.json"  # as published: addresses and licences, no captions and no domains
 KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 
 
@@ -19,6 +21,39 @@ def open_coco(folder: Path, annotations: str, split: str | None) -> Dataset:
         split: the file's, or None.
     """
     return read_coco(folder / annotations, folder / "images")
+
+
+def open_nocaps(folder: Path, annotations: str, split: None) -> Dataset:
+    """NoCaps from its captions, its header (`NOCAPS_HEADER`), or both: then a record has the fields of both.
+
+    From the header alone images have no captions and no domain, and a printed line says so.
+
+    Args:
+        folder: with the folder `images`.
+        annotations: the name of the captions.
+        split: None.
+    Raises:
+        DatasetError: as `read_coco`; or captions and header name different files for an image.
+    """
+    header, captions = folder / NOCAPS_HEADER, folder / annotations
+    if not header.is_file():
+        return open_coco(folder, annotations, split)
+    records = _objects(load_json(header), "images", header)
+    distinct([value_of(record, "id", int, header) for record in records], str(header), "image id")
+    listed = {record["id"]: _example(record, folder / "images", {}, header) for record in records}
+    if not captions.is_file():
+        print(f"{header} holds no captions and no domains; if you need them, put {annotations} beside it")
+        return Dataset(header.stem, tuple(listed.values()))
+    found = open_coco(folder, annotations, split)
+    for one in found:
+        other = listed.get(one.image_id, one).path.name
+        if one.path.name != other:
+            raise DatasetError(
+                f"image {one.image_id} is {one.path.name} in {captions} and {other} in {header}: are both of the same "
+                "split? Fetch both again"
+            )
+    examples = (replace(one, extra=listed.get(one.image_id, one).extra | one.extra) for one in found)
+    return replace(found, examples=tuple(examples))
 
 
 def open_karpathy(folder: Path, annotations: str, split: str | None) -> Dataset:

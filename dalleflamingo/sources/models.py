@@ -1,12 +1,19 @@
-"""The models that a profile names, loaded for its device."""
+"""The models that a profile or the configuration of a cycle finetuning names, loaded for a device."""
 
+import pkgutil
+from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
 
 from dalleflamingo import registry
 from dalleflamingo.captioner import Captioner
+from dalleflamingo.cycle import CaptionedBatches, CycleConfig, TrainableParameters, build_cycle
+from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
 from dalleflamingo.similarity import ClipImage, Dino, Similarity
+from dalleflamingo.sources import registered
 
 
 class Models(NamedTuple):
@@ -42,7 +49,35 @@ def load_generator(profile: Profile, name: str | None = None, scheduler: str | N
     """
     name = profile.generator if name is None else name
     source = registry.source_of(name, profile.device) | {"dtype": profile.torch_dtype}
-    if other := registry.class_of(name):  # not a diffusion model: it has no scheduler
+    if other := class_of(name):  # not a diffusion model: it has no scheduler
         return other.from_pretrained(**source)
     scheduler = profile.scheduler if scheduler is None else scheduler
-    return Generator.from_pretrained(**source, scheduler=scheduler, image_size=profile.image_size)
+    halved = profile.torch_dtype == torch.float16 and registry.entry_of(name).fp16_mb is not None
+    variant = {"variant": "fp16"} if halved else {}
+    return Generator.from_pretrained(**source, **variant, scheduler=scheduler, image_size=profile.image_size)
+
+
+def class_of(name: str) -> type | None:
+    """The class of a subpackage whose `from_pretrained` loads a model, None if one of the core does.
+
+    Raises:
+        RegistryError: as `registry.entry_of`.
+    """
+    opened_by = registry.entry_of(name).opened_by
+    return pkgutil.resolve_name(opened_by) if opened_by else None
+
+
+def load_cycle(
+    config: CycleConfig, device: torch.device, build: Callable[..., tuple] = build_cycle
+) -> tuple[Cycle, CaptionedBatches, TrainableParameters]:
+    """Load what a configuration names onto a device, and `build` the cycle from it.
+
+    Raises:
+        RegistryError, DatasetError: as `registry.locate` and `registered.load_dataset`.
+    """
+    captioner = Captioner.from_pretrained(**registry.source_of(config.captioner, str(device)))
+    source = registry.source_of(config.generator, str(device))
+    generator = Generator.from_pretrained(**source, scheduler=config.scheduler)
+    dataset = registered.load_dataset(config.dataset, config.split)
+    dataset = dataset if config.images is None else dataset.subset(config.images)
+    return build(config, captioner, generator, dataset)

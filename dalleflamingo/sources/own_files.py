@@ -1,27 +1,25 @@
-"""A user's own images in a folder, and captions in a text, JSON or CSV file.
+"""A user's own images in a folder, captions in a file, or both in a table.
 
-Images are known by their content, whatever a file's suffix says; caption files are read as what their suffix says.
+Images are known by their content, whatever a file's suffix says; other files are read as what their suffix says, and
+refused with a remedy where they hold something else.
 """
 
-import csv
-import hashlib
-import io
-import json
 import os
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 
 from dalleflamingo.datasets import Dataset, DatasetError, Example
 from dalleflamingo.runs import printable
-from dalleflamingo.sources.text_files import load_json, read_text, shape_of
+from dalleflamingo.sources.annotations import read_coco
+from dalleflamingo.sources.records import Json, Records, has_captions, image_in
+from dalleflamingo.sources.streamed import StreamedCaptions, StreamedDataset, StreamedPairs, stable_id
 
 _NAMED = 10  # names printed for each reason; the rest are counted
 _OF_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_SEPARATORS = {".csv": ",;\t", ".tsv": "\t"}  # a .csv is split by the first that yields a column called caption
 
 
 def read_folder(folder: str | Path) -> Dataset:
@@ -50,7 +48,7 @@ def read_folder(folder: str | Path) -> Dataset:
             left_out[reason].append(printable(path.name))
         else:
             images.append(path)
-    others = "; ".join(f"{_listed(names)} ({len(names)}: {reason})" for reason, names in left_out.items())
+    others = "; ".join(f"{listed(names)} ({len(names)}: {reason})" for reason, names in left_out.items())
     if not images:
         raise DatasetError(
             f"{shown} holds no images but {others or 'no files at all'}: put images there that Pillow opens, such as "
@@ -66,45 +64,69 @@ def read_captions(path: str | Path) -> Dataset:
     """A file of the user's own captions, each an example without image; empty ones are skipped.
 
     .json: a list of strings, or of objects with a caption, or COCO captions; .jsonl: a string or an object with a
-    caption on each line; .csv and .tsv: a table with a column called caption; any other suffix: a caption on each line,
-    which ends at LF, CRLF or CR. All in UTF-8.
+    caption on each line; .csv and .tsv: a table with a column caption, captions or text; any other suffix: a caption on
+    each line, which ends at LF, CRLF or CR. All in UTF-8.
 
-    An image id is a hash of the caption and of how often it occurred before: adding lines does not change it.
+    Captions stay in the file and are read when they are asked for; a JSON file alone is read as a whole. An image id is
+    a hash of the caption and of how often it occurred before: adding lines does not change it.
 
     Raises:
         DatasetError: there is no such file, it is not text or in another encoding, it is not what its suffix says, or
             it holds no caption.
     """
-    path = Path(path)
-    shown, suffix = printable(path), path.suffix.lower()
-    if suffix in _OF_IMAGES or (os.path.isfile(path) and _opens(path)):
-        raise DatasetError(f"{shown} is a single image: put it into a folder, and give the folder")
-    if suffix == ".json":
-        found = _of_json(load_json(path), shown)
-    elif suffix == ".jsonl":
-        found = _of_json_lines(read_text(path), shown)
-    elif suffix in _SEPARATORS:
-        found = _of_table(read_text(path), _SEPARATORS[suffix], shown)
-    else:
-        found = iter(read_text(path).split("\n"))
-    captions = [caption.strip() for caption in found if caption.strip()]
-    if not captions:
-        raise DatasetError(f"{shown} holds no caption: write some into it, in the form of a {suffix or '.txt'} file")
-    before: Counter[str] = Counter()
-    examples = []
-    for caption in captions:
-        examples.append(Example(stable_id("caption", caption, before[caption]), path, (caption,)))
-        before[caption] += 1
-    return Dataset(printable(path.stem), tuple(examples))
+    records = _records(path)
+    examples = StreamedCaptions.of(records)
+    if not examples:
+        form = records.path.suffix.lower() or ".txt"
+        raise DatasetError(f"{records.shown} holds no caption: write some into it, in the form of a {form} file")
+    return StreamedDataset(printable(records.path.stem), examples)
 
 
-def stable_id(*parts: int | str) -> int:
-    """An id in [0, 2**63) from strings and whole numbers, the same on every machine.
+def read_pairs(path: str | Path, images: str | Path | None = None) -> Dataset:
+    """A file of the user's own images with captions; captions of one image may stand in one row or in several.
 
-    Among a million ids two are equal with a probability of 5 in 100 million.
+    .csv and .tsv: a table; .jsonl: an object a line; .json: a list of objects, or COCO captions. Columns or keys are
+    image, image_path, file_name or filename; caption, captions (a list of strings) or text, if there are any; image_id,
+    a whole number, if the images have ids of their own (otherwise an id is a hash of the image's path); domain, as
+    NoCaps has it. Others are kept in `extra`. Rows stay in the file and are read when they are asked for; a JSON file
+    alone is read as a whole.
+
+    Args:
+        path: of the file, in UTF-8.
+        images: the folder that the images' paths are relative to, and that holds all of them; None: the file's own.
+    Raises:
+        DatasetError: there is no such file, it is not text or in another encoding, it is not what its suffix says, it
+            names no image, or one outside the folder; or ids are not distinct. An image that is not there is an
+            `UnreadableImage` when it is opened.
     """
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    records = _records(path)
+    folder = records.path.parent if images is None else Path(images)
+    if not folder.is_dir():
+        raise DatasetError(f"there is no folder {printable(folder)}: give the folder that holds the images")
+    if isinstance(records, Json) and isinstance(records.payload, dict):
+        return read_coco(records.path, folder)
+    if not records.has_columns:
+        raise DatasetError(f"{records.shown} has no columns: images with captions are .csv, .tsv, .jsonl or .json")
+    examples = StreamedPairs.of(records, folder)
+    if not examples:
+        raise DatasetError(f"{records.shown} names no image: write a row for each")
+    return StreamedDataset(printable(records.path.stem), examples)
+
+
+def holds(path: str | Path) -> tuple[bool, bool]:
+    """Whether a file's first record names an image, and whether it has captions; errors as `read_captions`."""
+    records = _records(path)
+    if isinstance(records, Json) and isinstance(records.payload, dict):
+        return bool(records.payload.get("images")), bool(records.records)
+    first = next(iter(records), None)
+    return first is not None and image_in(first) is not None, first is None or has_captions(first)
+
+
+def _records(path: str | Path) -> Records:
+    path = Path(path)
+    if path.suffix.lower() in _OF_IMAGES or (os.path.isfile(path) and opens(path)):
+        raise DatasetError(f"{printable(path)} is a single image: put it into a folder, and give the folder")
+    return Records.of(path)
 
 
 def _not_an_image(path: Path) -> str:
@@ -117,14 +139,19 @@ def _not_an_image(path: Path) -> str:
         path.open("rb").close()
     except OSError as error:
         return str(error.strerror)
-    return "" if _opens(path) else "no format that Pillow opens; if it is an image, save it as JPEG or PNG"
+    return "" if opens(path) else "no format that Pillow opens; if it is an image, save it as JPEG or PNG"
 
 
-def _opens(path: Path) -> bool:
-    """Whether Pillow knows the format, by a file's content."""
+def is_image(path: Path) -> bool:
+    """Whether a folder's entry is an image that `read_folder` takes."""
+    return not path.name.startswith(".") and not _not_an_image(path)
+
+
+def opens(file: Path | BytesIO) -> bool:
+    """Whether Pillow knows the format of a file, by its content."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of damaged metadata
-            Image.open(path).close()
+            Image.open(file).close()
     except Image.DecompressionBombError:
         return True  # opening it says how large an image may be
     except Exception:  # readers of broken headers raise anything
@@ -132,66 +159,7 @@ def _opens(path: Path) -> bool:
     return True
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _of_json(payload: object, shown: str) -> Iterator[str]:
-    """The captions of a list, or of an object with a list of annotations, as COCO has them."""
-    records = payload.get("annotations") if isinstance(payload, dict) else payload
-    if not isinstance(records, list):
-        raise DatasetError(
-            f"{shown} holds {shape_of(payload)}; expected a list of strings, a list of objects with a caption, or COCO "
-            'captions, whose "annotations" are such a list'
-        )
-    for number, record in enumerate(records, start=1):
-        yield _caption(record, f"{shown}, entry {number}")
-
-
-def _of_json_lines(text: str, shown: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DatasetError(
-                    f"{shown}, line {number} is not JSON ({error}): write a string in double quotes or an object with "
-                    "a caption on each line, or call the file .txt"
-                ) from error
-            yield _caption(record, f"{shown}, line {number}")
-
-
-def _caption(record: object, where: str) -> str:
-    caption = record.get("caption") if isinstance(record, dict) else record
-    if not isinstance(caption, str):
-        raise DatasetError(f'{where} is {shape_of(record)}; expected a string, or an object whose "caption" is one')
-    return caption
-
-
-def _of_table(text: str, separators: str, shown: str) -> Iterator[str]:
-    """The column called caption, in whatever case, of a table with a header."""
-    header = text.split("\n", 1)[0]
-    for separator in separators:
-        columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator), [])]
-        if columns.count("caption") == 1:
-            break
-    else:
-        raise DatasetError(
-            f"{shown} begins with {printable(header[:80])!r}; expected the names of columns, one of them caption: "
-            "add such a line, or call a file with one caption a line .txt"
-        )
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    try:
-        next(rows)
-        for row in rows:
-            if row and len(row) != len(columns):
-                raise DatasetError(
-                    f"{shown}, line {rows.line_num} has {len(row)} columns and the header {len(columns)}: put a "
-                    f"caption that contains {separator!r} into double quotes"
-                )
-            yield from row[columns.index("caption") :][:1]
-    except csv.Error as error:
-        raise DatasetError(
-            f"{shown}, line {rows.line_num} cannot be read as a row ({error}): mend that line"
-        ) from error
