@@ -102,15 +102,17 @@ def check_gpu(profile: "Profile") -> Finding:
     """Is there the GPU that real models need, with free memory for them?"""
     import torch
 
-    real = _uses_hub(profile)
-    if torch.cuda.is_available():
+    from dalleflamingo.profiles import find_device
+
+    real, device = _uses_hub(profile), find_device()
+    if device == "cuda":
         free, total = (value / 2**30 for value in torch.cuda.mem_get_info())
         detail = f"{torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free"
         if not real or free >= GPU_GIB:
             return Finding("ok", "GPU", detail)
         remedy = "end other programs on it, which nvidia-smi lists, or give commands --batch-size 1"
         return Finding("note", "GPU", f"{detail}; the models need {GPU_GIB}", remedy)
-    if torch.backends.mps.is_available():
+    if device == "mps":
         return Finding("ok", "GPU", "Apple's, in float32")
     if not real:
         return Finding("ok", "GPU", f"none, and profile {profile.name} needs none")
