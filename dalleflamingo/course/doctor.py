@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # each check imports what it needs, because packages may be what is missing
+    from packaging.specifiers import SpecifierSet
+
     from dalleflamingo.profiles import Profile
     from dalleflamingo.registry import Entry
 
@@ -63,14 +65,16 @@ def check_packages() -> Finding:
 
     required = [Requirement(text) for text in metadata.requires("dalleflamingo") or []]
     required = [one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
-    wrong = {
-        one: found for one in required if not one.specifier.contains(found := _version(one.name), prereleases=True)
-    }
+    wrong = [one for one in required if not _fits(_version(one.name), one.specifier)]
     if not wrong:
         return Finding("ok", "packages", f"all {len(required)} that are required")
     detail = ", ".join(f"{one.name} {_version(one.name) or 'is not installed'}" for one in wrong)
     install = shlex.join([sys.executable, "-m", "pip", "install", *(f"{one.name}{one.specifier}" for one in wrong)])
     return Finding("missing", "packages", detail, f"run `{install}`")
+
+
+def _fits(version: str, specifier: "SpecifierSet") -> bool:
+    return version != "" and specifier.contains(version, prereleases=True)  # packaging raises where there is none
 
 
 def _version(package: str) -> str:
