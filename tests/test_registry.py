@@ -298,3 +298,15 @@ def test_real_nocaps_is_read_with_its_domains(tmp_path, monkeypatch):
     lost = datasets.Example(1, tmp_path / "images/1.jpg", ("a kite",), "in-domain")  # for the run to skip
     write_coco(tmp_path / "nocaps_val_4500_captions.json", [lion, lost])
     assert registered.load_dataset("nocaps").examples == (lion, lost)
+
+
+def test_a_server_is_asked_again_only_when_its_answer_is_old(monkeypatch):
+    asked, clock = [], [19.5]
+    monkeypatch.setattr(registry, "_heard", {})
+    monkeypatch.setattr(registry, "ask", lambda url: asked.append(url) or (503 if url == "a" else 404))
+    monkeypatch.setattr(registry.time, "monotonic", lambda: clock[0])
+    assert [registry.answers(url) for url in "abab"] == [False, True, False, True] and asked == ["a", "b"]
+    clock[0] += registry.BELIEVED - 0.1
+    assert not registry.answers("a") and asked == ["a", "b"]
+    clock[0] += 0.2
+    assert registry.answers("b") and asked == ["a", "b", "b"]

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # each check imports what it needs, because packages may be what is missing
+    from packaging.specifiers import SpecifierSet
+
     from dalleflamingo.profiles import Profile
     from dalleflamingo.registry import Entry
 
@@ -63,14 +65,16 @@ def check_packages() -> Finding:
 
     required = [Requirement(text) for text in metadata.requires("dalleflamingo") or []]
     required = [one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
-    wrong = {
-        one: found for one in required if not one.specifier.contains(found := _version(one.name), prereleases=True)
-    }
+    wrong = [one for one in required if not _fits(_version(one.name), one.specifier)]
     if not wrong:
         return Finding("ok", "packages", f"all {len(required)} that are required")
     detail = ", ".join(f"{one.name} {_version(one.name) or 'is not installed'}" for one in wrong)
     install = shlex.join([sys.executable, "-m", "pip", "install", *(f"{one.name}{one.specifier}" for one in wrong)])
     return Finding("missing", "packages", detail, f"run `{install}`")
+
+
+def _fits(version: str, specifier: "SpecifierSet") -> bool:
+    return version != "" and specifier.contains(version, prereleases=True)  # packaging raises where there is none
 
 
 def _version(package: str) -> str:
@@ -102,15 +106,17 @@ def check_gpu(profile: "Profile") -> Finding:
     """Is there the GPU that real models need, with free memory for them?"""
     import torch
 
-    real = _uses_hub(profile)
-    if torch.cuda.is_available():
+    from dalleflamingo.profiles import find_device
+
+    real, device = _uses_hub(profile), find_device()
+    if device == "cuda":
         free, total = (value / 2**30 for value in torch.cuda.mem_get_info())
         detail = f"{torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free"
         if not real or free >= GPU_GIB:
             return Finding("ok", "GPU", detail)
         remedy = "end other programs on it, which nvidia-smi lists, or give commands --batch-size 1"
         return Finding("note", "GPU", f"{detail}; the models need {GPU_GIB}", remedy)
-    if torch.backends.mps.is_available():
+    if device == "mps":
         return Finding("ok", "GPU", "Apple's, in float32")
     if not real:
         return Finding("ok", "GPU", f"none, and profile {profile.name} needs none")
