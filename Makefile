@@ -67,7 +67,7 @@ reproduce: data
 	$(DALLEFLAMINGO) research insight-1 --images 500 --candidates 25
 	$(DALLEFLAMINGO) research insight-2 --images 500 --candidates 10
 	$(DALLEFLAMINGO) research studies
-	$(DALLEFLAMINGO) research variants
+	$(DALLEFLAMINGO) research variants --images 300
 	$(DALLEFLAMINGO) research stability --images 200
 	$(DALLEFLAMINGO) research cycle
 	$(DALLEFLAMINGO) research cycle --trials
