@@ -84,6 +84,8 @@ RESEARCH = {
         "tables and claims 9 to 12 and 14 from these runs",
         "the runs are kept, and the same command starts the report again",
     ),
+    "gradients": Command("dalleflamingo.research.gradients:main", "which loss updates which model, and how hard"),
+    "repair": Command("dalleflamingo.research.repair_study:main", "what one loss alone teaches a damaged model"),
     "epsilon": Command(
         "dalleflamingo.research.epsilon_study:main", "the generator predicts ε instead of v (Eqs. 2 to 4)"
     ),

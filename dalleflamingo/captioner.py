@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from dalleflamingo.datasets import Dataset, clean_caption, to_rgb
-from dalleflamingo.decoding import PAPER_SAMPLING, GumbelNoise, Strategy, WordLimits, decoding_threads
+from dalleflamingo.decoding import PAPER_SAMPLING, GumbelNoise, Strategy, WordLimits
 from dalleflamingo.registry import check_weights, loading
 from dalleflamingo.runs import fingerprint, printable
 from dalleflamingo.tokens import check_caption, check_vocabulary
@@ -216,43 +216,41 @@ class Captioner(ABC):
         given, cache = self._given(features, ids), None
         inputs = given if "inputs_embeds" in given else given | {"input_ids": ids}
         rows, written = torch.arange(len(ids)), [ids[0]] * len(ids)  # rows: the captions that `ids` are
-        with decoding_threads(self.model):
-            while len(rows):
-                output = getattr(self.model, self._TEXT_MODEL)(
-                    attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, **inputs
-                )
-                scores, cache = output.logits[:, -1].to(torch.float32, copy=True), output.past_key_values
-                for rule in rules:
-                    scores = rule(ids, scores)
-                ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
-                is_full = ids.shape[1] == self.model.config.text_config.max_position_embeddings  # the rules limit words
-                ended = (ids[:, -1] == self.end_id).cpu() | is_full
-                for row in torch.nonzero(ended).flatten().tolist():
-                    written[rows[row]] = ids[row]
-                if ended.any():
-                    left = torch.nonzero(~ended).flatten()
-                    rows, ids = rows[left], ids[left]
-                    given = {name: tensor[left] for name, tensor in given.items()}
-                    cache.batch_select_indices(left.to(ids.device))
-                    rules[-1].keep(left)
-                inputs = given | {"input_ids": ids[:, -1:]}
-                inputs.pop("inputs_embeds", None)  # in the cache
+        while len(rows):
+            output = getattr(self.model, self._TEXT_MODEL)(
+                attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, **inputs
+            )
+            scores, cache = output.logits[:, -1].to(torch.float32, copy=True), output.past_key_values
+            for rule in rules:
+                scores = rule(ids, scores)
+            ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+            is_full = ids.shape[1] == self.model.config.text_config.max_position_embeddings  # the rules limit words
+            ended = (ids[:, -1] == self.end_id).cpu() | is_full
+            for row in torch.nonzero(ended).flatten().tolist():
+                written[rows[row]] = ids[row]
+            if ended.any():
+                left = torch.nonzero(~ended).flatten()
+                rows, ids = rows[left], ids[left]
+                given = {name: tensor[left] for name, tensor in given.items()}
+                cache.batch_select_indices(left.to(ids.device))
+                rules[-1].keep(left)
+            inputs = given | {"input_ids": ids[:, -1:]}
+            inputs.pop("inputs_embeds", None)  # in the cache
         return self._texts(written)
 
     def _generate(self, features: Tensor, rules: LogitsProcessorList, **decoding: int) -> list[str]:
         prompt = self.prompt_ids.to(features.device).repeat(len(features), 1)  # (N, P)
         positions = self.model.config.text_config.max_position_embeddings
-        with decoding_threads(self.model):
-            ids = getattr(self.model, self._TEXT_MODEL).generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                **self._given(features, prompt),
-                logits_processor=rules,
-                do_sample=False,
-                eos_token_id=self.end_id,
-                pad_token_id=self.pad_id,
-                **{"max_new_tokens": positions - prompt.shape[1], **decoding},  # else the rules limit words alone
-            )
+        ids = getattr(self.model, self._TEXT_MODEL).generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            **self._given(features, prompt),
+            logits_processor=rules,
+            do_sample=False,
+            eos_token_id=self.end_id,
+            pad_token_id=self.pad_id,
+            **{"max_new_tokens": positions - prompt.shape[1], **decoding},  # else the rules limit words alone
+        )
         return self._texts(ids)
 
     def _texts(self, ids: Iterable[Tensor]) -> list[str]:

@@ -27,7 +27,7 @@ from tqdm.auto import trange
 from dalleflamingo import cycle_losses, registry, runs
 from dalleflamingo.bridge import Bridge
 from dalleflamingo.captioner import Captioner, without_unreadable
-from dalleflamingo.cycle_losses import LOSS_NAMES, Batch, Cycle, Losses, captioner_parameters, generator_parameters
+from dalleflamingo.cycle_losses import LOSS_NAMES, TRAINABLE, Batch, Cycle, Losses
 from dalleflamingo.datasets import Dataset, Example, clean_caption
 from dalleflamingo.generator import FITS, Generator
 from dalleflamingo.profiles import Profile
@@ -45,6 +45,7 @@ class CycleConfig:
         scheduler: name of a diffusers scheduler, for images generated in validation; None: the generator's own.
         images: how many labelled images, chosen by seed 0; None: all.
         fit: how the generator's images are made square: "resize" or "crop", see `Generator.encode_images`.
+        trainable: what is trained of cross-attention: "queries" (the paper's), "cross-attention" or "lora".
         losses: weights and settings of the four losses.
         schedule: "alternating", (1) + (2) at one step and (3) + (4) at the next, or "joint", all at every step.
         steps: optimizer steps. batch_size: pairs in a step, over all processes and parts.
@@ -67,6 +68,7 @@ class CycleConfig:
     scheduler: str | None = None
     images: Count | None = None
     fit: Literal[tuple(FITS)] = "resize"
+    trainable: Literal[TRAINABLE] = "queries"
     losses: Losses = field(default_factory=Losses)
     schedule: Literal["alternating", "joint"] = "alternating"
     steps: Count = 1000
@@ -221,7 +223,13 @@ def build_cycle(
         cycle_class: builds the cycle, with the arguments of `Cycle`.
     """
     pipeline = generator.pipeline
-    trainable = {"captioner": captioner_parameters(captioner), "generator": generator_parameters(generator)}
+    if config.trainable == "lora":
+        cycle_losses.add_lora(captioner.model, derive_seed(config.seed, "lora", "captioner"))
+        cycle_losses.add_lora(pipeline.unet, derive_seed(config.seed, "lora", "generator"))
+    trainable = {
+        "captioner": cycle_losses.captioner_parameters(captioner, config.trainable),
+        "generator": cycle_losses.generator_parameters(generator, config.trainable),
+    }
     cycle_losses.freeze_all_but(captioner.model, trainable["captioner"])
     cycle_losses.freeze_all_but(pipeline.unet, trainable["generator"])
     for module in (pipeline.vae, pipeline.text_encoder):

@@ -8,7 +8,7 @@
 
 (1) and (2) share a pass through the captioner, (3) and (4) one through the U-Net, so the cycle adds a
 second half to each loss on labels. Sums over t are means over the tokens of a batch, squared norms are means over
-elements, as in both stock models. Only the query projections of cross-attention are trained (BLIP-2: query tokens).
+elements, as in both stock models. Only the queries of cross-attention are trained, unless `TRAINABLE` is used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -27,22 +28,39 @@ from dalleflamingo.generator import Generator, NoisyLatents, add_noise
 from dalleflamingo.settings import Side, check
 
 LOSS_NAMES = ("caption", "image_reconstruction", "generation", "caption_reconstruction")  # (1) to (4)
+TRAINABLE = ("queries", "cross-attention", "lora")  # of cross-attention: query projections, everything, LoRA
+LORA_RANK = 8
+_TRAINED_OF_CAPTIONER = dict(zip(TRAINABLE, ("crossattention.self.query.", "crossattention.", ".lora_"), strict=True))
+_TRAINED_OF_GENERATOR = dict(zip(TRAINABLE, ("attn2.to_q.", "attn2.", ".lora_"), strict=True))
+_PROJECTIONS = r".*(crossattention\.\w+\.(query|key|value|dense)|attn2\.(to_q|to_k|to_v|to_out\.0))"
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
-def captioner_parameters(captioner: Captioner) -> dict[str, nn.Parameter]:
-    """Name -> trained parameter of a captioner: BLIP's queries of cross-attention, BLIP-2's query tokens.
+def captioner_parameters(captioner: Captioner, trainable: str = "queries") -> dict[str, nn.Parameter]:
+    """Name -> trained parameter of a captioner, by one of `TRAINABLE`; BLIP-2's queries are its query tokens.
 
-    Raises:
-        ValueError: the model has no such parameter.
+    Raises ValueError where the model has no such parameter; those of "lora" come from `add_lora`.
     """
-    is_blip2 = hasattr(captioner.model, "query_tokens")  # its Q-Former has cross-attention too, which is not trained
-    return _named(captioner.model, "query_tokens" if is_blip2 else "crossattention.self.query.")
+    if trainable == "queries" and hasattr(captioner.model, "query_tokens"):
+        return _named(captioner.model, "query_tokens")
+    return _named(captioner.model, _TRAINED_OF_CAPTIONER[trainable])
 
 
-def generator_parameters(generator: Generator) -> dict[str, nn.Parameter]:
-    """Name -> trained parameter of a generator: the queries of the U-Net's cross-attention. Raises likewise."""
-    return _named(generator.pipeline.unet, "attn2.to_q.")
+def generator_parameters(generator: Generator, trainable: str = "queries") -> dict[str, nn.Parameter]:
+    """Name -> trained parameter of a generator's U-Net; arguments and errors as above."""
+    return _named(generator.pipeline.unet, _TRAINED_OF_GENERATOR[trainable])
+
+
+def add_lora(model: nn.Module, seed: int) -> None:
+    """Add a low-rank change, 0 at first, to all projections of a model's cross-attention (Hu et al. 2022).
+
+    Args:
+        model: a captioner's, or a U-Net.
+        seed: of the factors that are not 0.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=_PROJECTIONS))
 
 
 def freeze_all_but(model: nn.Module, trainable: dict[str, nn.Parameter]) -> None:

@@ -9,12 +9,11 @@ Three rules, each one of transformers' logits processors, applied in this order 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     LogitsProcessor,
     PreTrainedTokenizerBase,
@@ -25,7 +24,6 @@ from transformers import (
 
 from dalleflamingo.tokens import token_bytes, tokenizer_style
 
-SMALL_MODEL = 20_000_000  # parameters; the miniature's captioners have 2 million, BLIP base 224 million
 _DRAWN_AHEAD = 8192  # random numbers that a caption draws at once, of 32 steps at most
 
 
@@ -140,26 +138,6 @@ class WordLimits(LogitsProcessor):
         scores = scores.masked_fill(begins_word, -torch.inf)
         scores[:, self.end_id] = torch.logaddexp(scores[:, self.end_id], surplus)
         return scores
-
-
-@contextmanager
-def decoding_threads(model: nn.Module) -> Iterator[None]:
-    """One thread while a small model decodes on a CPU; afterwards as many as before.
-
-    A decoding step is hundreds of tiny operations, and after each the threads wait for each other: for about 8 ms where
-    another process has one of their cores. Sampling 160 captions with 1.7 million parameters on two cores took 0.46 s
-    with two threads and 0.66 s with one; beside two busy processes 1.3 to 4.3 s and 1.0 s (`benchmarks/threads.py`).
-
-    Args:
-        model: large models, `SMALL_MODEL` parameters or more, and models on other devices keep all threads.
-    """
-    before, parameters = torch.get_num_threads(), list(model.parameters())
-    if sum(map(Tensor.numel, parameters)) < SMALL_MODEL and parameters[0].device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

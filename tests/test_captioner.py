@@ -25,7 +25,6 @@ from dalleflamingo.decoding import (
     TopK,
     WordLimits,
     count_words,
-    decoding_threads,
     gumbel_noise,
 )
 from dalleflamingo.miniature.training.tokenizers import train_opt_bpe
@@ -416,34 +415,3 @@ def test_fingerprint_does_not_change_with_use_training_flags_or_attributes(capti
     captioner.model.requires_grad_(False)
     assert captioner.fingerprint() == before
     captioner.model.requires_grad_(True)
-
-
-# Threads
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(("device", "parameters", "threads"), [("cpu", 10, 1), ("cpu", 3 * 10**7, 2), ("meta", 10, 2)])
-def test_small_models_on_a_cpu_decode_on_one_thread(two_threads, device, parameters, threads):
-    model = torch.nn.Linear(parameters, 1, bias=False, device=device)
-    with decoding_threads(model):
-        assert torch.get_num_threads() == threads
-    assert torch.get_num_threads() == 2
-
-
-def test_captions_are_decoded_on_one_thread_even_where_that_fails(two_threads, captioner):
-    seen = []
-
-    def fails(ids, scores):
-        seen.append(torch.get_num_threads())
-        raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        captioner.sample(PHOTOS[:1], [[1]], SimpleNamespace(warper=lambda: fails))
-    assert seen == [1] and torch.get_num_threads() == 2

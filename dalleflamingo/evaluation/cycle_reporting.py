@@ -8,7 +8,9 @@ from statistics import fmean
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import HfApi
+from peft import get_peft_model_state_dict
 
 from dalleflamingo import registry
 from dalleflamingo.cycle import CycleConfig
@@ -64,10 +66,19 @@ def tracked(tracker: str, run_folder: Path, config: CycleConfig) -> Accelerator:
 
 
 def export(cycle: Cycle, folder: Path) -> None:
-    """Save both models, for transformers and diffusers to open, and the vocabulary map, in subfolders of `folder`."""
+    """Save both models, for transformers and diffusers to open, and the vocabulary map, in subfolders of `folder`.
+
+    Of models with LoRA only the additions are saved: stock models open these by `load_adapter` (captioner) and
+    `load_lora_weights` (generator).
+    """
     cycle.captioner.model.save_pretrained(folder / "captioner")
     cycle.captioner.processor.save_pretrained(folder / "captioner")
-    cycle.generator.pipeline.save_pretrained(folder / "generator")
+    pipeline = cycle.generator.pipeline
+    if hasattr(pipeline.unet, "peft_config"):
+        lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+        pipeline.save_lora_weights(folder / "generator", unet_lora_layers=lora)
+    else:
+        pipeline.save_pretrained(folder / "generator")
     save_map(cycle.bridge.vocabulary_map, folder / "vocabulary_map")
 
 

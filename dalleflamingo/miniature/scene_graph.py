@@ -176,30 +176,41 @@ def recall_of_things(caption: str, scene: Scene) -> float:
     return sum(thing.kind in named for thing in scene.things) / len(scene.things)
 
 
-def precision_recall_f1(caption: str | CaptionGraph, scene: Scene) -> tuple[float, float, float]:
-    """Precision, recall and F1 of the claims, as of the tuples of SPICE.
+def told_facts(caption: str | CaptionGraph, scene: Scene) -> dict[str, tuple[int, int]]:
+    """{"kind", "colour", "size", "relation", "ground"} -> how many facts of that sort the caption tells, and how many
+    the scene has.
 
-    Claims are (kind), (kind, colour), (kind, size), (kind, relation, kind) and (ground). Recall counts one relation for
-    each pair of things, whichever true one is named.
+    A pair of things is one relation, told by whichever true one is named.
     """
     graph = parse(caption) if isinstance(caption, str) else caption
     truth = {thing.kind: thing for thing in scene.things}
     right = [thing for thing in graph.things if thing.kind in truth]
-    hits = len(right)
-    hits += sum(thing.colour == truth[thing.kind].colour for thing in right)
-    hits += sum(thing.size == truth[thing.kind].size for thing in right)
-    hits += graph.ground == scene.ground
-    true_pairs = {
+    pairs = {
         frozenset((graph.things[i].kind, graph.things[j].kind))
         for i, relation, j in graph.relations
         if _relation_holds(graph, (i, relation, j), truth)
     }
-    hits += len(true_pairs)
+    n = len(scene.things)
+    return {
+        "kind": (len(right), n),
+        "colour": (sum(thing.colour == truth[thing.kind].colour for thing in right), n),
+        "size": (sum(thing.size == truth[thing.kind].size for thing in right), n),
+        "relation": (len(pairs), n * (n - 1) // 2),
+        "ground": (int(graph.ground == scene.ground), 1),
+    }
+
+
+def precision_recall_f1(caption: str | CaptionGraph, scene: Scene) -> tuple[float, float, float]:
+    """Precision, recall and F1 of the claims, as of the tuples of SPICE.
+
+    Claims are (kind), (kind, colour), (kind, size), (kind, relation, kind) and (ground). Recall counts as `told_facts`.
+    """
+    graph = parse(caption) if isinstance(caption, str) else caption
+    told, facts = map(sum, zip(*told_facts(graph, scene).values(), strict=True))
     claimed = len(graph.things) + len(graph.relations) + (graph.ground is not None)
     claimed += sum((thing.colour is not None) + (thing.size is not None) for thing in graph.things)
-    n = len(scene.things)
-    precision, recall = hits / max(claimed, 1), hits / (3 * n + n * (n - 1) // 2 + 1)
-    return precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0
+    precision, recall = told / max(claimed, 1), told / facts
+    return precision, recall, 2 * precision * recall / (precision + recall) if told else 0.0
 
 
 def f1(caption: str | CaptionGraph, scene: Scene) -> float:
