@@ -5,8 +5,10 @@ from itertools import permutations
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from dalleflamingo.course import checks
+from dalleflamingo.course.checks import world
 from dalleflamingo.miniature import scene_graph
 from dalleflamingo.miniature.scene_graph import Scene, Thing
 
@@ -79,7 +81,7 @@ def test_the_exercise_scores_a_caption_as_the_package_does():
     things = (Thing("cat", "red", "small", 16, 32), Thing("boat", "blue", "large", 48, 32))
     claims = {("cat",), ("cat", "red"), ("boat",), ("cat", "left", "boat"), ("grass",)}
     caption = "a red cat to the left of a boat on the grass"
-    assert scene_graph.f1(caption, Scene("grass", things)) == pytest.approx(right(claims, checks.FACTS)) == 10 / 13
+    assert scene_graph.f1(caption, Scene("grass", things)) == pytest.approx(right(claims, world.FACTS)) == 10 / 13
 
 
 # ── notebook 04 ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -278,3 +280,62 @@ def test_exercises_of_the_cycle_are_told_what_is_wrong(exercise, attempt, said, 
 
 def tau(paper, ours):
     return tiny.printed_solution("07_ablations", "kendall_tau")(paper, ours)
+
+
+# ── notebook 01 ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MODELS = ["nucleus", "noised", "clean_from_velocity", "denoising_step", "guided"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_later_cells_get_the_learners_function_once_it_is_right(name, capsys):
+    solution = tiny.printed_solution("01_how_the_models_work", name)
+    assert getattr(checks, name)(solution) is solution
+    assert capsys.readouterr().out.startswith("Right.")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_until_then_they_get_one_that_is_right(name, capsys):
+    ours = getattr(checks, name)(not_done)
+    assert "Not done yet" in capsys.readouterr().out
+    assert ours is not not_done and getattr(checks, name)(ours) is ours
+    assert capsys.readouterr().out.startswith("Right.")
+
+
+def of_sorted(keep):
+    """A nucleus that keeps the sorted tokens where `keep(cumulated, value, p)`."""
+
+    def nucleus(probabilities, p):
+        ordered, ids = probabilities.sort(descending=True)
+        ordered[~keep(ordered.cumsum(0), ordered, p)] = 0
+        return torch.zeros_like(probabilities).scatter(0, ids, ordered / ordered.sum())
+
+    return nucleus
+
+
+@pytest.mark.parametrize(
+    ("exercise", "attempt", "said"),
+    [
+        ("nucleus", of_sorted(lambda mass, value, p: mass <= p), "the token that reaches p belongs"),
+        ("nucleus", lambda q, p: q * (q > 0.1), "sum to 1 again"),
+        ("nucleus", lambda q, p: torch.nn.functional.one_hot(q.argmax(), len(q)).float(), "greedy"),
+        ("nucleus", lambda q, p: q, "all tokens are left"),
+        ("noised", lambda z, e, a: a * z + (1 - a) * e, "the roots are missing"),
+        ("noised", lambda z, e, a: (1 - a) ** 0.5 * z + a**0.5 * e, "swapped"),
+        ("noised", lambda z, e, a: z + e, "weighted"),
+        ("clean_from_velocity", lambda z, v, a: a**0.5 * z + (1 - a) ** 0.5 * v, "sign"),
+        ("clean_from_velocity", lambda z, v, a: (z - (1 - a) ** 0.5 * v) / a**0.5, "predicts ε"),
+        ("clean_from_velocity", lambda z, v, a: (1 - a) ** 0.5 * z + a**0.5 * v, "the other unknown"),
+        ("denoising_step", lambda z, c, a, b: c, "only part of the way"),
+        ("denoising_step", lambda z, c, a, b: b**0.5 * c + (1 - b) ** 0.5 * z, "take out the noise"),
+        ("denoising_step", lambda z, c, a, b: z, "which ᾱ belongs to the step before"),
+        ("guided", lambda u, c, s: c + s * (c - u), "begin at the prediction without"),
+        ("guided", lambda u, c, s: u + s * c, "the difference of the two"),
+        ("guided", lambda u, c, s: s * c, "only the difference"),
+        ("guided", lambda u, c, s: c + s * (u - c), "swapped"),
+    ],
+)
+def test_exercises_of_the_models_are_told_what_is_wrong(exercise, attempt, said, capsys):
+    assert getattr(checks, exercise)(attempt) is not attempt
+    found = capsys.readouterr().out
+    assert found.startswith("Not yet") and said in found

@@ -1,0 +1,108 @@
+"""An exercise is a few cases with known answers; common wrong answers have a hint of their own."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from math import isclose
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of an exercise with the right answer.
+
+    Attributes:
+        arguments: of the learner's function, which gets a copy.
+        expected: the right answer: a number, tokens, or lists, arrays and tensors of them.
+        reason: why it is right, in words.
+        mistakes: wrong answers, or tests that recognise them, each with a hint; the first that fits is shown.
+        tolerance: by which each number may differ, beside 1e-5 of its size.
+    """
+
+    arguments: tuple
+    expected: object
+    reason: str
+    mistakes: Sequence[tuple[object, str]] = ()
+    tolerance: float = 1e-9
+
+
+def check(attempt: Callable, cases: Sequence[Case], shown: str, show_arguments: bool = False) -> bool:
+    """Print one line: not done, the first case that is wrong, or `shown`; whether the answer is right.
+
+    Args:
+        attempt: the learner's function.
+        cases: with the right answers.
+        shown: what a right answer has shown.
+        show_arguments: of a case that is wrong.
+    """
+    try:
+        faults = (fault for case in cases if (fault := _fault(attempt, case, show_arguments)))
+        fault = next(faults, None)
+    except NotImplementedError:
+        print("Not done yet, and nothing below waits for it.")
+        return False
+    print(f"Not yet: {fault}" if fault else f"Right. {shown}")
+    return not fault
+
+
+def _fault(attempt: Callable, case: Case, show_arguments: bool) -> str | None:
+    """What is wrong with the answer to one case, or None."""
+    expected = _plain(case.expected)
+    shown = ", ".join(_short(_plain(argument)) for argument in case.arguments) + ": " if show_arguments else ""
+    wanted = f"{shown}{case.reason}, so {_short(expected)}"
+    try:
+        found = _plain(attempt(*deepcopy(case.arguments)))
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        return f"{wanted}; yours raises {type(error).__name__}: {error}".splitlines()[0]
+    if _equal(found, expected, case.tolerance):
+        return None
+    if found is None:
+        return f"{wanted}; yours gives None: does it end in `return …`?"
+    shapes = _shape(expected), _shape(found)
+    if None not in shapes and shapes[0] != shapes[1]:
+        return f"{wanted}, of the shape {shapes[0]}; yours has the shape {shapes[1]}"
+    hints = [
+        hint for wrong, hint in case.mistakes if (wrong(found) if callable(wrong) else _equal(found, _plain(wrong)))
+    ]
+    return "; ".join([f"{wanted}; yours gives {_short(found)}", *hints[:1]])
+
+
+def _plain(value):
+    """Tensors, arrays and tuples as lists, numbers as floats, which compare and print as one reads them."""
+    value = value.tolist() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, complex):
+        return value.real
+    return float(value) if isinstance(value, (int, float)) else value
+
+
+def _equal(found, expected, tolerance: float = 1e-9) -> bool:
+    if isinstance(expected, list):
+        same_length = isinstance(found, list) and len(found) == len(expected)
+        return same_length and all(_equal(*pair, tolerance) for pair in zip(found, expected, strict=True))
+    if isinstance(expected, float):
+        return isinstance(found, float) and isclose(found, expected, rel_tol=1e-5, abs_tol=tolerance)
+    return found == expected
+
+
+def _shape(value) -> tuple[int, ...] | None:
+    """Of numbers in nested lists, as an array has it; None for anything else."""
+    if isinstance(value, float):
+        return ()
+    if not isinstance(value, list) or not value:
+        return None
+    shapes = {_shape(part) for part in value}
+    inner = shapes.pop()
+    return None if shapes or inner is None else (len(value), *inner)
+
+
+def _short(value) -> str:
+    """As Python writes it, numbers with three digits."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    return f"{value:.3g}" if isinstance(value, float) else repr(value)
