@@ -17,7 +17,8 @@ from dalleflamingo.generator import Generator
 from dalleflamingo.research import epsilon, epsilon_study
 from dalleflamingo.research.cycle_arms import START
 from dalleflamingo.research.epsilon import AtTimestep, EpsilonUNet, epsilon_form, noisy_at
-from dalleflamingo.research.epsilon_study import FORMS, LOSSES, arm_of, damage
+from dalleflamingo.research.epsilon_study import FORMS, LOSSES, arm_of
+from dalleflamingo.research.repair import damage
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_training_one_form_leaves_the_other_alone_and_only_queries_are_damaged(f
     before = {name: value.clone() for name, value in generator.pipeline.unet.state_dict().items()}
     words = {name: value.clone() for name, value in captioner.model.state_dict().items()}
     assert twin.pipeline.unet.state_dict().keys() == before.keys()
-    damage(captioner, twin, 0.5)
+    damage(captioner, twin, factor=0.5)
     for name, value in twin.pipeline.unet.state_dict().items():
         torch.testing.assert_close(value, before[name] * (0.5 if "attn2.to_q." in name else 1.0))
         assert torch.equal(generator.pipeline.unet.state_dict()[name], before[name])

@@ -60,7 +60,7 @@ def test_damage_scales_the_queries_of_one_model(patient):
         {name: p.detach().clone() for name, p in choose(model).items()}
         for choose, model in zip((captioner_parameters, generator_parameters), models, strict=True)
     ]
-    repair.damage(patient, *models)
+    repair.damage(*models, [patient])
     after = captioner_parameters(models[0]), generator_parameters(models[1])
     for who, old, new in zip(repair.PATIENTS, before, after, strict=True):
         factor = 0.02 if who == patient else 1.0

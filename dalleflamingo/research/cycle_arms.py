@@ -30,6 +30,7 @@ class Arm:
         steps: times the profile's.
         deviations: of the authors' released code, names of `released.DEVIATIONS`.
         generates: the generator is evaluated too.
+        unlabelled: (2) is of images without captions, see `unlabelled.py`.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Arm:
     steps: float = 1.0
     deviations: frozenset[str] = frozenset()
     generates: bool = False
+    unlabelled: bool = False
 
     def config(self, profile: Profile, captioner: str, seed: int) -> CycleConfig:
         """The configuration of a run.
@@ -59,6 +61,7 @@ ARMS = {
     "labels-longer": Arm("labels only, 2.2 × as many steps", _LABELS, steps=AS_LONG, generates=True),
     "cycle": Arm("cycle: (1) to (4)", generates=True),
     "reconstruction": Arm("reconstruction only: (2), (4)", {"caption": 0.0, "generation": 0.0}, generates=True),
+    "unlabelled": Arm("cycle, (2) on images without captions", generates=True, unlabelled=True),
     "image": Arm("labels and image reconstruction: (1) to (3)", {"caption_reconstruction": 0.0}),
     "text": Arm("labels and caption reconstruction: (1), (3), (4)", {"image_reconstruction": 0.0}),
     # One seed each, exploratory. The first six are as the authors' released code has it.
@@ -74,7 +77,7 @@ ARMS = {
     "soft": Arm("soft bridge", {"mode": "soft"}),
     "gumbel": Arm("bridge that samples (Gumbel)", {"mode": "gumbel"}),
 }
-TABLE_3 = ("labels", "labels-longer", "cycle")
+TABLE_3 = ("labels", "labels-longer", "cycle", "unlabelled")
 TABLE_9 = ("cycle", "image", "text", "labels", "reconstruction")  # in the order of `paper.TABLE_9`
 RELEASED_CODE = ("joint", "released-map", "ends-kept", "previous-sample", "unnormalised", "released")
 OTHER_SETTINGS = ("all-timesteps", "soft", "gumbel")
@@ -92,13 +95,13 @@ class Run:
     Attributes:
         arm: a key of `ARMS`, `START`, or another name that comes with a configuration.
         captioner: name in the registry. seed: of training.
-        generated: "nocaps", "coco" or both, where the generator is evaluated too.
+        generates: the generator is evaluated too.
     """
 
     arm: str
     captioner: str
     seed: int = 0
-    generated: tuple[str, ...] = ()
+    generates: bool = False
 
     @property
     def name(self) -> str:
@@ -109,6 +112,11 @@ class Run:
     def deviations(self) -> frozenset[str]:
         """Of the released code, that the run has."""
         return ARMS[self.arm].deviations if self.arm in ARMS else frozenset()
+
+    @property
+    def unlabelled(self) -> bool:
+        """Loss (2) is of images without captions."""
+        return self.arm in ARMS and ARMS[self.arm].unlabelled
 
     def config(self, profile: Profile) -> CycleConfig:
         """The settings of an arm of `ARMS`, or of the models before training."""
@@ -131,7 +139,7 @@ def run_of(profile: Profile, arm: str, captioner: str, seed: int = 0) -> Run:
         generates = arm == START or ARMS[arm].generates
     else:
         generates = arm == "cycle" and f"cycle, {registry.entry_of(captioner).counterpart}" in paper.TABLE_4
-    return Run(arm, captioner, seed, ("nocaps", "coco") if generates else ())
+    return Run(arm, captioner, seed, generates)
 
 
 def queue(profile: Profile) -> dict[Run, CycleConfig]:
@@ -160,14 +168,14 @@ def trials(profile: Profile) -> dict[Run, CycleConfig]:
         profile: names the models.
     """
     first = profile.captioners[0]
-    start = Run(START, first, generated=("nocaps",))
+    start = Run(START, first, generates=True)
     found = {start: start.config(profile)}
 
     def add(arm: str, images: int, rate: float, losses: Mapping[str, object]) -> None:
         config = ARMS[arm].config(profile, first, 0)
         config = replace(config, images=images, learning_rate=rate, steps=600, losses=replace(config.losses, **losses))
         settings = [arm, f"{images} images", f"{rate:g}", *(f"{name} {value}" for name, value in losses.items())]
-        found[Run(", ".join(settings), first, generated=("nocaps",))] = config
+        found[Run(", ".join(settings), first, generates=True)] = config
 
     for images, rate in ((100, 3e-4), (2000, 3e-4), (2000, 1e-3)):
         for arm in ("labels", "cycle"):

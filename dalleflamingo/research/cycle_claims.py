@@ -51,9 +51,6 @@ def claim_10(found: StudyResults) -> list[Claim]:
             secondary[f"than {ARMS[TABLE_3[1]].label}"] = runs.value("clip_distance", TABLE_3[1], "cycle", out)
         secondary["labels only, than the start, out of domain"] = runs.value("clip_distance", START, "labels", out)
         secondary["labels only, than the start, in domain"] = runs.value("clip_distance", START, "labels", in_domain)
-        secondary["labels only, than the start, on coco"] = found.images["coco"][captioner].value(
-            "clip_distance", START, "labels"
-        )
         text = (
             f"trained with {ENTRIES[captioner].label}: SD's images are nearer to the real image out of domain "
             f"{weaker}, CLIP distance × 100"

@@ -152,7 +152,7 @@ class StudyResults:
 
     Attributes:
         captions: "nocaps" and "coco" -> captioner -> its runs.
-        images: likewise, of the generators that were trained with the captioner.
+        images: "nocaps" -> captioner -> runs of the generators that were trained with it.
     """
 
     captions: Mapping[str, Mapping[str, EvaluatedRuns]]
@@ -183,14 +183,20 @@ def read_runs(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def evaluate_runs(
-    captions: pd.DataFrame, images: pd.DataFrame, datasets: Mapping[str, Dataset], profile: Profile, **resamples: int
+    captions: pd.DataFrame,
+    images: pd.DataFrame,
+    datasets: Mapping[str, Dataset],
+    generated: Mapping[str, Dataset],
+    profile: Profile,
+    **resamples: int,
 ) -> StudyResults:
     """Evaluate what `read_runs` found.
 
     Args:
         captions: of `read_runs`.
         images: of `read_runs`.
-        datasets: test images by name, with the human captions.
+        datasets: described images by name, with the human captions.
+        generated: images whose captions were rendered, likewise.
         profile: names the first captioner and the network of FID.
         resamples: as of `EvaluatedRuns`.
     """
@@ -202,7 +208,7 @@ def evaluate_runs(
         for corpus, dataset in datasets.items()
     }
     by_teacher = {}
-    for corpus, dataset in datasets.items():
+    for corpus, dataset in generated.items():
         parts, real = (
             _by_captioner(images[images["corpus"] == corpus], profile.captioners[0]),
             real_features(dataset, profile),

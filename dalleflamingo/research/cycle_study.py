@@ -8,7 +8,7 @@ each image that the finetuned generator renders is from the real one. `cycle_com
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
+from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle import CycleConfig, build_cycle, train_cycle
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.datasets import Dataset
@@ -27,29 +28,43 @@ from dalleflamingo.evaluation.cycle_validation import render_captions
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
+from dalleflamingo.research import repair
 from dalleflamingo.research.cycle_arms import START, Run, queue, trials
 from dalleflamingo.research.image_ranking import distances
 from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.research.released import build_released_cycle
+from dalleflamingo.research.unlabelled import build_unlabelled_cycle
 from dalleflamingo.runs import write_whole
 from dalleflamingo.similarity import ClipImage, Encoder
 from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_cycle
 
-IMAGES = 300  # of each data set; of NoCaps a hundred of each domain
+RENDERED = 600  # images of NoCaps whose captions a generator renders, as many of every domain
 
 
-def test_sets(profile: Profile, images: int = IMAGES) -> dict[str, Dataset]:
-    """The test images, under the paper's names of the data sets.
+def test_sets(profile: Profile, images: int | None = None) -> dict[str, Dataset]:
+    """The test images that captioners describe, under the paper's names of the data sets.
 
     Args:
-        profile: names the data sets; of `dataset` as many of every domain.
-        images: of each data set.
+        profile: names the data sets.
+        images: of each data set, of `dataset` as many of every domain; None: all.
     """
     nocaps, coco = registered.load_dataset(profile.dataset), registered.load_dataset(profile.coco, "test")
-    parts = nocaps.by_domain().values()
+    if images is None:
+        return {"nocaps": nocaps, "coco": coco}
+    return {"nocaps": of_every_domain(nocaps, images), "coco": coco.subset(images)}
+
+
+def of_every_domain(dataset: Dataset, images: int) -> Dataset:
+    """As many images of every domain, so many in all; fewer are among those of more.
+
+    Args:
+        dataset: with domains.
+        images: how many.
+    """
+    parts = dataset.by_domain().values()
     ids = {example.image_id for part in parts for example in part.subset(images // len(parts))}
-    return {"nocaps": nocaps.filter(ids), "coco": coco.subset(images)}
+    return dataset.filter(ids)
 
 
 def development_sets(profile: Profile) -> dict[str, Dataset]:
@@ -69,12 +84,42 @@ def development_sets(profile: Profile) -> dict[str, Dataset]:
     return {"nocaps": registered.load_dataset(name), "coco": registered.load_dataset(profile.coco, "val")}
 
 
+def builder_of(run: Run, profile: Profile) -> Callable[..., tuple]:
+    """What builds the cycle of a run: both models as weak as all arms begin, then the run's own kind of cycle.
+
+    Args:
+        run: of the study.
+        profile: names the data set whose images stay without captions, where the run needs some.
+    """
+    if run.deviations:
+        build = partial(build_released_cycle, deviations=run.deviations)
+    elif run.unlabelled:
+        build = partial(build_unlabelled_cycle, images=registered.load_dataset(*unlabelled_images(profile)))
+    else:
+        build = build_cycle
+
+    def build_weak(config: CycleConfig, captioner: Captioner, generator: Generator, dataset: Dataset) -> tuple:
+        repair.damage(captioner, generator)
+        return build(config, captioner, generator, dataset)
+
+    return build_weak
+
+
+def unlabelled_images(profile: Profile) -> tuple[str, str | None]:
+    """The data set and split whose images loss (2) sees without captions: the miniature's web, or real COCO.
+
+    Args:
+        profile: names COCO.
+    """
+    return ("miniature/web", None) if registry.entry_of(profile.coco).shipped else (profile.coco, "train")
+
+
 def train_and_evaluate(
     run: Run,
     config: CycleConfig,
     folder: Path,
     datasets: Mapping[str, Dataset],
-    generated: Collection[str],
+    generated: Mapping[str, Dataset],
     profile: Profile,
     build: Callable[..., tuple] | None = None,
 ) -> dict:
@@ -84,15 +129,15 @@ def train_and_evaluate(
         run: what is trained.
         config: its settings.
         folder: of the run.
-        datasets: test images by name.
-        generated: names of those on which the generator is evaluated.
+        datasets: images that the captioner describes, by name.
+        generated: images whose captions the generator renders, likewise.
         profile: names the models that evaluate.
-        build: makes the cycle of the models, as `cycle.build_cycle`; None: that, or with the run's deviations.
+        build: makes the cycle of the models, as `cycle.build_cycle`; None: that of `builder_of`.
     """
     result = folder / "result.json"
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))
-    build = build or (partial(build_released_cycle, deviations=run.deviations) if run.deviations else build_cycle)
+    build = build or builder_of(run, profile)
     cycle, batches, trainable = load_cycle(config, torch.device(profile.device), build)
     folder.mkdir(parents=True, exist_ok=True)
     if run.arm != START:
@@ -105,15 +150,15 @@ def train_and_evaluate(
 
 @torch.no_grad()
 def evaluate(
-    cycle: Cycle, folder: Path, datasets: Mapping[str, Dataset], generated: Collection[str], profile: Profile
+    cycle: Cycle, folder: Path, datasets: Mapping[str, Dataset], generated: Mapping[str, Dataset], profile: Profile
 ) -> dict:
     """Let both models work on test images.
 
     Args:
         cycle: the models.
         folder: keeps the generated images, in `images/NAME`.
-        datasets: test images by name.
-        generated: names of those whose captions the generator renders.
+        datasets: images that the captioner describes, by name.
+        generated: images whose captions the generator renders, likewise.
         profile: names the models that evaluate the generated images, and says how they are generated.
     Returns:
         captions: name -> image id -> caption. images: name -> what `evaluate_generator` returns.
@@ -123,9 +168,9 @@ def evaluate(
     if generated:
         clip = ClipImage.from_pretrained(**registry.source_of(profile.clip, profile.device))
         inception = FeatureExtractor.from_registry(profile.inception, profile.device)
-        for name in generated:
+        for name, dataset in generated.items():
             images[name] = evaluate_generator(
-                cycle.generator, datasets[name], folder / "images" / name, profile, clip, inception
+                cycle.generator, dataset, folder / "images" / name, profile, clip, inception
             )
     return {"captions": captions, "images": images}
 
@@ -168,15 +213,19 @@ def work(
     folder: Path,
     datasets: Mapping[str, Dataset],
     profile: Profile,
+    rendered: int = RENDERED,
 ) -> None:
     """Do the runs that are not done yet, but for those that another process is working on.
 
     Args:
         wanted: the settings of every run.
         folder: of all runs; a run has its own in it, under its name.
-        datasets: test images by name; the generator is evaluated on those that `run.generated` names.
+        datasets: images that captioners describe, by name.
         profile: names the models that evaluate.
+        rendered: images of NoCaps that a generator is evaluated on, if its run generates, or all of fewer.
     """
+    nocaps = datasets["nocaps"]
+    generated = {"nocaps": of_every_domain(nocaps, min(rendered, len(nocaps)))}
     folder.mkdir(parents=True, exist_ok=True)
     for run, config in tqdm(wanted.items(), desc="cycle study", unit="run"):
         try:
@@ -184,7 +233,7 @@ def work(
         except Timeout:
             continue
         with lock:
-            train_and_evaluate(run, config, folder / run.name, datasets, run.generated, profile)
+            train_and_evaluate(run, config, folder / run.name, datasets, generated if run.generates else {}, profile)
 
 
 def main(arguments: list[str]) -> int:
@@ -197,8 +246,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--images",
         type=positive,
-        default=IMAGES,
-        help="test images of each data set, three domains alike; default: %(default)s",
+        help="test images of each data set, three domains alike; default: all",
     )
     parser.add_argument(
         "--trials", action="store_true", help="instead the runs that settings are chosen by, on development images"

@@ -446,7 +446,7 @@ def training_effects(profile: Profile, dataset: Dataset, folder: Path, steps: in
         config = CycleConfig.of(profile, seed=run.seed, steps=steps, losses=losses)
         # the released cycle without any deviation of x̂ is ours
         build = partial(build_released_cycle, deviations=how) if how else None
-        found = train_and_evaluate(run, config, folder / run.name, {CORPUS: dataset}, (), profile, build)
+        found = train_and_evaluate(run, config, folder / run.name, {CORPUS: dataset}, {}, profile, build)
         names = {"arm": run.arm, "seed": run.seed}
         rows += [names | {"image_id": int(i), "caption": text} for i, text in found["captions"][CORPUS].items()]
     evaluated = evaluated_captions(pd.DataFrame(rows), dataset)

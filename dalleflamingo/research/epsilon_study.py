@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from dalleflamingo import profiles
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle import CaptionedBatches, CycleConfig, TrainableParameters, build_cycle
-from dalleflamingo.cycle_losses import Cycle, captioner_parameters, generator_parameters
+from dalleflamingo.cycle_losses import Cycle, generator_parameters
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.generator import Generator
@@ -35,6 +35,7 @@ from dalleflamingo.research.cycle_study import development_sets, train_and_evalu
 from dalleflamingo.research.epsilon import AtTimestep, compare_timesteps, epsilon_form, pixel_differences
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.repair import DAMAGE, damage
 from dalleflamingo.runs import write_whole
 from dalleflamingo.sources.models import load_cycle
 
@@ -43,7 +44,6 @@ FORMS = ("v", "ε")
 TIMESTEPS = (*range(50, 1000, 100), 999)
 COMPARED = 16  # images, with one caption each, on which both forms are compared timestep by timestep
 STEPS, SCHEDULER = 10, "DPMSolverMultistep"  # how images are generated that evaluate a repaired generator
-DAMAGE = 0.02  # what the trained queries are multiplied by: they attend to nothing in particular any more
 LEARNING_RATE = 1e-3  # of the repair, in both forms
 LOSSES = {  # what trains, named as in Eq. 5 -> fields of `Losses`
     "(2)": {"caption": 0.0, "generation": 0.0, "caption_reconstruction": 0.0},
@@ -60,13 +60,6 @@ OUTCOMES = ("cider", "f1", "spice", "clip_distance", "fid")  # those that the mo
 def arm_of(losses: str, form: str) -> str:
     """What a run is called: by its losses and the form of (2) and (3)."""
     return f"{losses}, {form}"
-
-
-def damage(captioner: Captioner, generator: Generator, factor: float = DAMAGE) -> None:
-    """Multiply what cycle finetuning trains of both models, so that there is something to learn again."""
-    for parameters in (captioner_parameters(captioner), generator_parameters(generator)):
-        for parameter in parameters.values():
-            parameter.data.mul_(factor)
 
 
 def build_damaged(
@@ -100,7 +93,7 @@ def train_all(profile: Profile, folder: Path, dataset: Dataset, seeds: int, step
         settings = dict(seed=run.seed, steps=steps, learning_rate=LEARNING_RATE, scheduler=SCHEDULER)
         config = CycleConfig.of(profile, losses=dict(losses), **settings)
         # (2) alone is about the captioner: its generator is not rendered
-        generated = [] if losses == LOSSES["(2)"] else [CORPUS]
+        generated = {} if losses == LOSSES["(2)"] else {CORPUS: dataset}
         build = partial(build_damaged, form=form)
         train_and_evaluate(run, config, folder / run.name, {CORPUS: dataset}, generated, profile, build)
 

@@ -102,17 +102,23 @@ class Sizes:
     prompts: int = 48
 
 
-def damage(patient: str, captioner: Captioner, generator: Generator, factor: float = DAMAGE) -> None:
-    """Multiply the queries of a model's cross-attention, so that there is something to learn again.
+def damage(
+    captioner: Captioner, generator: Generator, patients: Sequence[str] = PATIENTS, factor: float = DAMAGE
+) -> None:
+    """Multiply the queries of cross-attention, so that there is something to learn again.
 
     Args:
-        patient: which of the two, one of `PATIENTS`.
         captioner: one model.
         generator: the other.
-        factor: of its queries; 1 leaves it intact.
+        patients: which of the two, of `PATIENTS`.
+        factor: of the queries; 1 leaves them intact.
     """
-    of = {CAPTIONER: partial(captioner_parameters, captioner), GENERATOR: partial(generator_parameters, generator)}
-    for parameter in of[patient]().values():
+    chosen = {}
+    if CAPTIONER in patients:
+        chosen |= captioner_parameters(captioner)
+    if GENERATOR in patients:
+        chosen |= generator_parameters(generator)
+    for parameter in chosen.values():
         parameter.data.mul_(factor)
 
 
@@ -253,5 +259,5 @@ def checkup_of(
 def _build_damaged(
     config: CycleConfig, captioner: Captioner, generator: Generator, dataset: Dataset, patient: str, factor: float
 ) -> tuple[Cycle, CaptionedBatches, TrainableParameters]:
-    damage(patient, captioner, generator, factor)
+    damage(captioner, generator, [patient], factor)
     return build_cycle(config, captioner, generator, dataset)
