@@ -34,11 +34,11 @@ from dalleflamingo.research.cycle_comparison import (
     read_runs,
     real_features,
 )
+from dalleflamingo.research.cycle_start import PRETRAINING, WEB
 from dalleflamingo.research.cycle_study import RENDERED, development_sets, of_every_domain, test_sets
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.research.ranking import ALL
-from dalleflamingo.research.repair import DAMAGE
 
 COMMAND = "python -m dalleflamingo research cycle-report"
 GALLERY = {START: START, "labels only": "labels", "cycle": "cycle"}  # heading -> arm
@@ -192,7 +192,8 @@ def page(
         f"Made by `{COMMAND}` at commit `{pages.current_commit()}`. Brackets are 95 % intervals: training seeds are "
         f"drawn anew, then images; differences are paired by both. Captions of {images['nocaps']:,} images of nocaps "
         f"and {images['coco']:,} of coco, generated images from captions of {images['rendered']:,} of nocaps.",
-        f"*Start*: both models with the trained queries multiplied by {DAMAGE:g}, so that there is something to learn.",
+        f"*Start*: both models with the trained queries learned anew from the alt-texts of {WEB} alone, in "
+        f"{PRETRAINING['steps']} steps, so that there is something to learn from labels.",
         f"Settings: {config.images or 'all'} labelled images of coco, {config.steps} steps of {config.batch_size} "
         f"pairs, {config.schedule}, learning rate {config.learning_rate:g}, (4) below {config.losses.max_timestep:.0%} "
         "of the timesteps; chosen on other images of the same sort, by [these trials](cycle-trials.md).",

@@ -18,7 +18,6 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
-from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle import CycleConfig, build_cycle, train_cycle
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.datasets import Dataset
@@ -28,8 +27,8 @@ from dalleflamingo.evaluation.cycle_validation import render_captions
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
-from dalleflamingo.research import repair
 from dalleflamingo.research.cycle_arms import START, Run, queue, trials
+from dalleflamingo.research.cycle_start import WEB, beginning_with, pretrained
 from dalleflamingo.research.image_ranking import distances
 from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.research.released import build_released_cycle
@@ -84,12 +83,13 @@ def development_sets(profile: Profile) -> dict[str, Dataset]:
     return {"nocaps": registered.load_dataset(name), "coco": registered.load_dataset(profile.coco, "val")}
 
 
-def builder_of(run: Run, profile: Profile) -> Callable[..., tuple]:
-    """What builds the cycle of a run: both models as weak as all arms begin, then the run's own kind of cycle.
+def builder_of(run: Run, profile: Profile, starts: Path) -> Callable[..., tuple]:
+    """What builds the cycle of a run: both models as all arms begin, then the run's own kind of cycle.
 
     Args:
         run: of the study.
-        profile: names the data set whose images stay without captions, where the run needs some.
+        profile: names the generator, and the data set whose images stay without captions, where the run needs some.
+        starts: folder of the models that arms begin with; what is missing there is trained.
     """
     if run.deviations:
         build = partial(build_released_cycle, deviations=run.deviations)
@@ -97,12 +97,7 @@ def builder_of(run: Run, profile: Profile) -> Callable[..., tuple]:
         build = partial(build_unlabelled_cycle, images=registered.load_dataset(*unlabelled_images(profile)))
     else:
         build = build_cycle
-
-    def build_weak(config: CycleConfig, captioner: Captioner, generator: Generator, dataset: Dataset) -> tuple:
-        repair.damage(captioner, generator)
-        return build(config, captioner, generator, dataset)
-
-    return build_weak
+    return beginning_with(pretrained(run.captioner, profile, starts), build)
 
 
 def unlabelled_images(profile: Profile) -> tuple[str, str | None]:
@@ -111,7 +106,7 @@ def unlabelled_images(profile: Profile) -> tuple[str, str | None]:
     Args:
         profile: names COCO.
     """
-    return ("miniature/web", None) if registry.entry_of(profile.coco).shipped else (profile.coco, "train")
+    return (WEB, None) if registry.entry_of(profile.coco).shipped else (profile.coco, "train")
 
 
 def train_and_evaluate(
@@ -137,7 +132,7 @@ def train_and_evaluate(
     result = folder / "result.json"
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))
-    build = build or builder_of(run, profile)
+    build = build or builder_of(run, profile, folder.parent / "starts")
     cycle, batches, trainable = load_cycle(config, torch.device(profile.device), build)
     folder.mkdir(parents=True, exist_ok=True)
     if run.arm != START:
