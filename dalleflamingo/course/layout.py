@@ -4,8 +4,10 @@ Lengths are in pixels of the figure, from its upper left corner. Text is shown a
 """
 
 import textwrap
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -113,14 +115,32 @@ def _add_panel(figure: Figure, panel: Panel, left: int, top: int, above: int) ->
     add_text(figure, left, remarks, "\n".join(panel.remarks), color=PALETTE["quiet"])
 
 
-def new_figure(width: int, height: int) -> Figure:
+class CaptionedFigure(Figure):
+    """A figure that notebooks show as a PNG whose alternative text is the figure's own: its texts and its note."""
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> tuple[dict, dict]:
+        file = BytesIO()
+        self.savefig(file, format="png", dpi=DPI)
+        image = {"image/png": b64encode(file.getvalue()).decode()}
+        return image, {
+            "image/png": {"alt": " · ".join(" ".join(text.split()) for text in self.written() if text.strip())}
+        }
+
+    def written(self) -> list[str]:
+        """All that stands in the figure beside the numbers of its axes, the note last."""
+        axes = [text for one in self.axes for text in (one.get_title("left"), one.get_ylabel(), one.get_xlabel())]
+        return [*axes, *(text.get_text() for text in self.texts)]
+
+
+def new_figure(width: int, height: int) -> CaptionedFigure:
     """An empty white figure.
 
     Args:
         width: in pixels.
         height: in pixels.
     """
-    figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=PALETTE["ground"])
+    size = width / DPI, height / DPI
+    figure = plt.figure(figsize=size, dpi=DPI, facecolor=PALETTE["ground"], FigureClass=CaptionedFigure)
     plt.close(figure)  # a cell shows the figure that it returns; pyplot would show it a second time
     return figure
 

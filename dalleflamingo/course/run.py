@@ -17,8 +17,6 @@ file is written whole or not at all, so a killed run leaves no broken files; ano
 """
 
 import argparse
-import base64
-import html
 import json
 import os
 import re
@@ -33,6 +31,7 @@ import psutil
 from tqdm import tqdm
 
 from dalleflamingo import profiles, registry
+from dalleflamingo.course.site import Link, render_index, render_page
 from dalleflamingo.runs import write_whole
 
 try:
@@ -41,7 +40,6 @@ try:
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
-    from nbconvert import HTMLExporter
     from traitlets import default
     from traitlets.config import Config
 except ImportError as error:
@@ -160,12 +158,17 @@ class NotebookRun(threading.Thread):
             return
         self.peak_bytes = max(self.peak_bytes, sum(map(_resident_bytes, processes)))
 
-    def write_pages(self, out: Path) -> Outcome:
-        """Leave `NAME.ipynb` and `NAME.html` in the folder `out`; the notebook must have run."""
+    def write_pages(self, out: Path, before: Link | None, after: Link | None) -> Outcome:
+        """Leave `NAME.ipynb` and `NAME.html` in the folder `out`; the notebook must have run.
+
+        Args:
+            out: the folder.
+            before: the page before this one.
+            after: the page after it.
+        """
         name = self.path.stem
-        page, _ = HTMLExporter().from_notebook_node(self.notebook, {"metadata": {"name": name}})
         _write(out / f"{name}.ipynb", nbformat.writes(self.notebook))
-        _write(out / f"{name}.html", embed_images(page, self.path.parent))
+        _write(out / f"{name}.html", render_page(self.notebook, self.path.parent, before, after))
         return Outcome(name, _title(self.notebook) or name, self.seconds, self.peak_bytes, self.failure)
 
 
@@ -202,25 +205,6 @@ def _is_shipped(profile: str) -> bool:
     return registry.ENTRIES[profiles.PROFILES[profile].captioner].shipped
 
 
-def embed_images(page: str, folder: Path) -> str:
-    """The page with the PNG files inside that its text shows.
-
-    nbconvert's own `embed_images` closes every <details> before its content, and so shows what it is to hide.
-
-    Args:
-        page: HTML.
-        folder: that the page's paths start from.
-    """
-
-    def embed(image: re.Match) -> str:
-        file = folder / image[2]
-        if not file.is_file():
-            return image[0]
-        return f'{image[1]}data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"'
-
-    return re.sub(r'(<img[^>]*? src=")([^":]+\.png)"', embed, page)
-
-
 def index_page(outcomes: Sequence[Outcome], profile: str) -> str:
     """The page that links all others; everything that came out of a notebook is escaped.
 
@@ -228,20 +212,27 @@ def index_page(outcomes: Sequence[Outcome], profile: str) -> str:
         outcomes: a row for each.
         profile: the name that the page states.
     """
-    rows = "\n".join(
-        f'<tr><td><a href="{html.escape(o.notebook)}.html">{html.escape(o.title)}</a></td>'
-        f"<td>{_minutes(o.seconds)}</td><td>{o.peak_bytes / 2**30:.1f} GiB</td>"
-        f"<td>{html.escape('ran to its end' if o.failure is None else 'failed in ' + o.failure)}</td></tr>"
-        for o in outcomes
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>dalleflamingo</title>\n'
-        "<style>body{font-family:sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "td,th{text-align:left;padding:.3rem 1rem .3rem 0;vertical-align:top}</style>\n"
-        "<h1>Do DALL-E and Flamingo understand each other?</h1>\n"
-        f"<p>The notebooks as executed in profile <b>{html.escape(profile)}</b>.</p>\n"
-        f"<table><tr><th>notebook</th><th>time</th><th>peak memory</th><th></th></tr>\n{rows}\n</table></html>\n"
-    )
+    rows = [
+        {
+            "link": Link(one.title, f"{one.notebook}.html"),
+            "time": _minutes(one.seconds),
+            "memory": f"{one.peak_bytes / 2**30:.1f} GiB",
+            "end": "ran to its end" if one.failure is None else f"failed in {one.failure}",
+        }
+        for one in outcomes
+    ]
+    return render_index(profile, rows)
+
+
+def neighbours(paths: Sequence[Path]) -> dict[Path, tuple[Link | None, Link | None]]:
+    """Notebook -> the pages before and after its own.
+
+    Args:
+        paths: the notebooks in order.
+    """
+    links = [Link(_title(nbformat.read(path, as_version=4)) or path.stem, f"{path.stem}.html") for path in paths]
+    before, after = [None, *links[:-1]], [*links[1:], None]
+    return {path: (one, other) for path, one, other in zip(paths, before, after, strict=True)}
 
 
 def run_course(paths: Sequence[Path], out: Path, profile: str, workers: int | None = None) -> list[Outcome]:
@@ -268,6 +259,7 @@ def run_course(paths: Sequence[Path], out: Path, profile: str, workers: int | No
     workers = default_workers(profile) if workers is None else workers
     (out / "figures").mkdir(parents=True, exist_ok=True)
     waiting, running, outcomes = _longest_first(paths, out, profile), [], {}
+    beside = neighbours(paths)
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -278,7 +270,7 @@ def run_course(paths: Sequence[Path], out: Path, profile: str, workers: int | No
                 run.measure_memory()
                 if not run.is_alive():
                     running.remove(run)
-                    outcomes[run.path] = run.write_pages(out)
+                    outcomes[run.path] = run.write_pages(out, *beside[run.path])
                     _print(outcomes[run.path].line())
                     _write_index(out, profile, [outcomes[path] for path in paths if path in outcomes])
     except KeyboardInterrupt:
