@@ -121,10 +121,9 @@ class CaptionedFigure(Figure):
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> tuple[dict, dict]:
         file = BytesIO()
         self.savefig(file, format="png", dpi=DPI)
-        image = {"image/png": b64encode(file.getvalue()).decode()}
-        return image, {
-            "image/png": {"alt": " · ".join(" ".join(text.split()) for text in self.written() if text.strip())}
-        }
+        texts = [" ".join(text.split()) for text in self.written()]
+        image, metadata = b64encode(file.getvalue()).decode(), {"alt": " · ".join(filter(None, texts))}
+        return {"image/png": image}, {"image/png": metadata}
 
     def written(self) -> list[str]:
         """All that stands in the figure beside the numbers of its axes, the note last."""

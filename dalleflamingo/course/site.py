@@ -153,6 +153,7 @@ def mathml(tex: str, display: str) -> str:
     """
     for ours, theirs in _PLAIN.items():
         tex = tex.replace(ours, theirs)
+    tex = re.sub(r"\\text\w*\{[^}]*\}", lambda words: html.escape(words[0], quote=False), tex)  # it escapes none
     return convert(tex.strip(), display=display)
 
 
