@@ -57,7 +57,7 @@ class _Unknown:
 
 
 _USES = """getattr call iter next len bool getitem setitem contains enter exit str format int float index hash eq ne lt
-    le gt ge add radd sub rsub mul rmul truediv rtruediv matmul rmatmul neg and or array"""
+    le gt ge add radd sub rsub mul rmul truediv rtruediv matmul rmatmul pow rpow neg and or array"""
 for _use in _USES.split():
     setattr(_Unknown, f"__{_use}__", _refuse)
 UNKNOWN = _Unknown()

@@ -117,7 +117,7 @@ def asked(notebook: str, change: tuple[str, str]) -> None:
     [
         ("07_ablations", "paper", ("min(2 * profile.images, len(whole_dataset))", "2 * profile.images"), "9000 .*4500"),
         ("04_image_text_image", "paper", ("subset(profile.images)", "subset(profile.images + 1)"), "4501 .*4500"),
-        ("05_text_image_text", "smoke", ("subset(profile.images)", "subset(200 * profile.images)"), "800 .*600"),
+        ("05_text_image_text", "smoke", ("subset(profile.images)", "subset(400 * profile.images)"), "1600 .*1500"),
         ("00_the_question", "colab", ("dataset.subset(1, seed=3)", "dataset.subset(4600, seed=3)"), "4600 .*4500"),
         (
             "06_cycle_finetuning",

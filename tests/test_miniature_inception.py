@@ -10,7 +10,7 @@ from dalleflamingo import registry
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.miniature import world
 from dalleflamingo.miniature.inception import MiniatureInception
-from dalleflamingo.miniature.scene_graph import COLOURS, KINDS
+from dalleflamingo.miniature.scene_graph import COLOURS, GROUNDS, KINDS
 from dalleflamingo.miniature.training import inception
 from dalleflamingo.miniature.training.inception import InceptionRecipe
 
@@ -23,18 +23,19 @@ def recipe():
     return made
 
 
-def test_every_thing_of_a_picture_is_asked_for_as_often(recipe, monkeypatch):
+def test_every_thing_of_a_picture_has_an_equal_share_and_its_ground_is_asked_for(recipe, monkeypatch):
     scene = world.sample_scene(np.random.default_rng(3), count=3)
-    monkeypatch.setattr(inception.world, "sample_scene", lambda rng: scene)
+    monkeypatch.setattr(inception.world, "sample_scene", lambda rng, count: scene)
     batch = recipe.batch(np.random.default_rng(0), 0)
-    assert batch["pixel_values"].shape == (200, 3, 64, 64)
+    assert batch["pixel_values"].shape == (recipe.batch_size, 3, 64, 64)
     names = {(thing.kind, thing.colour) for thing in scene.things}
-    asked = [(KINDS[c // len(COLOURS)], COLOURS[c % len(COLOURS)]) for c in batch["classes"].tolist()]
-    assert set(asked) == names
-    assert min(asked.count(name) for name in names) > 40  # a third each of 200, give or take
+    for row in batch["names"]:
+        asked = [(KINDS[c // len(COLOURS)], COLOURS[c % len(COLOURS)]) for c in row.nonzero().flatten().tolist()]
+        assert set(asked) == names and row.unique().tolist() == pytest.approx([0, 1 / 3])
+    assert {GROUNDS[ground] for ground in batch["grounds"].tolist()} == {scene.ground}
 
 
-def test_loss_is_the_cross_entropy_of_the_names_and_training_lowers_it(recipe):
+def test_loss_is_the_cross_entropy_of_names_and_ground_and_training_lowers_it(recipe):
     recipe.batch_size = 16
     batch = recipe.batch(np.random.default_rng(1), 0)
     optimizer = torch.optim.AdamW(recipe.parameters(), lr=2e-3)
@@ -46,7 +47,7 @@ def test_loss_is_the_cross_entropy_of_the_names_and_training_lowers_it(recipe):
         optimizer.step()
         recipe.after_step(step)
         losses.append(loss.item())
-    assert losses[0] == pytest.approx(np.log(192), abs=0.6) and losses[-1] < losses[0] - 0.5
+    assert losses[0] == pytest.approx(np.log(192) + np.log(5), abs=0.6) and losses[-1] < losses[0] - 0.5
 
 
 def test_exported_weights_come_back_in_float32_with_their_statistics(recipe, tmp_path):
