@@ -26,11 +26,13 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dalleflamingo import profiles
+from dalleflamingo import profiles, registry
 from dalleflamingo.evaluation.intervals import Interval, paired_bootstrap
-from dalleflamingo.miniature.annotators import ANNOTATORS, write_caption
 from dalleflamingo.miniature.image_score import score_prompt
-from dalleflamingo.research.gates import held_out_scenes, open_recogniser
+from dalleflamingo.miniature.recogniser import Recogniser
+from dalleflamingo.miniature.scene_graph import parse
+from dalleflamingo.research.gates import SEED
+from dalleflamingo.research.image_gates import write_prompts
 from dalleflamingo.research.pages import SHIPPED, cell, current_commit, measured_on, table, write_page
 from dalleflamingo.runs import write_whole
 from dalleflamingo.sources.models import load_generator
@@ -70,16 +72,16 @@ def main() -> None:
     prompts = parser.parse_args().prompts
     file = SHIPPED / "schedulers.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    scenes = [scene for count in (1, 2) for scene in held_out_scenes(prompts, count, "schedulers")]
-    rng, recogniser = np.random.default_rng(0), open_recogniser()
-    captions = [write_caption(scene, ANNOTATORS[0], rng) for scene in scenes]
+    recogniser = Recogniser.from_pretrained(registry.locate(PROFILE.judge)).eval()
+    captions = [caption for count in (1, 2) for caption in write_prompts(prompts, SEED, count)]
+    wanted = list(map(parse, captions))
 
     def gap(kind: str, steps: int) -> Interval:
         """How much larger the share of things right is than the reference's."""
         for setting in SETTINGS:
             if not select(rows, setting, kind, steps):
                 images = generate(setting, kind, steps, captions)
-                scores = map(score_prompt, recogniser.find(images), scenes)
+                scores = map(score_prompt, recogniser.find(images), wanted)
                 right, things = zip(*((score.right, score.things) for score in scores), strict=True)
                 row = {"setting": setting, "scheduler": kind, "steps": steps, "commit": current_commit()}
                 rows.append(row | {"right": right, "things": things})
