@@ -6,6 +6,7 @@ Counts multiply-adds, forward and backward, with PyTorch's own counter on models
 one image with a caption of twenty tokens. Writes docs/results/cycle-arithmetic.json and cycle-arithmetic.md.
 """
 
+import argparse
 import json
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -149,6 +150,7 @@ def page(result: dict) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     counts = parts()
     result = {"commit": current_commit(), "parts": counts, "steps": list(steps(counts))}
     (SHIPPED / "cycle-arithmetic.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
