@@ -16,8 +16,8 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL.Image import Image
 
-# Schedulers of diffusers whose images match their captions as DDIM's do, and the fewest steps from which they did with a
-# weaker generator; today's needs as few or fewer (benchmarks/schedulers.py, docs/results/schedulers.md)
+# Schedulers of diffusers whose images match their captions as DDIM's do, and the fewest steps from which they did with
+# a weaker generator; today's needs as few or fewer (benchmarks/schedulers.py, docs/results/schedulers.md)
 SCHEDULERS = {
     "DDPM": 20,
     "DDIM": 20,
