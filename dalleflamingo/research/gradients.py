@@ -150,12 +150,14 @@ def _norm_table(table: pd.DataFrame) -> str:
             values = table.loc[(table["loss"] == loss) & (table["model"] == model), "norm"].to_numpy()
             cells.append(pages.cell(mean_interval(values), 3) if values.any() else "–")
         rows.append([number, *cells])
-    of_captioner = means["image_reconstruction", "captioner"] / means["caption", "captioner"]
-    again_captioner = means["caption_reconstruction", "captioner"] / means["caption", "captioner"]
-    of_generator = means["caption_reconstruction", "generator"] / means["generation", "generator"]
-    again_generator = means["image_reconstruction", "generator"] / means["generation", "generator"]
-    rows.append(["(2) / (1), (4) / (3)", f"{of_captioner:.2f}", f"{of_generator:.2f}"])
-    rows.append(["(4) / (1), (2) / (3)", f"{again_captioner:.2f}", f"{again_generator:.2f}"])
+    by_labels = {"captioner": means["caption", "captioner"], "generator": means["generation", "generator"]}
+    ways_back = {
+        "(2) / (1), (4) / (3)": ("image_reconstruction", "caption_reconstruction"),
+        "(4) / (1), (2) / (3)": ("caption_reconstruction", "image_reconstruction"),
+    }
+    for label, losses in ways_back.items():
+        ratios = [means[loss, model] / by_labels[model] for loss, model in zip(losses, MODELS, strict=True)]
+        rows.append([label, *(f"{ratio:.2f}" for ratio in ratios)])
     return pages.table(["loss", *MODELS], rows)
 
 

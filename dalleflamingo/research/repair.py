@@ -200,9 +200,7 @@ class GeneratorCheckup:
         return pd.DataFrame(rows, columns=_COLUMNS)
 
 
-def repair(
-    config: CycleConfig, patient: str, sizes: Sizes, profile: Profile, run_folder: Path, factor: float = DAMAGE
-) -> pd.DataFrame:
+def repair(config: CycleConfig, patient: str, sizes: Sizes, profile: Profile, run_folder: Path) -> pd.DataFrame:
     """Damage a model, train it by a configuration's losses, and check it before, on the way and afterwards.
 
     A run that was interrupted goes on when it is called again with the same folder.
@@ -213,11 +211,10 @@ def repair(
         sizes: of the check-ups.
         profile: of the miniature; names the recogniser, says how images are generated.
         run_folder: of the training; gets the check-ups, and `EXAMPLES` images of each where the generator is damaged.
-        factor: see `damage`.
     Returns:
         the check-ups' rows with their step, 0 for the damaged model before training.
     """
-    build = partial(_build_damaged, patient=patient, factor=factor)
+    build = partial(_build_damaged, patient=patient)
     cycle, batches, trainable = load_cycle(config, torch.device(profile.device), build)
     checkup = checkup_of(patient, cycle.captioner, cycle.generator, sizes, profile)
 
@@ -257,7 +254,7 @@ def checkup_of(
 
 
 def _build_damaged(
-    config: CycleConfig, captioner: Captioner, generator: Generator, dataset: Dataset, patient: str, factor: float
+    config: CycleConfig, captioner: Captioner, generator: Generator, dataset: Dataset, patient: str
 ) -> tuple[Cycle, CaptionedBatches, TrainableParameters]:
-    damage(captioner, generator, [patient], factor)
+    damage(captioner, generator, [patient])
     return build_cycle(config, captioner, generator, dataset)

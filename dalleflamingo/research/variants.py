@@ -282,11 +282,6 @@ def table_8(by_captioner: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["", "ranked by", "random", *gained, "the paper: BLIP, BLIP-2"])
 
 
-def load_caption_errors(folder: Path = report.SHIPPED) -> pd.DataFrame:
-    """A row for Insight I and each variant: what `caption_errors` found; measured in the miniature only."""
-    return pd.read_csv(folder / ERRORS, index_col=0)
-
-
 def write(docs: Path, variants: Variants) -> None:
     """results/variant-*.csv, captioner-*.csv, variants.md, and the claims."""
     folder, made = docs / "results", variants.original
