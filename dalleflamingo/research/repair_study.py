@@ -271,7 +271,7 @@ def main(arguments: list[str]) -> int:
     """
     parser = study_parser("repair", main.__doc__)
     parser.add_argument("--seeds", type=positive, default=5, help="of training; default: %(default)s")
-    parser.add_argument("--steps", type=positive, default=150, help="of each run; default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=240, help="of each run; default: %(default)s")
     options = parse(parser, arguments)
     profile = profiles.current()
     folder = options.runs / f"repair-{profile.name}-{options.steps}"
