@@ -239,19 +239,25 @@ def test_weights_of_a_position_are_told_what_is_wrong_with_them(attempt, said, c
 
 # ── notebooks 06 and 07 ──────────────────────────────────────────────────────────────────────────────────────────────
 
-PRINTED = [  # check, notebook, name of the function there
-    ("caption_loss", "06_cycle_finetuning", "caption_loss"),
-    ("clean_latents", "06_cycle_finetuning", "clean_latents"),
-    ("kendall_tau", "07_ablations", "kendall_tau"),
+CYCLE = [
+    *(("06_cycle_finetuning", name) for name in ("is_trained", "caption_loss", "clean_latents", "matched_steps")),
+    *(("07_ablations", name) for name in ("kendall_tau", "captioner_input", "reconstruction")),
 ]
 
 
-@pytest.mark.parametrize(("check", "notebook", "name"), PRINTED)
-def test_printed_solutions_of_the_cycle_are_right(check, notebook, name, capsys):
-    getattr(checks, check)(tiny.printed_solution(notebook, name))
+@pytest.mark.parametrize(("notebook", "exercise"), CYCLE)
+def test_printed_solutions_of_the_cycle_are_right(notebook, exercise, capsys):
+    solution = tiny.printed_solution(notebook, exercise)
+    assert getattr(checks, exercise)(solution) is solution
     assert capsys.readouterr().out.startswith("Right.")
-    getattr(checks, check)(not_done)
+
+
+@pytest.mark.parametrize(("notebook", "exercise"), CYCLE)
+def test_until_an_exercise_of_the_cycle_is_done_later_cells_get_a_right_answer(notebook, exercise, capsys):
+    ours = getattr(checks, exercise)(not_done)
     assert "Not done yet" in capsys.readouterr().out
+    getattr(checks, exercise)(ours)
+    assert capsys.readouterr().out.startswith("Right.")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +273,22 @@ def test_printed_solutions_of_the_cycle_are_right(check, notebook, name, capsys)
         ("clean_latents", lambda z, e, a: (z - (1 - a) * e) / a**0.5, "the root is missing"),
         ("clean_latents", lambda z, e, a: (z + (1 - a) ** 0.5 * e) / a**0.5, "take it away"),
         ("clean_latents", lambda z, e, a: z - e, "weighted by the schedule"),
+        ("is_trained", lambda name: "query" in name or "to_q" in name, "never sees the other modality"),
+        ("is_trained", lambda name: "crossattention" in name or "attn2" in name, "keys and values stay frozen"),
+        ("is_trained", lambda name: "crossattention.self.query" in name, "so True; yours gives False"),
+        ("matched_steps", lambda steps, cycle, labels: steps, "as many steps are less computing"),
+        ("matched_steps", lambda steps, cycle, labels: round(steps * labels / cycle), "upside down"),
+        ("matched_steps", lambda steps, cycle, labels: round(steps * (cycle - labels)), "not subtracted"),
+        ("matched_steps", lambda steps, cycle, labels: steps * cycle / labels, "whole steps only"),
+        ("captioner_input", lambda image, mean, std: image, "the bug itself"),
+        ("captioner_input", lambda image, mean, std: (image + 1) / 2, "as an image file is"),
+        ("captioner_input", lambda image, mean, std: (image - mean) / std, "not in [-1, 1]"),
+        ("captioner_input", lambda image, mean, std: (image + 1) / 2 - mean, "divide by the standard deviation"),
+        ("captioner_input", lambda image, mean, std: (image + 1) / 2 * std + mean, "takes the normalisation back"),
+        ("reconstruction", lambda step, e, t, z, z_t: step(e, t, z).prev_sample, "both bugs are still there"),
+        ("reconstruction", lambda step, e, t, z, z_t: step(e, t, z_t).prev_sample, "nearly all of the noise"),
+        ("reconstruction", lambda step, e, t, z, z_t: step(e, t, z).pred_original_sample, "which have none"),
+        ("reconstruction", lambda step, e, t, z, z_t: z, "nothing was reconstructed"),
         ("kendall_tau", lambda a, b: 1.0, "agrees on none"),
         ("kendall_tau", lambda a, b: tau(a, b) * (10 if len(a) == 5 else 1), "divide by the number of pairs"),
         ("kendall_tau", lambda a, b: tau(a, b) / 2 + 0.5, "disagreement counts −1"),

@@ -74,7 +74,7 @@ def test_a_repair_goes_on_where_it_was_and_keeps_every_check_up(monkeypatch, tmp
 
     def run(folder, steps):
         config = small(monkeypatch, arm, steps=steps, validate_every=2, checkpoint_every=2)
-        return repair.repair(config, arm.patient, sizes, SMOKE, folder)
+        return repair.repair(arm, config, sizes, SMOKE, folder)
 
     whole = run(tmp_path / "whole", 4)
     run(tmp_path / "parts", 2)
@@ -90,10 +90,13 @@ def test_a_repair_goes_on_where_it_was_and_keeps_every_check_up(monkeypatch, tmp
 # ── scores ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def table(told, facts, loss=1, step=4):
+FIRST, WHOLE = ARMS[0].name, repair_study.intact(CAPTIONER)
+
+
+def table(told, facts, arm=FIRST, step=4):
     """Check-ups of as many seeds as there are rows, in one sort of fact."""
     return pd.DataFrame(
-        {"patient": CAPTIONER, "loss": loss, "seed": seed, "step": step, "item": item, "sort": "all"}
+        {"arm": arm, "seed": seed, "step": step, "item": item, "sort": "all"}
         | {"told": told[seed][item], "facts": facts[seed][item], "caption": ""}
         for seed in range(len(told))
         for item in range(len(told[0]))
@@ -102,7 +105,7 @@ def table(told, facts, loss=1, step=4):
 
 def test_a_score_is_the_ratio_of_sums_over_seeds_and_items():
     made = table([[1, 0, 2], [1, 1, 0]], [[1, 2, 3], [1, 2, 3]])
-    found = repair_study.score(made, CAPTIONER, 1, 4)
+    found = repair_study.score(made, FIRST, 4)
     assert found.value == pytest.approx(5 / 12) and found.n == 3
     assert found.low < found.value < found.high
 
@@ -111,18 +114,29 @@ def test_the_difference_to_the_intact_model_pairs_the_items():
     rng = np.random.default_rng(0)
     hard = rng.random(60)  # of the items: it moves both models alike
     trained = table([hard - 0.1, hard - 0.12], np.ones((2, 60)))
-    intact = table([hard], np.ones((1, 60)), loss=repair_study.INTACT, step=0)
+    intact = table([hard], np.ones((1, 60)), arm=WHOLE, step=0)
     both = pd.concat([trained, intact], ignore_index=True)
-    found = repair_study.score(both, CAPTIONER, 1, 4, minus=repair_study.INTACT)
+    found = repair_study.score(both, FIRST, 4, minus=WHOLE)
     assert found.value == pytest.approx(-0.11) and found.high - found.low < 0.03
-    alone = repair_study.score(both, CAPTIONER, 1, 4)
+    alone = repair_study.score(both, FIRST, 4)
     assert alone.high - alone.low > 0.1
+
+
+def test_an_arm_of_fewer_seeds_is_compared_from_the_seeds_that_both_have():
+    rng = np.random.default_rng(1)
+    plain = [rng.random(50) + seed for seed in range(3)]
+    both = pd.concat(
+        [table(plain, np.ones((3, 50))), table([plain[0] - 0.2, plain[1] - 0.2], np.ones((2, 50)), arm="other")],
+        ignore_index=True,
+    )
+    found = repair_study.score(both, "other", 4, minus=FIRST)
+    assert found.value == pytest.approx(-0.2) and found.high - found.low < 1e-9
 
 
 def test_more_seeds_that_disagree_make_the_interval_wide():
     alike = table([[0.5] * 40] * 4, np.ones((4, 40)))
     apart = table([[0.2] * 40, [0.8] * 40] * 2, np.ones((4, 40)))
-    narrow, wide = (repair_study.score(made, CAPTIONER, 1, 4) for made in (alike, apart))
+    narrow, wide = (repair_study.score(made, FIRST, 4) for made in (alike, apart))
     assert narrow.value == pytest.approx(wide.value) and narrow.high - narrow.low < 1e-9
     assert wide.high - wide.low > 0.3
 

@@ -7,6 +7,7 @@ about as much computing as the cycle takes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from dalleflamingo import registry
 from dalleflamingo.cycle import CycleConfig
@@ -162,10 +163,24 @@ def queue(profile: Profile) -> dict[Run, CycleConfig]:
     return {run: run.config(profile) for run in runs}
 
 
+FEW, MANY, RATE = 25, 2000, 1e-3  # labelled images of the trials, and their learning rate
+
+
+def trial(arm: str, images: int, losses: Mapping[str, object] = MappingProxyType({})) -> str:
+    """The name of a run on development images.
+
+    Args:
+        arm: a key of `ARMS`.
+        images: labelled ones.
+        losses: fields of `Losses` that differ.
+    """
+    return ", ".join([arm, f"{images} images", *(f"{name} {value}" for name, value in losses.items())])
+
+
 def trials(profile: Profile) -> dict[Run, CycleConfig]:
     """The runs by which the miniature's settings were chosen, on development images, from one seed.
 
-    Labels only with all labels is the positive control: it shows how much there is to learn beyond the start.
+    Labels only with many labels is the positive control: it shows how much there is to learn beyond the start.
 
     Args:
         profile: names the models.
@@ -173,17 +188,12 @@ def trials(profile: Profile) -> dict[Run, CycleConfig]:
     first = profile.captioners[0]
     start = Run(START, first, generates=True)
     found = {start: start.config(profile)}
-
-    def add(arm: str, images: int, rate: float, losses: Mapping[str, object]) -> None:
+    wanted = [(arm, images, {}) for images in (MANY, FEW, 100) for arm in ("labels", "cycle")]
+    wanted += [("unlabelled", FEW, losses) for losses in ({}, {"mode": "soft"})]
+    wanted += [("cycle", FEW, {"mode": "soft"}), ("cycle", FEW, {"max_timestep": 0.9})]
+    wanted += [("cycle", FEW, {"image_reconstruction": 5.0})]
+    for arm, images, losses in wanted:
         config = ARMS[arm].config(profile, first, 0)
-        config = replace(config, images=images, learning_rate=rate, losses=replace(config.losses, **losses))
-        settings = [arm, f"{images} images", f"{rate:g}", *(f"{name} {value}" for name, value in losses.items())]
-        found[Run(", ".join(settings), first, generates=True)] = config
-
-    for images, rate in ((2000, 1e-3), (100, 1e-3), (100, 3e-4)):
-        for arm in ("labels", "cycle"):
-            add(arm, images, rate, {})
-    add("unlabelled", 100, 1e-3, {"mode": "soft"})
-    for losses in ({"mode": "soft"}, {"max_timestep": 0.9}, {"image_reconstruction": 5.0}):
-        add("cycle", 100, 1e-3, losses)
+        config = replace(config, images=images, learning_rate=RATE, losses=replace(config.losses, **losses))
+        found[Run(trial(arm, images, losses), first, generates=True)] = config
     return found

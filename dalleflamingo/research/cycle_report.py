@@ -11,11 +11,14 @@ import pandas as pd
 from dalleflamingo import profiles
 from dalleflamingo.course import cycle_figures, show
 from dalleflamingo.datasets import DOMAINS, Dataset, open_image
+from dalleflamingo.evaluation.intervals import Interval
 from dalleflamingo.profiles import Profile
 from dalleflamingo.registry import ENTRIES
 from dalleflamingo.research import pages, paper
 from dalleflamingo.research.claims import Claim, print_claims, scoreboard, verdict_line
 from dalleflamingo.research.cycle_arms import (
+    FEW,
+    MANY,
     OTHER_SETTINGS,
     RELEASED_CODE,
     START,
@@ -23,6 +26,7 @@ from dalleflamingo.research.cycle_arms import (
     TABLE_9,
     Run,
     label_of,
+    trial,
 )
 from dalleflamingo.research.cycle_claims import all_claims
 from dalleflamingo.research.cycle_comparison import (
@@ -35,7 +39,13 @@ from dalleflamingo.research.cycle_comparison import (
     real_features,
 )
 from dalleflamingo.research.cycle_start import PRETRAINING, WEB
-from dalleflamingo.research.cycle_study import RENDERED, development_sets, of_every_domain, test_sets
+from dalleflamingo.research.cycle_study import (
+    RENDERED,
+    RENDERED_IN_TRIALS,
+    development_sets,
+    of_every_domain,
+    test_sets,
+)
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.research.ranking import ALL
@@ -45,6 +55,27 @@ GALLERY = {START: START, "labels only": "labels", "cycle": "cycle"}  # heading -
 
 
 # ── tables: data frames of texts ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def headline(found: StudyResults) -> pd.DataFrame:
+    """What either cycle adds to labels alone, trained for about as much computing: a row for each captioner and arm.
+
+    "±" is half the width of the interval before it.
+    """
+    _, labels, *cycles = TABLE_3
+    rows = []
+    for captioner, runs in found.captions["nocaps"].items():
+        for arm in (arm for arm in cycles if runs.seeds(arm) and runs.seeds(labels)):
+            row = {"captioner": ENTRIES[captioner].label, "trained by": label_of(arm)}
+            row["seeds"] = str(len(runs.shared_seeds([arm, labels])))
+            for metric, column in (("cider", "captions, CIDEr × 100"), *_contents(runs)):
+                row |= _with_width(column, runs.value(metric, arm, labels), METRICS[metric].digits)
+            images = found.images["nocaps"].get(captioner)
+            if images and images.seeds(arm) and images.seeds(labels):
+                nearer = images.value("clip_distance", labels, arm)
+                row |= _with_width("images nearer, CLIP distance × 100", nearer, METRICS["clip_distance"].digits)
+            rows.append(row)
+    return pd.DataFrame(rows).fillna("")
 
 
 def table_3(found: StudyResults) -> pd.DataFrame:
@@ -123,29 +154,53 @@ def table_explored(runs: EvaluatedRuns, arms: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["changed", "CIDEr × 100", "minus cycle"])
 
 
-def table_of_trials(folder: Path, profile: Profile) -> pd.DataFrame:
-    """The runs by which settings were chosen: a row each."""
+def tables_of_trials(folder: Path, profile: Profile) -> list[pd.DataFrame]:
+    """The runs by which settings were chosen, a row each; and differences between them, with half their intervals.
+
+    Args:
+        folder: of the trials' runs.
+        profile: names the models and data.
+    """
     captions, images = read_runs(folder)
     datasets = development_sets(profile)
     described = {name: evaluated_captions(captions[captions["corpus"] == name], one) for name, one in datasets.items()}
-    rendered = of_every_domain(datasets["nocaps"], RENDERED)
+    rendered = of_every_domain(datasets["nocaps"], RENDERED_IN_TRIALS)
     generated = evaluated_images(images, rendered, real_features(rendered, profile))
-    return pd.DataFrame(
+    nocaps, coco = described["nocaps"], described["coco"]
+    scores = [
         {
             "": arm,
-            "CIDEr × 100": _cell(described["nocaps"], "cider", arm),
-            **_content(described["nocaps"], arm),
-            "CIDEr × 100, coco": _cell(described["coco"], "cider", arm),
+            "CIDEr × 100": _cell(nocaps, "cider", arm),
+            **_content(nocaps, arm),
+            "CIDEr × 100, coco": _cell(coco, "cider", arm),
             "CLIP distance × 100 ↓": _cell(generated, "clip_distance", arm),
             "FID ↓": _cell(generated, "fid", arm),
         }
-        for arm, _ in described["nocaps"].runs
-    )
+        for arm, _ in nocaps.runs
+    ]
+    pairs = [(trial("labels", MANY), START)]
+    pairs += [(trial("cycle", n), trial("labels", n)) for n in (MANY, 100, FEW)]
+    pairs += [(trial("unlabelled", FEW), trial("labels", FEW))]
+    differences = []
+    for arm, minus in pairs:
+        row = {"": f"{arm} − {minus}"}
+        for metric, column in (("cider", "CIDEr × 100"), *_contents(nocaps)):
+            row |= _with_width(column, nocaps.value(metric, arm, minus), METRICS[metric].digits)
+        nearer = generated.value("clip_distance", minus, arm)
+        row |= _with_width("images nearer, CLIP distance × 100", nearer, METRICS["clip_distance"].digits)
+        differences.append(row)
+    return [pd.DataFrame(scores), pd.DataFrame(differences)]
 
 
 def _by_domain(runs: EvaluatedRuns, metric: str, arm: str) -> dict[str, str]:
     cells = {name.partition("-")[0]: _cell(runs, metric, arm, name) for name in (*DOMAINS, ALL)}
     return cells | {"all − start": "" if arm == START else _difference(runs, metric, arm, START)}
+
+
+def _with_width(column: str, effect: Interval, digits: int) -> dict[str, str]:
+    """An effect, and half the width of its interval."""
+    half = (effect.high - effect.low) / 2
+    return {column: pages.cell(effect, digits, signed=True), f"± {column.partition(',')[0]}": f"{half:.{digits}f}"}
 
 
 def _contents(runs: EvaluatedRuns) -> list[tuple[str, str]]:
@@ -197,6 +252,11 @@ def page(
         f"Settings: {config.images or 'all'} labelled images of coco, {config.steps} steps of {config.batch_size} "
         f"pairs, {config.schedule}, learning rate {config.learning_rate:g}, (4) below {config.losses.max_timestep:.0%} "
         "of the timesteps; chosen on other images of the same sort, by [these trials](cycle-trials.md).",
+        "## What the cycle adds to labels",
+        "The difference from labels alone, trained for about as much computing. The paper compares with the start "
+        "instead; that comparison is in the tables below, and decides claims 9 and 10.",
+        pages.frame_table(tables["headline"]),
+        "## Claims",
         "\n".join(lines),
         "## Captions (Table 3): CIDEr × 100",
         pages.frame_table(tables["3"]),
@@ -222,6 +282,7 @@ def all_tables(found: StudyResults, profile: Profile) -> dict[str, pd.DataFrame]
     """
     runs = found.captions["nocaps"][profile.captioners[0]]
     return {
+        "headline": headline(found),
         "3": table_3(found),
         "4": table_4(found, profile),
         "9": table_9(runs),
@@ -237,11 +298,17 @@ def trials_page(folder: Path, profile: Profile) -> list[str]:
         folder: of the trials' runs.
         profile: of the runs.
     """
+    scores, differences = tables_of_trials(folder, profile)
     return [
         "# What was tried",
-        "One seed, 450 steps, captions of 600 images of nocaps-dev and of 500 of coco's val split, none of them in the "
-        f"test. Made by `python -m dalleflamingo research cycle --trials` at commit `{pages.current_commit()}`.",
-        pages.frame_table(table_of_trials(folder, profile)),
+        "One seed, 450 steps, captions of 600 images of nocaps-dev and of 500 of coco's val split, generated images of "
+        f"{RENDERED_IN_TRIALS} of nocaps-dev, none of them in the test. Made by `python -m dalleflamingo research "
+        f"cycle --trials` at commit `{pages.current_commit()}`.",
+        "The positive control: labels alone, of many images, show how much there is to learn beyond the start. Few "
+        "labels leave room for what the cycle could add.",
+        pages.frame_table(scores),
+        'Differences, paired over images. "±" is half the width of the interval before it.',
+        pages.frame_table(differences),
     ]
 
 

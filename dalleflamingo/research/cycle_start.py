@@ -29,7 +29,7 @@ PRETRAINING = {  # fields of `CycleConfig`
     "dataset": WEB,
     "split": None,
     "images": None,
-    "steps": 400,
+    "steps": 120,
     "batch_size": 16,
     "learning_rate": 1e-3,
     "losses": {"image_reconstruction": 0.0, "caption_reconstruction": 0.0},

@@ -12,8 +12,8 @@ the damaged model trains it again:
 kind, no caption to write and no image to draw.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from dalleflamingo.profiles import Profile
 from dalleflamingo.research import fresh
 from dalleflamingo.research.image_gates import write_prompts
 from dalleflamingo.research.ranking import ALL
+from dalleflamingo.research.released import build_released_cycle
 from dalleflamingo.sources.models import load_cycle
 
 SEED = 20  # of the development scenes, as in gates
@@ -56,26 +57,30 @@ class Arm:
         loss: its number in Eq. 5.
         label: what tables and figures call it.
         losses: fields of `Losses` beside the weights.
+        deviations: of the authors' released code, names of `released.DEVIATIONS`.
     """
 
     patient: str
     loss: int
     label: str
-    losses: dict[str, object] = field(default_factory=dict)
+    losses: Mapping[str, object] = field(default_factory=dict)
+    deviations: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Of the run's folder."""
-        return f"{self.patient}-{self.loss}"
+        return "-".join([self.patient, str(self.loss), *self.deviations])
 
     def config(self, profile: Profile, **changes: object) -> CycleConfig:
         """The configuration of a run; fields of `CycleConfig` in `changes`."""
         weights = {name: float(number == self.loss) for number, name in enumerate(LOSS_NAMES, start=1)}
-        return CycleConfig.of(profile, **SETTINGS, **changes, losses=weights | self.losses)
+        settings = SETTINGS | {"learning_rate": LEARNING_RATES[self.patient]} | changes
+        return CycleConfig.of(profile, **settings, losses=weights | dict(self.losses))
 
 
 # chosen on development scenes; 2,000 labelled images, so that no loss lacks material
-SETTINGS = {"images": 2000, "batch_size": 16, "learning_rate": 1e-3, "schedule": "joint", "scheduler": SCHEDULER}
+SETTINGS = {"images": 2000, "batch_size": 16, "schedule": "joint", "scheduler": SCHEDULER}
+LEARNING_RATES = {CAPTIONER: 1e-3, GENERATOR: 6e-3}
 ARMS = tuple(
     Arm(*settings)
     for settings in (
@@ -85,6 +90,20 @@ ARMS = tuple(
         (GENERATOR, 3, "(3): real images"),
         (GENERATOR, 4, "(4): caption reconstruction alone", {"caption_updates": GENERATOR, "max_timestep": 0.9}),
         (GENERATOR, 2, "(2): real images, the captioner's words", {"mode": "soft", "image_updates": GENERATOR}),
+    )
+)
+
+_BY_NAME = {arm.name: arm for arm in ARMS}
+# The released code's deviations, where the loss that they change repairs alone. Without the normalisation a captioner
+# would learn to read another range of pixels than its check-up has, so there the generator learns.
+DEVIATING = tuple(
+    replace(_BY_NAME[name], label=label, deviations=deviations)
+    for name, label, deviations in (
+        ("captioner-2", "(2), the released kind of map", ("released-map",)),
+        ("captioner-2", "(2), the released kind of map, [SEP] kept", ("released-map", "ends-kept")),
+        ("captioner-4", "(4), x̂ from the scheduler's step on clean latents", ("previous-sample",)),
+        ("generator-4", "(4), x̂ from the scheduler's step on clean latents", ("previous-sample",)),
+        ("generator-4", "(4), x̂ without the captioner's normalisation", ("unnormalised",)),
     )
 )
 
@@ -200,23 +219,23 @@ class GeneratorCheckup:
         return pd.DataFrame(rows, columns=_COLUMNS)
 
 
-def repair(config: CycleConfig, patient: str, sizes: Sizes, profile: Profile, run_folder: Path) -> pd.DataFrame:
-    """Damage a model, train it by a configuration's losses, and check it before, on the way and afterwards.
+def repair(arm: Arm, config: CycleConfig, sizes: Sizes, profile: Profile, run_folder: Path) -> pd.DataFrame:
+    """Damage a model, train it by one loss, and check it before, on the way and afterwards.
 
     A run that was interrupted goes on when it is called again with the same folder.
 
     Args:
-        config: of `Arm.config`; every `validate_every` steps is a check-up.
-        patient: the damaged model, one of `PATIENTS`.
+        arm: the damaged model and its loss.
+        config: of `arm.config`; every `validate_every` steps is a check-up.
         sizes: of the check-ups.
         profile: of the miniature; names the recogniser, says how images are generated.
         run_folder: of the training; gets the check-ups, and `EXAMPLES` images of each where the generator is damaged.
     Returns:
         the check-ups' rows with their step, 0 for the damaged model before training.
     """
-    build = partial(_build_damaged, patient=patient)
+    build = partial(_build_damaged, arm=arm)
     cycle, batches, trainable = load_cycle(config, torch.device(profile.device), build)
-    checkup = checkup_of(patient, cycle.captioner, cycle.generator, sizes, profile)
+    checkup = checkup_of(arm.patient, cycle.captioner, cycle.generator, sizes, profile)
 
     def check(step: int) -> dict[str, float]:
         table = checkup(run_folder / "images" / f"{step:04d}")
@@ -254,7 +273,9 @@ def checkup_of(
 
 
 def _build_damaged(
-    config: CycleConfig, captioner: Captioner, generator: Generator, dataset: Dataset, patient: str
+    config: CycleConfig, captioner: Captioner, generator: Generator, dataset: Dataset, arm: Arm
 ) -> tuple[Cycle, CaptionedBatches, TrainableParameters]:
-    damage(captioner, generator, [patient])
+    damage(captioner, generator, [arm.patient])
+    if arm.deviations:
+        return build_released_cycle(config, captioner, generator, dataset, arm.deviations)
     return build_cycle(config, captioner, generator, dataset)

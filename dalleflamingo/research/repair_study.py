@@ -1,6 +1,6 @@
 """The repair, measured: what each loss alone teaches a damaged model, and what it cannot teach.
 
-    python -m dalleflamingo research repair        about an hour on one core
+    python -m dalleflamingo research repair        about three hours on one core
 
 Every run has a folder, and the same command in a second terminal takes the runs that no other process is working on.
 """
@@ -22,18 +22,24 @@ from dalleflamingo.profiles import Profile
 from dalleflamingo.research import pages, repair
 from dalleflamingo.research.options import parse, positive, study_parser
 from dalleflamingo.research.ranking import ALL
-from dalleflamingo.research.repair import ARMS, DAMAGE, PATIENTS, SEED, SORTS, Arm, Sizes
+from dalleflamingo.research.repair import ARMS, DAMAGE, DEVIATING, PATIENTS, SEED, SORTS, Arm, Sizes
 from dalleflamingo.research.resampling import bootstrap_of_runs
 from dalleflamingo.runs import write_whole
 from dalleflamingo.sources.models import load_captioner, load_generator
 
 COMMAND = "python -m dalleflamingo research repair"
-INTACT = 0  # in the place of the loss: the model as it is, not damaged
+INTACT = "intact"  # in the place of an arm: the model as it is, not damaged
 CHECKUPS = 6  # on the way
+SEEDS_OF_DEVIATIONS = 3  # which train for half as many steps
 SCORE = {  # patient -> what a check-up measures
     repair.CAPTIONER: "scene-graph F1 of captions by beam search",
     repair.GENERATOR: "share of things right in kind and colour",
 }
+
+
+def intact(patient: str) -> str:
+    """The name, in the place of an arm's, of a model that was never damaged."""
+    return f"{patient}-{INTACT}"
 
 
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -46,23 +52,26 @@ def run_all(profile: Profile, folder: Path, seeds: int, steps: int, sizes: Sizes
         profile: of the miniature.
         folder: gets a folder for each run.
         seeds: of training.
-        steps: of each run.
+        steps: of each run, half as many where the released code deviates.
         sizes: of the check-ups.
     """
-    wanted = [(arm, seed) for seed in range(seeds) for arm in ARMS]
+    every = -(-steps // CHECKUPS)
+    wanted = [(arm, seed, steps) for seed in range(seeds) for arm in ARMS]
+    deviating = range(min(seeds, SEEDS_OF_DEVIATIONS))
+    wanted += [(arm, seed, CHECKUPS // 2 * every) for seed in deviating for arm in DEVIATING]
     complete = True
     folder.mkdir(parents=True, exist_ok=True)
-    for arm, seed in tqdm(wanted, desc="repair", unit="run"):
+    for arm, seed, count in tqdm(wanted, desc="repair", unit="run"):
         own = folder / f"{arm.name}-{seed}"
         try:
             with FileLock(f"{own}.lock", timeout=0):
                 if not (own / "result.parquet").exists():
-                    config = arm.config(profile, seed=seed, steps=steps, validate_every=-(-steps // CHECKUPS))
-                    _keep(repair.repair(config, arm.patient, sizes, profile, own), own)
+                    config = arm.config(profile, seed=seed, steps=count, validate_every=every)
+                    _keep(repair.repair(arm, config, sizes, profile, own), own)
         except Timeout:
             complete = False
     for patient in PATIENTS:
-        own = folder / f"{patient}-intact"
+        own = folder / intact(patient)
         if complete and not (own / "result.parquet").exists():
             models = load_captioner(profile), load_generator(profile, scheduler=repair.SCHEDULER)
             _keep(repair.checkup_of(patient, *models, sizes, profile)(own / "images").assign(step=0), own)
@@ -75,56 +84,54 @@ def _keep(table: pd.DataFrame, folder: Path) -> None:
 
 
 def read(folder: Path, seeds: int) -> pd.DataFrame:
-    """The check-ups of all runs: columns patient, loss (`INTACT`: 0), seed, step, item, sort, told, facts, caption.
+    """The check-ups of all runs: columns arm (or `intact`), seed, step, item, sort, told, facts, caption.
 
     Args:
         folder: of `run_all`.
         seeds: of training.
     """
-    parts = [
-        pd.read_parquet(folder / f"{arm.name}-{seed}" / "result.parquet").assign(
-            patient=arm.patient, loss=arm.loss, seed=seed
-        )
-        for arm in ARMS
-        for seed in range(seeds)
-    ]
-    parts += [
-        pd.read_parquet(folder / f"{patient}-intact" / "result.parquet").assign(patient=patient, loss=INTACT, seed=0)
-        for patient in PATIENTS
-    ]
+    wanted = [(arm.name, seed, folder / f"{arm.name}-{seed}") for arm in ARMS for seed in range(seeds)]
+    deviating = range(min(seeds, SEEDS_OF_DEVIATIONS))
+    wanted += [(arm.name, seed, folder / f"{arm.name}-{seed}") for arm in DEVIATING for seed in deviating]
+    wanted += [(intact(patient), 0, folder / intact(patient)) for patient in PATIENTS]
+    parts = [pd.read_parquet(own / "result.parquet").assign(arm=name, seed=seed) for name, seed, own in wanted]
     return pd.concat(parts, ignore_index=True)
 
 
 # ── what the check-ups say ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def score(
-    table: pd.DataFrame, patient: str, loss: int, step: int, sort: str = ALL, minus: int | None = None
-) -> Interval:
+def score(table: pd.DataFrame, arm: str, step: int, sort: str = ALL, minus: str | None = None) -> Interval:
     """How much of what there is to tell is told; mean over seeds, which the bootstrap draws anew, and then the items.
 
     Args:
-        table: of `read`, or of the check-ups of one run with its patient, loss and seed.
-        patient: the damaged model.
-        loss: that trained it.
+        table: of `read`, or of the check-ups of one run with its arm and seed.
+        arm: name of an arm, or `intact`.
         step: of training.
         sort: of facts.
-        minus: the difference to another loss at its last step, on the same items; `INTACT`: to the intact model.
+        minus: the difference to another arm on the same items, at the same step and from the same seeds; `intact`: to
+            the intact model.
     Raises:
         ValueError: there is nothing to tell, as where no thing is right that could have a colour.
     """
-    first = _told(table, patient, loss, step, sort)
     if minus is None:
-        return _ratio([first])
-    of_other = table[(table["patient"] == patient) & (table["loss"] == minus)]
-    return _ratio([first, _told(table, patient, minus, of_other["step"].max(), sort)])
+        return _ratio([_told(table, arm, step, sort)])
+    at = 0 if minus.endswith(INTACT) else step
+    first, second = _told(table, arm, step, sort), _told(table, minus, at, sort)
+    if at:
+        shared = min(first.shape[1], second.shape[1])
+        first, second = first[:, :shared], second[:, :shared]
+    return _ratio([first, second])
 
 
-def _told(table: pd.DataFrame, patient: str, loss: int, step: int, sort: str) -> np.ndarray:
+def last_step(table: pd.DataFrame, arm: str) -> int:
+    """Of an arm's training."""
+    return int(table.loc[table["arm"] == arm, "step"].max())
+
+
+def _told(table: pd.DataFrame, arm: str, step: int, sort: str) -> np.ndarray:
     """(2, seeds, items): told, and there to be told."""
-    chosen = table[
-        (table["patient"] == patient) & (table["loss"] == loss) & (table["step"] == step) & (table["sort"] == sort)
-    ]
+    chosen = table[(table["arm"] == arm) & (table["step"] == step) & (table["sort"] == sort)]
     wide = chosen.pivot(index="seed", columns="item", values=["told", "facts"])
     return np.stack([wide[name].to_numpy(float) for name in ("told", "facts")])
 
@@ -159,10 +166,9 @@ def curves(table: pd.DataFrame, patient: str) -> dict[str, dict[float, Interval]
     """
     found = {}
     for arm in (arm for arm in ARMS if arm.patient == patient):
-        own = table[(table["patient"] == patient) & (table["loss"] == arm.loss)]
-        if len(own):
-            steps = sorted(own["step"].unique())
-            found[arm.label] = {step: score(table, patient, arm.loss, step) for step in steps}
+        steps = sorted(table.loc[table["arm"] == arm.name, "step"].unique())
+        if steps:
+            found[arm.label] = {step: score(table, arm.name, step) for step in steps}
     return found
 
 
@@ -173,8 +179,9 @@ def figure(table: pd.DataFrame, patient: str) -> Figure:
         table: as for `curves`.
         patient: the damaged model.
     """
-    intact = table[(table["patient"] == patient) & (table["loss"] == INTACT)]
-    level = f" Before the damage the {patient} had {score(table, patient, INTACT, 0).value:.2f}." if len(intact) else ""
+    level = ""
+    if intact(patient) in set(table["arm"]):
+        level = f" Before the damage the {patient} had {score(table, intact(patient), 0).value:.2f}."
     note = f"A damaged {patient} learns again, from one loss alone. Bars are 95 % intervals.{level}"
     return show.lines(curves(table, patient), SCORE[patient], "training step", note)
 
@@ -189,63 +196,77 @@ class Repairs:
     Attributes:
         table: of `read`.
         profile: of the models.
-        steps: of each run.
         command: that made it.
     """
 
     table: pd.DataFrame
     profile: Profile
-    steps: int
     command: str
-
-    def row(self, arm: Arm) -> list[str]:
-        """An arm's line in the page's first table."""
-        afterwards = score(self.table, arm.patient, arm.loss, self.steps)
-        change = score(self.table, arm.patient, arm.loss, self.steps, minus=INTACT)
-        return [arm.label, pages.cell(afterwards, 3), pages.cell(change, 3, signed=True)]
 
 
 def page(found: Repairs) -> list[str]:
     """The parts of the page in Markdown."""
-    table, settings = found.table, repair.SETTINGS
-    seeds = table["seed"].nunique()
+    table, settings, rates = found.table, repair.SETTINGS, repair.LEARNING_RATES
     parts = [
         "# Repair: what one loss alone teaches",
         pages.measured_on(found.profile.dataset),
         f"Made by `{found.command}` at commit `{pages.current_commit()}`. Brackets are 95 % intervals: training seeds "
         "are drawn anew, then images or prompts.",
         f"The queries of one model's cross-attention are multiplied by {DAMAGE:g}, and then trained by one loss for "
-        f"{found.steps} steps with batches of {settings['batch_size']} at a learning rate of "
-        f"{settings['learning_rate']:g}, from {seeds} seeds; the other model is intact and does not change. The "
-        f"check-up is on fresh development scenes of seed {SEED}; images are generated with {repair.STEPS} steps of "
-        f"{repair.SCHEDULER}.",
+        f"{last_step(table, ARMS[0].name)} steps with batches of {settings['batch_size']}, from "
+        f"{table['seed'].nunique()} seeds (learning rate: captioner {rates[repair.CAPTIONER]:g}, generator "
+        f"{rates[repair.GENERATOR]:g}); the other model is intact and does not change. The check-up is on fresh "
+        f"development scenes of seed {SEED}; images are generated with {repair.STEPS} steps of {repair.SCHEDULER}.",
     ]
     for patient in PATIENTS:
         arms = [arm for arm in ARMS if arm.patient == patient]
-        damaged, intact = score(table, patient, arms[0].loss, 0), score(table, patient, INTACT, 0)
-        n = intact.n
+        damaged, whole = score(table, arms[0].name, 0), score(table, intact(patient), 0)
         parts += [
             f"## The {patient}",
-            f"{SCORE[patient][0].upper()}{SCORE[patient][1:]}, n = {n}. Damaged: {pages.cell(damaged, 3)}. Intact: "
-            f"{pages.cell(intact, 3)}.",
-            pages.table(["trained by", "afterwards", "minus intact"], [found.row(arm) for arm in arms]),
+            f"{SCORE[patient][0].upper()}{SCORE[patient][1:]}, n = {whole.n}. Damaged: {pages.cell(damaged, 3)}. "
+            f"Intact: {pages.cell(whole, 3)}.",
+            pages.table(["trained by", "afterwards", "minus damaged", "minus intact"], [_row(table, a) for a in arms]),
             f"![Score by training step, a line for each loss](../figures/repair_{patient}.png)",
             "What each loss teaches, and what it does not: the share of facts of each sort.",
-            _facts_table(table, patient, arms, found.steps),
+            _facts_table(table, patient, arms),
         ]
-    return parts
+    return [*parts, *_deviations(table)]
 
 
-def _facts_table(table: pd.DataFrame, patient: str, arms: Sequence[Arm], last: int) -> str:
-    models = [("damaged", arms[0].loss, 0), ("intact", INTACT, 0), *((arm.label, arm.loss, last) for arm in arms)]
+def _row(table: pd.DataFrame, arm: Arm) -> list[str]:
+    """An arm's line in a table of all arms of one patient."""
+    last = last_step(table, arm.name)
+    afterwards, change = score(table, arm.name, last), score(table, arm.name, last, minus=intact(arm.patient))
+    gained = afterwards.value - score(table, arm.name, 0).value
+    return [arm.label, pages.cell(afterwards, 3), f"{gained:+.3f}", pages.cell(change, 3, signed=True)]
+
+
+def _facts_table(table: pd.DataFrame, patient: str, arms: Sequence[Arm]) -> str:
+    models = [("damaged", arms[0].name, 0), ("intact", intact(patient), 0)]
+    models += [(arm.label, arm.name, last_step(table, arm.name)) for arm in arms]
     rows = []
-    for label, loss, step in models:
-        facts = {sort: _told(table, patient, loss, step, sort)[1].sum() for sort in SORTS}
-        cells = [
-            pages.cell(score(table, patient, loss, step, sort), 2) if n >= 20 else "–" for sort, n in facts.items()
-        ]
+    for label, name, step in models:
+        facts = {sort: _told(table, name, step, sort)[1].sum() for sort in SORTS}
+        cells = [pages.cell(score(table, name, step, sort), 2) if n >= 20 else "–" for sort, n in facts.items()]
         rows.append([label, *cells])
     return pages.table(["", *SORTS], rows)
+
+
+def _deviations(table: pd.DataFrame) -> list[str]:
+    """The part of the page on the released code."""
+    rows = []
+    for arm in DEVIATING:
+        last, plain = last_step(table, arm.name), f"{arm.patient}-{arm.loss}"
+        found = score(table, arm.name, last), score(table, arm.name, last, minus=plain)
+        rows.append([arm.patient, arm.label, pages.cell(found[0], 3), pages.cell(found[1], 3, signed=True)])
+    last, seeds = last_step(table, DEVIATING[0].name), table.loc[table["arm"] == DEVIATING[0].name, "seed"].nunique()
+    return [
+        "## As the authors' released code has it",
+        f"The same after {last} steps, with one of the released code's deviations at a time, from {seeds} seeds. The "
+        "last column is the difference from the same loss without the deviation, after as many steps from the same "
+        "seeds.",
+        pages.table(["patient", "trained by", "afterwards", "minus without"], rows),
+    ]
 
 
 def write(docs: Path, found: Repairs) -> None:
@@ -266,8 +287,8 @@ def load(folder: Path = pages.SHIPPED) -> pd.DataFrame:
 def main(arguments: list[str]) -> int:
     """What does one loss alone teach a damaged model through an intact one?
 
-    Damage the captioner, or the generator, train it by one loss, and measure how much of it comes back. About an hour
-    on one core; the same command in a second terminal shares the runs.
+    Damage the captioner, or the generator, train it by one loss, and measure how much of it comes back. About three
+    hours on one core; the same command in a second terminal shares the runs.
     """
     parser = study_parser("repair", main.__doc__)
     parser.add_argument("--seeds", type=positive, default=5, help="of training; default: %(default)s")
@@ -278,7 +299,7 @@ def main(arguments: list[str]) -> int:
     if not run_all(profile, folder, options.seeds, options.steps, Sizes()):
         print("another process is at the last runs; give the command again when it has finished")
         return 0
-    found = Repairs(read(folder, options.seeds), profile, options.steps, COMMAND)
+    found = Repairs(read(folder, options.seeds), profile, COMMAND)
     write(options.docs, found)
     print(options.docs / "results" / "repair.md")
     return 0

@@ -4,7 +4,15 @@ A check prints and never raises, so that a notebook runs to its end whatever sta
 """
 
 from dalleflamingo.course.checks.bridge import departures, differing_words, soft_embedding, with_word_ends
-from dalleflamingo.course.checks.cycle import caption_loss, clean_latents, kendall_tau
+from dalleflamingo.course.checks.cycle import (
+    caption_loss,
+    captioner_input,
+    clean_latents,
+    is_trained,
+    kendall_tau,
+    matched_steps,
+    reconstruction,
+)
 from dalleflamingo.course.checks.insights import (
     bootstrap_interval,
     frechet_distance,
@@ -17,6 +25,7 @@ from dalleflamingo.course.checks.world import f1
 __all__ = [
     "bootstrap_interval",
     "caption_loss",
+    "captioner_input",
     "clean_from_velocity",
     "clean_latents",
     "denoising_step",
@@ -26,9 +35,12 @@ __all__ = [
     "frechet_distance",
     "gain_over_random",
     "guided",
+    "is_trained",
     "kendall_tau",
+    "matched_steps",
     "noised",
     "nucleus",
+    "reconstruction",
     "soft_embedding",
     "with_word_ends",
     "word_movers_distance",

@@ -78,6 +78,8 @@ def _plain(value):
         return [_plain(part) for part in value]
     if isinstance(value, complex):
         return value.real
+    if isinstance(value, bool):
+        return value
     return float(value) if isinstance(value, (int, float)) else value
 
 

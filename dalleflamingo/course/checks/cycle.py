@@ -1,18 +1,56 @@
-"""Notebooks 06 and 07: losses, and the order of arms."""
+"""Notebooks 06 and 07: losses, what they train, and what they are compared with.
+
+Each check hands back the function that later cells use: the learner's once it is right, else the course's.
+"""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from dalleflamingo.course.checks.cases import Case, check
 
+Function = Callable[..., object]
 
-def caption_loss(attempt: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-    """Notebook 06, exercise 1: loss (1), the mean over the tokens of padded captions.
+
+def is_trained(attempt: Function) -> Function:
+    """Notebook 06, exercise 1: which parameters cycle finetuning trains.
+
+    Args:
+        attempt: name of a parameter -> whether it is a query of cross-attention.
+    """
+
+    def ours(name: str) -> bool:
+        return "crossattention.self.query." in name or "attn2.to_q." in name
+
+    decoder = "text_decoder.bert.encoder.layer.0."
+    block = "down_blocks.0.attentions.0.transformer_blocks.0."
+    self_attention = [(True, "that is a query of self-attention, which never sees the other modality")]
+    other_projection = [(True, "that is no query: keys and values stay frozen")]
+    queries = [(False, "that is a query of cross-attention")]
+    cases = [
+        Case((f"{decoder}crossattention.self.query.weight",), True, "a query of BLIP's cross-attention", queries),
+        Case((f"{block}attn2.to_q.weight",), True, "a query of the U-Net's cross-attention", queries),
+        Case((f"{decoder}attention.self.query.weight",), False, "a query of BLIP's self-attention", self_attention),
+        Case((f"{block}attn1.to_q.weight",), False, "a query of the U-Net's self-attention", self_attention),
+        Case((f"{decoder}crossattention.self.key.bias",), False, "a key of BLIP's cross-attention", other_projection),
+        Case((f"{block}attn2.to_out.0.weight",), False, "an output of the U-Net's cross-attention", other_projection),
+    ]
+    shown = "What a model looks for in the other modality is trained; what it finds there stays as it was."
+    return attempt if check(attempt, cases, shown, show_arguments=True) else ours
+
+
+def caption_loss(attempt: Function) -> Function:
+    """Notebook 06, exercise 2: loss (1), the mean over the tokens of padded captions.
 
     Args:
         attempt: ((B, T) log-probabilities, (B, T) which of them count) -> loss.
     """
+
+    def ours(log_p: Tensor, is_token: Tensor) -> Tensor:
+        return -log_p[is_token].sum() / is_token.sum()
+
     log_p = torch.tensor([[-1.0, -2.0, -4.0, -3.0], [-0.5, -1.5, -9.0, -7.0]])
     counts = torch.tensor([[True, True, True, True], [True, True, False, False]])
     mistakes = [
@@ -22,20 +60,24 @@ def caption_loss(attempt: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) 
         ((10 / 4 + 1) / 2, "that is the mean of each caption's mean, where a short one weighs as much as a long one"),
         (-2.0, "a likely caption should have a small loss: check the sign"),
     ]
-    check(
-        attempt,
-        [Case((log_p, counts), 2.0, "the 6 tokens that count sum to a loss of 12", mistakes)],
+    cases = [Case((log_p, counts), 2.0, "the 6 tokens that count sum to a loss of 12", mistakes)]
+    shown = (
         "Every token counts once, the end of the caption too, padding never. So the parts of a batch can be summed to "
-        "the whole.",
+        "the whole."
     )
+    return attempt if check(attempt, cases, shown) else ours
 
 
-def clean_latents(attempt: Callable[[float, float, float], float]) -> None:
-    """Notebook 06, exercise 2: the one-step clean latents ẑ_0.
+def clean_latents(attempt: Function) -> Function:
+    """Notebook 06, exercise 3: the one-step clean latents ẑ_0.
 
     Args:
         attempt: (z_t, predicted noise, ᾱ_t) -> ẑ_0.
     """
+
+    def ours(noised: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> Tensor:
+        return (noised - (1 - alpha_cumprod) ** 0.5 * noise) / alpha_cumprod**0.5
+
     clean, noise, alpha = 2.0, -1.5, 0.36
     noised = alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
     mistakes = [
@@ -45,19 +87,49 @@ def clean_latents(attempt: Callable[[float, float, float], float]) -> None:
         ((noised + (1 - alpha) ** 0.5 * noise) / alpha**0.5, "the noise was added: take it away"),
         (noised - noise, "both terms are weighted by the schedule"),
     ]
-    check(
-        attempt,
-        [Case((noised, noise, alpha), clean, "z_0 = 2 got the noise −1.5 at ᾱ_t = 0.36", mistakes)],
-        "Whoever knows the noise knows the clean latents, in one step. How well depends on how much of them is left.",
+    cases = [Case((noised, noise, alpha), clean, "z_0 = 2 got the noise −1.5 at ᾱ_t = 0.36", mistakes)]
+    shown = (
+        "Whoever knows the noise knows the clean latents, in one step. How well depends on how much of them is left."
     )
+    return attempt if check(attempt, cases, shown) else ours
 
 
-def kendall_tau(attempt: Callable[[list[float], list[float]], float]) -> None:
+def matched_steps(attempt: Function) -> Function:
+    """Notebook 06, exercise 4: how long labels alone train for as much computing as the cycle.
+
+    Args:
+        attempt: (steps of the cycle, cost of one, cost of a step from labels) -> steps from labels.
+    """
+
+    def ours(steps: int, cost_of_cycle: float, cost_of_labels: float) -> int:
+        return round(steps * cost_of_cycle / cost_of_labels)
+
+    mistakes = [
+        (100, "as many steps are less computing: a step of the cycle costs more"),
+        (40, "the ratio is upside down: a cheaper step can be taken more often"),
+        (150, "the two costs are divided, not subtracted"),
+    ]
+    cases = [
+        Case((100, 2.5, 1.0), 250, "100 steps cost 250, and one from labels costs 1", mistakes),
+        Case((450, 3.0, 2.0), 675, "450 steps cost 1350, and one from labels costs 2"),
+        Case((7, 1.0, 3.0), 2, "7 / 3 is 2.33, and there are whole steps only"),
+    ]
+    shown = "An arm that trains longer needs a control that trains as long; else we measure training time."
+    return attempt if check(attempt, cases, shown, show_arguments=True) else ours
+
+
+def kendall_tau(attempt: Function) -> Function:
     """Notebook 07, exercise 1: agreement of two orders.
 
     Args:
         attempt: two lists of scores of the same things -> τ in [-1, 1].
     """
+
+    def ours(paper: list[float], ours_: list[float]) -> float:
+        pairs = [(i, j) for i in range(len(paper)) for j in range(i)]
+        agree = [(paper[i] - paper[j]) * (ours_[i] - ours_[j]) for i, j in pairs]
+        return sum((a > 0) - (a < 0) for a in agree) / len(pairs)
+
     cases = [
         Case(([3.0, 2.0, 1.0], [30.0, 20.0, 10.0]), 1.0, "the same order agrees on all pairs"),
         Case(
@@ -77,4 +149,69 @@ def kendall_tau(attempt: Callable[[list[float], list[float]], float]) -> None:
         ),
         Case(([2.0, 1.0], [5.0, 5.0]), 0.0, "a tie neither agrees nor disagrees"),
     ]
-    check(attempt, cases, "τ depends on the orders alone, not on how far apart two scores are.", show_arguments=True)
+    shown = "τ depends on the orders alone, not on how far apart two scores are."
+    return attempt if check(attempt, cases, shown, show_arguments=True) else ours
+
+
+def captioner_input(attempt: Function) -> Function:
+    """Notebook 07, exercise 2: find the bug; the generator's image as the captioner expects it.
+
+    Args:
+        attempt: ((3, H, W) image in [-1, 1], (3, 1, 1) mean, (3, 1, 1) standard deviation) -> (3, H, W).
+    """
+
+    def ours(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return ((image + 1) / 2 - mean) / std
+
+    image = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1)
+    mean, std = torch.tensor([0.5, 0.4, 0.6]).view(3, 1, 1), torch.tensor([0.25, 0.2, 0.2]).view(3, 1, 1)
+    mistakes = [
+        (image, "that is the bug itself: BLIP has never seen pixels in this range"),
+        ((image + 1) / 2, "in [0, 1], as an image file is, but BLIP's processor then subtracts the mean and divides"),
+        ((image - mean) / std, "the mean and the standard deviation are of pixels in [0, 1], not in [-1, 1]"),
+        ((image + 1) / 2 - mean, "divide by the standard deviation, too"),
+        ((image + 1) / 2 * std + mean, "that takes the normalisation back instead of applying it"),
+    ]
+    cases = [
+        Case((image, mean, std), [[[-2.0]], [[0.5]], [[2.0]]], "(0 − 0.5) / 0.25 for the first value", mistakes, 1e-6)
+    ]
+    shown = (
+        "A model hands back numbers in its own range; the next model has another. Nothing fails, it only reads badly."
+    )
+    return attempt if check(attempt, cases, shown) else ours
+
+
+def reconstruction(attempt: Function) -> Function:
+    """Notebook 07, exercise 3: find the bugs; ẑ_0 by a scheduler's step.
+
+    Args:
+        attempt: (step, predicted noise, t, clean latents, z_t) -> ẑ_0; `step` takes a prediction, t and latents.
+    """
+
+    def ours(step: Function, noise: Tensor, t: int, latents: Tensor, noisy_latents: Tensor) -> Tensor:
+        return step(noise, t, noisy_latents).pred_original_sample
+
+    def step(noise: Tensor, t: int, sample: Tensor) -> SimpleNamespace:
+        clean = (sample - 0.8 * noise) / 0.6  # ᾱ = 0.36 at t, 0.3844 a step before
+        return SimpleNamespace(prev_sample=0.62 * clean + 0.7846 * noise, pred_original_sample=clean)
+
+    clean, noise = torch.tensor([2.0, -1.0]), torch.tensor([-1.5, 0.5])
+    guess = noise + 0.3  # the U-Net errs
+    noisy = 0.6 * clean + 0.8 * noise
+    mistakes = [
+        (step(guess, 500, clean).prev_sample, "both bugs are still there"),
+        (step(guess, 500, noisy).prev_sample, "that is z one step before t: nearly all of the noise is still in it"),
+        (step(guess, 500, clean).pred_original_sample, "the noise is taken from clean latents, which have none"),
+        (clean, "those are the clean latents themselves: nothing was reconstructed"),
+    ]
+    cases = [
+        Case(
+            (step, guess, 500, clean, noisy),
+            step(guess, 500, noisy).pred_original_sample,
+            "z_t goes in, and the scheduler's estimate of z_0 comes out",
+            mistakes,
+            1e-6,
+        )
+    ]
+    shown = "The captioner now reads what the U-Net makes of z_t, and loss (4) can teach the U-Net something."
+    return attempt if check(attempt, cases, shown) else ours
