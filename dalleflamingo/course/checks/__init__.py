@@ -7,18 +7,24 @@ from dalleflamingo.course.checks.bridge import departures, differing_words, soft
 from dalleflamingo.course.checks.cycle import caption_loss, clean_latents, kendall_tau
 from dalleflamingo.course.checks.insights import (
     bootstrap_interval,
+    control,
     frechet_distance,
     gain_over_random,
+    ngram_cosine,
+    paired_interval,
+    spearman,
+    text_similarity,
     word_movers_distance,
 )
 from dalleflamingo.course.checks.models import clean_from_velocity, denoising_step, guided, noised, nucleus
-from dalleflamingo.course.checks.world import f1
+from dalleflamingo.course.checks.world import f1, share_ranked_first
 
 __all__ = [
     "bootstrap_interval",
     "caption_loss",
     "clean_from_velocity",
     "clean_latents",
+    "control",
     "denoising_step",
     "departures",
     "differing_words",
@@ -27,9 +33,14 @@ __all__ = [
     "gain_over_random",
     "guided",
     "kendall_tau",
+    "ngram_cosine",
     "noised",
     "nucleus",
+    "paired_interval",
+    "share_ranked_first",
     "soft_embedding",
+    "spearman",
+    "text_similarity",
     "with_word_ends",
     "word_movers_distance",
 ]
