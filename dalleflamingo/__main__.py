@@ -61,6 +61,11 @@ COMMANDS = {
     ),
     "doctor": Command("dalleflamingo.course.doctor:main", "say what this machine lacks, with remedies", "ask again"),
     "course": Command("dalleflamingo.course.run:main", "execute the notebooks and make pages of them"),
+    "answers": Command(
+        "dalleflamingo.course.answers:main",
+        "keep what you wrote into the exercises while the course is updated",
+        "every file is whole; give the same command again",
+    ),
     "data": Command("dalleflamingo.course.data:main", "draw the miniature's images, fetch the profile's photographs"),
     "train": Command(
         "dalleflamingo.miniature.training.train:main",

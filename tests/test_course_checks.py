@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from scipy import stats
 
 from dalleflamingo.course import checks
 from dalleflamingo.course.checks import world
+from dalleflamingo.evaluation.intervals import Interval, mean_interval
 from dalleflamingo.miniature import scene_graph
 from dalleflamingo.miniature.scene_graph import Scene, Thing
 
@@ -84,6 +86,57 @@ def test_the_exercise_scores_a_caption_as_the_package_does():
     assert scene_graph.f1(caption, Scene("grass", things)) == pytest.approx(right(claims, world.FACTS)) == 10 / 13
 
 
+MEASURED = Interval(0.83, 0.64, 0.93, 24, None)
+
+
+@pytest.mark.parametrize(
+    ("guess", "said"),
+    [
+        (None, "Not done yet"),
+        (0.85, "Right. Your 0.85 agrees"),
+        (0.64, "Right. "),
+        (85, "60 % is 0.6; yours is 85"),
+        ("0.85", "a share is a number"),
+        (0.2, "Not so: 0.20 is no more than a blind guess"),
+        (0.5, "Not so: 0.50 is too low"),
+        (1.0, "Not so: 1.00 is too high"),
+    ],
+)
+def test_a_prediction_is_held_against_the_measurement(guess, said, capsys):
+    checks.share_ranked_first(guess, MEASURED)
+    [line] = capsys.readouterr().out.splitlines()
+    assert said in line
+    if isinstance(guess, float):
+        assert "0.83" in line and "[0.64, 0.93]" in line
+
+
+# ── what later cells of notebooks 00, 04 and 05 use ──────────────────────────────────────────────────────────────────
+
+HANDED_BACK = [  # check, notebook, name of the function there
+    ("f1", "00_the_question", "f1"),
+    ("ngram_cosine", "04_image_text_image", "ngram_cosine"),
+    ("gain_over_random", "04_image_text_image", "gain"),
+    ("bootstrap_interval", "04_image_text_image", "interval"),
+    ("control", "04_image_text_image", "control"),
+    ("spearman", "04_image_text_image", "spearman"),
+    ("word_movers_distance", "05_text_image_text", "word_movers"),
+    ("frechet_distance", "05_text_image_text", "frechet"),
+    ("paired_interval", "05_text_image_text", "gain_interval"),
+    ("text_similarity", "05_text_image_text", "my_similarity"),
+]
+
+
+@pytest.mark.parametrize(("exercise", "notebook", "name"), HANDED_BACK)
+def test_a_right_answer_is_handed_back_and_until_then_one_of_ours(exercise, notebook, name, capsys):
+    check, solution = getattr(checks, exercise), tiny.printed_solution(notebook, name)
+    assert check(solution) is solution
+    assert capsys.readouterr().out.startswith("Right. ")
+    ours = check(not_done)
+    assert "Not done yet" in capsys.readouterr().out
+    assert ours is not not_done and check(ours) is ours
+    assert capsys.readouterr().out.startswith("Right. ")
+
+
 # ── notebook 04 ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -133,6 +186,82 @@ def test_an_interval_is_told_what_is_wrong_with_it(attempt, said, capsys):
     assert said in capsys.readouterr().out
 
 
+def cosine(power=2, clipped=True, root=0.5):
+    """The solution of the first exercise, with a power of idf, a clipping and a root of the norms of one's own."""
+
+    def attempt(candidate, reference, idf):
+        shared = sum(
+            (min(n, reference[gram]) if clipped else n) * reference[gram] * idf[gram] ** power
+            for gram, n in candidate.items()
+        )
+        weights = idf if power else dict.fromkeys(idf, 1)
+        norms = [sum((n * weights[gram]) ** 2 for gram, n in text.items()) for text in (candidate, reference)]
+        return shared / (norms[0] * norms[1]) ** root if shared else 0.0
+
+    return attempt
+
+
+@pytest.mark.parametrize(
+    ("attempt", "said"),
+    [
+        (cosine(), "Right. A shared n-gram"),
+        (cosine(clipped=False), "its count is clipped at the reference's"),
+        (cosine(power=0), "a rare one should weigh more"),
+        (cosine(power=0, clipped=False), "a rare one should weigh more"),
+        (cosine(power=1), "a shared n-gram has its idf twice"),
+        (cosine(root=1), "the root of the sum of its squares"),
+        (cosine(root=0), "divide by the lengths of both vectors"),
+        (lambda candidate, reference, idf: float(sum(candidate.values()) > 2), "so 0.343; yours gives 1"),
+    ],
+)
+def test_a_cosine_of_ngrams_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.ngram_cosine(attempt)
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("attempt", "said"),
+    [
+        (lambda similarity: np.roll(similarity, -2, axis=0), "Right. The control differs"),
+        (lambda similarity: similarity, "take the rows of other images"),
+        (lambda similarity: np.random.default_rng(0).permutation(similarity), "a permutation may leave some images"),
+        (lambda similarity: similarity[::-1], "a permutation may leave some images"),
+        (lambda similarity: np.random.default_rng(0).uniform(size=similarity.shape), "a control changes one thing"),
+        (lambda similarity: np.random.default_rng(0).permuted(similarity, axis=1), "keep each row whole"),
+        (lambda similarity: -similarity, "a control changes one thing"),
+        (lambda similarity: similarity[1:], "4 images have 4 rows"),
+        (lambda similarity: None, "`return …`"),
+    ],
+)
+def test_a_control_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.control(attempt)
+    assert said in capsys.readouterr().out
+
+
+def pearson(x, y):
+    return np.corrcoef(x, y)[0, 1]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "said"),
+    [
+        (lambda x, y: stats.spearmanr(x, y).statistic, "Right. ρ sees the order alone"),
+        (pearson, "Pearson's correlation of the values"),
+        (lambda x, y: pearson(x.argsort(), y.argsort()), "not the ranks of the values"),
+        (lambda x, y: pearson(x.argsort().argsort(), y.argsort().argsort()), "share the mean of their ranks"),
+        (lambda x, y: stats.kendalltau(x, y).statistic, "as Kendall's τ does"),
+        (lambda x, y: -stats.spearmanr(x, y).statistic, "the sign is the other way round"),
+        (
+            lambda x, y: 1 - 6 * ((stats.rankdata(x) - stats.rankdata(y)) ** 2).sum() / (len(x) ** 3 - len(x)),
+            "holds without ties only",
+        ),
+    ],
+)
+def test_a_rank_correlation_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.spearman(attempt)
+    assert said in capsys.readouterr().out
+
+
 # ── notebook 05 ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -177,6 +306,59 @@ def frechet(m1, s1, m2, s2, root=lambda s: np.sqrt(np.linalg.eigvals(s)).sum()):
 )
 def test_a_frechet_distance_is_told_what_is_wrong_with_it(attempt, said, capsys):
     checks.frechet_distance(attempt)
+    assert said in capsys.readouterr().out
+
+
+def paired(first, random, rng):
+    return bootstrap(first - random, rng, size=(1000, len(first)))
+
+
+def in_two_draws(first, random, rng):
+    means = [rng.choice(first, len(first)).mean() - rng.choice(random, len(random)).mean() for _ in range(1000)]
+    return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "said"),
+    [
+        (paired, "Right. Both scores of a caption"),
+        (in_two_draws, "that got into the interval"),
+        (lambda first, random, rng: paired(first, random, rng)[::-1], "the lower bound comes first"),
+        (lambda first, random, rng: ((first - random).mean(),) * 2, "every sample is the same"),
+        (lambda first, random, rng: np.quantile(first - random, [0.025, 0.975]), "the question is about their mean"),
+        (lambda first, random, rng: paired(np.sort(first), np.sort(random), rng), "Sorting them apart"),
+        (lambda first, random, rng: paired(first, random, rng)[0], "has the shape ()"),
+    ],
+)
+def test_the_bug_is_found_only_where_pairs_stay_together(attempt, said, capsys):
+    checks.paired_interval(attempt)
+    assert said in capsys.readouterr().out
+
+
+def test_the_exercise_gives_the_interval_of_the_package():
+    rng = np.random.default_rng(7)
+    random = rng.uniform(size=80)
+    first = random + 0.1 * rng.exponential(size=80)
+    ours, package = checks.paired_interval(not_done)(first, random, rng), mean_interval(first - random)
+    assert ours == pytest.approx((package.low, package.high), abs=0.15 * (package.high - package.low))
+
+
+def shared_words(source, text):
+    return len(set(source.split()) & set(text.split()))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "said"),
+    [
+        (shared_words, "Right. It is a similarity"),
+        (lambda source, text: -shared_words(source, text), "that is a distance"),
+        (lambda source, text: len(source), "the same for all texts"),
+        (lambda source, text: shared_words(source, text) / len(text.split()), "raises ZeroDivisionError"),
+        (lambda source, text: float(text.startswith("a red")), "yours gives [1.5, 1.5, 3]"),
+    ],
+)
+def test_a_similarity_of_ones_own_is_told_what_is_wrong_with_it(attempt, said, capsys):
+    checks.text_similarity(attempt)
     assert said in capsys.readouterr().out
 
 

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.stats import rankdata
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
@@ -33,6 +34,7 @@ from transformers import (
 )
 
 from dalleflamingo import registry
+from dalleflamingo.miniature import scene_graph
 from dalleflamingo.miniature.training.tokenizers import train_opt_bpe
 
 _WORDS = "a the of in on red blue green bird cat house tree boat kite sits flies two with and small large it".split()
@@ -54,7 +56,7 @@ def printed_solution(notebook: str, name: str) -> Callable:
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     [code] = re.findall(rf"```python\n(def {name}\(.*?)```", text, re.DOTALL)
-    names = {"np": np, "torch": torch}  # as the notebook has them
+    names = {"np": np, "torch": torch, "rankdata": rankdata, "scene_graph": scene_graph}  # as the notebooks have them
     exec(code, names)
     return names[name]
 

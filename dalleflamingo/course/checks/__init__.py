@@ -15,12 +15,17 @@ from dalleflamingo.course.checks.cycle import (
 )
 from dalleflamingo.course.checks.insights import (
     bootstrap_interval,
+    control,
     frechet_distance,
     gain_over_random,
+    ngram_cosine,
+    paired_interval,
+    spearman,
+    text_similarity,
     word_movers_distance,
 )
 from dalleflamingo.course.checks.models import clean_from_velocity, denoising_step, guided, noised, nucleus
-from dalleflamingo.course.checks.world import f1
+from dalleflamingo.course.checks.world import f1, share_ranked_first
 
 __all__ = [
     "bootstrap_interval",
@@ -28,6 +33,7 @@ __all__ = [
     "captioner_input",
     "clean_from_velocity",
     "clean_latents",
+    "control",
     "denoising_step",
     "departures",
     "differing_words",
@@ -38,10 +44,15 @@ __all__ = [
     "is_trained",
     "kendall_tau",
     "matched_steps",
+    "ngram_cosine",
     "noised",
     "nucleus",
+    "paired_interval",
     "reconstruction",
+    "share_ranked_first",
     "soft_embedding",
+    "spearman",
+    "text_similarity",
     "with_word_ends",
     "word_movers_distance",
 ]

@@ -19,6 +19,7 @@ class Case:
         reason: why it is right, in words.
         mistakes: wrong answers, or tests that recognise them, each with a hint; the first that fits is shown.
         tolerance: by which each number may differ, beside 1e-5 of its size.
+        measured: what of the answer is compared, where several answers are right; None: all of it.
     """
 
     arguments: tuple
@@ -26,6 +27,10 @@ class Case:
     reason: str
     mistakes: Sequence[tuple[object, str]] = ()
     tolerance: float = 1e-9
+    measured: Callable | None = None
+
+
+NOT_DONE = "Not done yet, and nothing below waits for it."
 
 
 def check(attempt: Callable, cases: Sequence[Case], shown: str, show_arguments: bool = False) -> bool:
@@ -41,7 +46,7 @@ def check(attempt: Callable, cases: Sequence[Case], shown: str, show_arguments: 
         faults = (fault for case in cases if (fault := _fault(attempt, case, show_arguments)))
         fault = next(faults, None)
     except NotImplementedError:
-        print("Not done yet, and nothing below waits for it.")
+        print(NOT_DONE)
         return False
     print(f"Not yet: {fault}" if fault else f"Right. {shown}")
     return not fault
@@ -53,7 +58,8 @@ def _fault(attempt: Callable, case: Case, show_arguments: bool) -> str | None:
     shown = ", ".join(_short(_plain(argument)) for argument in case.arguments) + ": " if show_arguments else ""
     wanted = f"{shown}{case.reason}, so {_short(expected)}"
     try:
-        found = _plain(attempt(*deepcopy(case.arguments)))
+        answer = attempt(*deepcopy(case.arguments))
+        found = _plain(case.measured(answer) if case.measured and answer is not None else answer)
     except NotImplementedError:
         raise
     except Exception as error:
