@@ -61,6 +61,9 @@ COMMANDS = {
     ),
     "doctor": Command("dalleflamingo.course.doctor:main", "say what this machine lacks, with remedies", "ask again"),
     "course": Command("dalleflamingo.course.run:main", "execute the notebooks and make pages of them"),
+    "site": Command(
+        "dalleflamingo.course.site:main", "make a site of the executed notebooks", "the same command starts again"
+    ),
     "data": Command("dalleflamingo.course.data:main", "draw the miniature's images, fetch the profile's photographs"),
     "train": Command(
         "dalleflamingo.miniature.training.train:main",
