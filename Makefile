@@ -5,7 +5,7 @@
 # make test-browser  the site in Chromium, which must be installed: phone and desk, light and dark, every link
 # make lab      environment, then JupyterLab on the notebooks
 # make data     draw the images of the miniature data sets, where they are not drawn yet
-# make figures  the two figures of the README, in docs/figures/
+# make figures  the figures of README and front page, in docs/figures/
 # make reproduce  measure docs/results again, with its figures; interrupted, it goes on
 # make gates    measure the miniature's people and models on development scenes again
 # make clean    remove what the commands made, but not .venv, build/training and build/runs, which took long
@@ -64,7 +64,7 @@ test-browser: export HF_HUB_OFFLINE = 1
 test-browser: $(MADE)
 	@test -n "$(CHROMIUM)" || { echo "There is no Chromium on this machine: on Debian it comes with" \
 		"'apt install chromium'." >&2; exit 1; }
-	$(BIN)/python -m pip install --only-binary=:all: --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/pip install --quiet --only-binary=:all: --constraint constraints.txt --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser tests/test_site_browser.py $(ARGS)
 
 # A kernel called python3 elsewhere on JUPYTER_PATH, or in the user's folder, is of another environment.

@@ -105,7 +105,7 @@ RESEARCH = {
     "scoreboard": Command("dalleflamingo.research.scoreboard:main", "docs/scoreboard.md: all verdicts, with reasons"),
     "figures": Command(
         "dalleflamingo.research.readme_figures:main",
-        "the two figures of the README",
+        "the figures of README and front page",
         "the same command starts again",
     ),
 }
