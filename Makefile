@@ -1,9 +1,11 @@
-# make course   environment, then every notebook executed: pages, executed notebooks and figures in build/
+# make course   environment, then every notebook executed: executed notebooks and figures in build/, pages in build/site/
+# make site     the pages again, of the notebooks as they were last executed; `make course` first if there are none
 # make test     environment, then every test, the notebooks in profile smoke included (ARGS="-k house" for some of them)
 # make test-lowest  the tests that need neither weights nor notebooks, on the lower ends of pyproject's ranges
+# make test-browser  the site in Chromium, which must be installed: phone and desk, light and dark, every link
 # make lab      environment, then JupyterLab on the notebooks
 # make data     draw the images of the miniature data sets, where they are not drawn yet
-# make figures  the two figures of the README, in docs/figures/
+# make figures  the figures of README and front page, in docs/figures/
 # make reproduce  measure docs/results again, with its figures; interrupted, it goes on
 # make gates    measure the miniature's people and models on development scenes again
 # make clean    remove what the commands made, but not .venv, build/training and build/runs, which took long
@@ -22,12 +24,18 @@ DALLEFLAMINGO := $(BIN)/python -m dalleflamingo
 # Named after what it holds, so that a checkout which only touches the two files does not install again.
 MADE := .venv/made-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help course test test-lowest lab data figures reproduce gates clean
+.PHONY: help course site test test-lowest test-browser lab data figures reproduce gates clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 course: data
 	$(DALLEFLAMINGO) course --out build
+
+site: $(MADE) build/course.json
+	$(DALLEFLAMINGO) site
+
+build/course.json:
+	$(MAKE) course
 
 # One process a core, a file at a time; the notebooks first, because they take longest.
 test: export DALLEFLAMINGO_PROFILE = smoke
@@ -49,6 +57,15 @@ test-lowest:
 	$(LOWEST)/bin/pip install --only-binary=:all: --constraint $(LOWEST)/lowest.txt --editable '.[course,test]'
 	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests $(ARGS) \
 		$(addprefix --ignore-glob=tests/test_,research_* miniature_* course_run* shipped* full_size* house* data_calls*)
+
+# Playwright drives the Chromium of this machine, so it downloads none.
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+test-browser: export HF_HUB_OFFLINE = 1
+test-browser: $(MADE)
+	@test -n "$(CHROMIUM)" || { echo "There is no Chromium on this machine: on Debian it comes with" \
+		"'apt install chromium'." >&2; exit 1; }
+	$(BIN)/pip install --quiet --only-binary=:all: --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pytest -m browser tests/test_site_browser.py $(ARGS)
 
 # A kernel called python3 elsewhere on JUPYTER_PATH, or in the user's folder, is of another environment.
 lab: export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))

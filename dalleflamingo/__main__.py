@@ -61,6 +61,8 @@ COMMANDS = {
     ),
     "doctor": Command("dalleflamingo.course.doctor:main", "say what this machine lacks, with remedies", "ask again"),
     "course": Command("dalleflamingo.course.run:main", "execute the notebooks and make pages of them"),
+    "site": Command(
+        "dalleflamingo.course.site:main", "make a site of the executed notebooks", "the same command starts again"
     "answers": Command(
         "dalleflamingo.course.answers:main",
         "keep what you wrote into the exercises while the course is updated",
@@ -107,7 +109,7 @@ RESEARCH = {
     "scoreboard": Command("dalleflamingo.research.scoreboard:main", "docs/scoreboard.md: all verdicts, with reasons"),
     "figures": Command(
         "dalleflamingo.research.readme_figures:main",
-        "the two figures of the README",
+        "the figures of README and front page",
         "the same command starts again",
     ),
 }

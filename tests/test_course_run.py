@@ -16,7 +16,7 @@ import psutil
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 
-from dalleflamingo.course import run
+from dalleflamingo.course import run, site
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,8 +71,8 @@ def course_run(tmp_path_factory):
 def test_every_notebook_leaves_a_page_and_its_executed_self(course_run):
     _, out = course_run
     for name in ("0_good", "1_fails", "2_dies"):
-        assert f"{name}.html" in (out / "index.html").read_text()
-        assert (out / f"{name}.html").stat().st_size > 3_000
+        assert f"{name}.html" in (out / "site/index.html").read_text()
+        assert "without executing" not in (out / f"site/{name}.html").read_text()
     executed = nbformat.read(out / "0_good.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0]["data"]["text/plain"] == "['smoke', '1', '1']"
     assert (out / "figures" / "one.png").exists()
@@ -86,7 +86,7 @@ def test_a_failing_notebook_names_its_cell_and_the_others_still_run(course_run):
     assert "code cell 3 (y = x / 0): ZeroDivisionError: division by zero" in fails
     assert "code cell 2 (os.kill" in dies and "the kernel died" in dies
     assert run.returncode == 1
-    assert "before" in (out / "1_fails.html").read_text()
+    assert "before" in (out / "site/1_fails.html").read_text()
 
 
 def test_peak_memory_counts_the_children_of_the_kernel(course_run):
@@ -97,7 +97,7 @@ def test_peak_memory_counts_the_children_of_the_kernel(course_run):
 
 def test_a_page_hides_what_is_to_be_opened_and_has_its_pictures_inside(course_run):
     _, out = course_run
-    page = (out / "0_good.html").read_text()
+    page = (out / "site/0_good.html").read_text()
     [hidden] = re.findall(r"<details><summary>Solution</summary>(.*?)</details>", page, re.DOTALL)
     assert "return" in hidden and "answer" in hidden
     picture = base64.b64encode((out.parent / "pictures/one.png").read_bytes()).decode()
@@ -106,14 +106,14 @@ def test_a_page_hides_what_is_to_be_opened_and_has_its_pictures_inside(course_ru
 
 def test_what_a_notebook_says_is_escaped_on_the_index_page(course_run):
     _, out = course_run
-    assert "A &lt;i&gt;title&lt;/i&gt;" in (out / "index.html").read_text()
+    assert "A &lt;i&gt;title&lt;/i&gt;" in (out / "site/index.html").read_text()
 
 
 def test_the_index_keeps_the_order_of_the_course(course_run):
     _, out = course_run
     record = json.loads((out / "course.json").read_text())
     assert [entry["notebook"] for entry in record["notebooks"]] == ["0_good", "1_fails", "2_dies"]
-    page = (out / "index.html").read_text()
+    page = (out / "site/index.html").read_text()
     assert page.index("0_good.html") < page.index("1_fails.html") < page.index("2_dies.html")
 
 
@@ -188,6 +188,15 @@ def test_the_notebook_that_took_longest_last_time_starts_first(tmp_path, capsys)
     assert [outcome.notebook for outcome in outcomes] == ["a", "b", "c"]
 
 
+def test_a_run_of_one_notebook_keeps_the_others_of_its_profile(tmp_path):
+    paths = [write_notebook(tmp_path / f"{name}.ipynb", "# Short", "1 + 1") for name in "ab"]
+    for chosen, profile in (([paths[1]], "smoke"), ([paths[0]], "smoke"), ([paths[1]], "mini")):
+        run.run_course(chosen, tmp_path / "build", profile, workers=1)
+        record = json.loads((tmp_path / "build/course.json").read_text())
+        names = [entry["notebook"] for entry in record["notebooks"]]
+        assert names == {"smoke": ["b"] if chosen == [paths[1]] else ["a", "b"], "mini": ["b"]}[record["profile"]]
+
+
 def quick_and_endless(folder: Path) -> list[Path]:
     """A notebook that is done at once, and one that waits 10 minutes unless there is a file `go` in its folder."""
     wait = f"import pathlib, time; time.sleep(0 if pathlib.Path({str(folder / 'go')!r}).exists() else 600)"
@@ -227,7 +236,8 @@ def test_an_interrupted_run_ends_its_kernels_and_says_what_is_kept(tmp_path):
     assert status == 130
     assert f"1 of 2 notebooks ran to their end and are kept in {tmp_path / 'build'}" in rest
     assert "stopped: 1 in" in rest
-    assert (tmp_path / "build" / "0.html").exists() and not (tmp_path / "build" / "1.html").exists()
+    executed, waiting = ((tmp_path / "build/site" / name).read_text() for name in ("0.html", "1.html"))
+    assert "without executing" not in executed and "without executing" in waiting
 
 
 def test_downloaded_models_may_reach_their_hub_and_run_one_notebook_at_a_time(tmp_path, monkeypatch):
@@ -257,4 +267,4 @@ ROUNDED = [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (119.7, "2 min 00
 
 @pytest.mark.parametrize(("seconds", "text"), ROUNDED)
 def test_a_time_is_never_sixty_seconds(seconds, text):
-    assert run._minutes(seconds) == text
+    assert site.minutes(seconds) == text

@@ -3,17 +3,17 @@
 Each notebook runs from top to bottom in a kernel of its own. A small model gains nothing from a second thread and loses
 much where other programs compute too, because each of its many tiny operations waits for the slowest thread. So a
 kernel with the shipped models has one thread, and as many notebooks run at a time as there are cores. Downloaded models
-share one GPU: their notebooks run one after another. Afterwards `build/` opens without Python:
+share one GPU: their notebooks run one after another. Afterwards `build/` holds
 
-    index.html                the pages, with the time and the peak memory of each
-    00_the_question.html      one page a notebook, images inside
     00_the_question.ipynb     the executed notebook
-    course.json               the same figures for programs
+    course.json               time and peak memory of each
     figures/                  what the notebooks saved
+    site/                     pages of all this, by `course.site`; they open without Python
 
 A notebook finds that folder in the environment variable `DALLEFLAMINGO_OUTPUT` and saves its figures to
 `$DALLEFLAMINGO_OUTPUT/figures`. A notebook that fails keeps its page up to the error, and the others still run. Every
-file is written whole or not at all, so a killed run leaves no broken files; another run replaces them.
+file is written whole or not at all, so a killed run leaves no broken files; another run replaces them. A run of some
+notebooks keeps the others that ran in the same profile.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import psutil
 from tqdm import tqdm
 
 from dalleflamingo import profiles, registry
-from dalleflamingo.course.site import Link, render_index, render_page
+from dalleflamingo.course import site
 from dalleflamingo.runs import write_whole
 
 try:
@@ -75,7 +75,7 @@ class Outcome:
 
     def line(self) -> str:
         """One line for a person: name, time, peak memory, and the failing cell if there is one."""
-        figures = f"{self.notebook:<28} {_minutes(self.seconds):>12}   peak {self.peak_bytes / 2**30:.1f} GiB"
+        figures = f"{self.notebook:<28} {site.minutes(self.seconds):>12}   peak {self.peak_bytes / 2**30:.1f} GiB"
         return figures if self.failure is None else f"{figures}   FAILED in {self.failure}"
 
 
@@ -158,17 +158,14 @@ class NotebookRun(threading.Thread):
             return
         self.peak_bytes = max(self.peak_bytes, sum(map(_resident_bytes, processes)))
 
-    def write_pages(self, out: Path, before: Link | None, after: Link | None) -> Outcome:
-        """Leave `NAME.ipynb` and `NAME.html` in the folder `out`; the notebook must have run.
+    def write(self, out: Path) -> Outcome:
+        """Leave `NAME.ipynb` in the folder `out`; the notebook must have run.
 
         Args:
             out: the folder.
-            before: the page before this one.
-            after: the page after it.
         """
         name = self.path.stem
         _write(out / f"{name}.ipynb", nbformat.writes(self.notebook))
-        _write(out / f"{name}.html", render_page(self.notebook, self.path.parent, before, after))
         return Outcome(name, _title(self.notebook) or name, self.seconds, self.peak_bytes, self.failure)
 
 
@@ -205,43 +202,13 @@ def _is_shipped(profile: str) -> bool:
     return registry.ENTRIES[profiles.PROFILES[profile].captioner].shipped
 
 
-def index_page(outcomes: Sequence[Outcome], profile: str) -> str:
-    """The page that links all others; everything that came out of a notebook is escaped.
-
-    Args:
-        outcomes: a row for each.
-        profile: the name that the page states.
-    """
-    rows = [
-        {
-            "link": Link(one.title, f"{one.notebook}.html"),
-            "time": _minutes(one.seconds),
-            "memory": f"{one.peak_bytes / 2**30:.1f} GiB",
-            "end": "ran to its end" if one.failure is None else f"failed in {one.failure}",
-        }
-        for one in outcomes
-    ]
-    return render_index(profile, rows)
-
-
-def neighbours(paths: Sequence[Path]) -> dict[Path, tuple[Link | None, Link | None]]:
-    """Notebook -> the pages before and after its own.
-
-    Args:
-        paths: the notebooks in order.
-    """
-    links = [Link(_title(nbformat.read(path, as_version=4)) or path.stem, f"{path.stem}.html") for path in paths]
-    before, after = [None, *links[:-1]], [*links[1:], None]
-    return {path: (one, other) for path, one, other in zip(paths, before, after, strict=True)}
-
-
 def run_course(paths: Sequence[Path], out: Path, profile: str, workers: int | None = None) -> list[Outcome]:
-    """Execute notebooks, print a line for each as it ends, and keep the index up to date.
+    """Execute notebooks, print a line for each as it ends, and keep course.json up to date.
 
     Args:
-        paths: the notebooks, in the order of the index. They start in this order too, unless `out` holds a
-            `course.json` of the same profile: then those that took longest start first.
-        out: where pages, executed notebooks and figures go; see the module's text.
+        paths: the notebooks. They start in this order, unless `out` holds a `course.json` of the same profile: then
+            those that took longest start first.
+        out: where executed notebooks and figures go; see the module's text.
         profile: a name in `profiles.PROFILES`.
         workers: notebooks that run at a time; None for `default_workers`.
     Returns:
@@ -259,7 +226,6 @@ def run_course(paths: Sequence[Path], out: Path, profile: str, workers: int | No
     workers = default_workers(profile) if workers is None else workers
     (out / "figures").mkdir(parents=True, exist_ok=True)
     waiting, running, outcomes = _longest_first(paths, out, profile), [], {}
-    beside = neighbours(paths)
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -270,9 +236,9 @@ def run_course(paths: Sequence[Path], out: Path, profile: str, workers: int | No
                 run.measure_memory()
                 if not run.is_alive():
                     running.remove(run)
-                    outcomes[run.path] = run.write_pages(out, *beside[run.path])
+                    outcomes[run.path] = run.write(out)
                     _print(outcomes[run.path].line())
-                    _write_index(out, profile, [outcomes[path] for path in paths if path in outcomes])
+                    _record(out, profile, outcomes[run.path])
     except KeyboardInterrupt:
         _end(running)
         _print(f"\nInterrupted. {len(outcomes)} of {len(paths)} notebooks ran to their end and are kept in {out}.")
@@ -313,15 +279,18 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
+        site.build(options.out, options.out / "site", paths)
         print("The same command starts afresh; with the name of a notebook it executes only that one.")
         return 130
 
+    site.build(options.out, options.out / "site", paths)
     failed = sum(outcome.failure is not None for outcome in outcomes)
     figures = len([file for file in (options.out / "figures").rglob("*") if file.is_file()])
-    total = _minutes(time.monotonic() - began)
+    total = site.minutes(time.monotonic() - began)
     print(f"{len(outcomes) - failed} of {len(outcomes)} notebooks ran to their end, in {total}.")
-    print(f"Pages and executed notebooks: {options.out}/   figures ({figures}): {options.out}/figures/")
-    print(f"Open {(options.out / 'index.html').resolve()} in a browser, or `make lab` to work on the notebooks.")
+    print(f"Executed notebooks: {options.out}/   figures ({figures}): {options.out}/figures/")
+    page = (options.out / "site" / "index.html").resolve()
+    print(f"Open {page} in a browser, or `make lab` to work on the notebooks.")
     return 1 if failed else 0
 
 
@@ -361,21 +330,19 @@ def _title(notebook: nbformat.NotebookNode) -> str | None:
     return None
 
 
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def _print(line: str) -> None:
     """Print above the progress bars, at once."""
     tqdm.write(line)
     sys.stdout.flush()
 
 
-def _write_index(out: Path, profile: str, outcomes: Sequence[Outcome]) -> None:
-    _write(out / "index.html", index_page(outcomes, profile))
-    record = {"profile": profile, "notebooks": [asdict(outcome) for outcome in outcomes]}
-    _write(out / "course.json", json.dumps(record, indent=2))
+def _record(out: Path, profile: str, outcome: Outcome) -> None:
+    """Put an outcome into course.json, in the place of an earlier one; those of another profile are forgotten."""
+    record = site.read_record(out)
+    entries = record["notebooks"] if record.get("profile") == profile else []
+    others = [entry for entry in entries if entry["notebook"] != outcome.notebook]
+    notebooks = sorted([*others, asdict(outcome)], key=lambda entry: entry["notebook"])
+    _write(out / "course.json", json.dumps({"profile": profile, "notebooks": notebooks}, indent=2))
 
 
 def _write(path: Path, text: str) -> None:

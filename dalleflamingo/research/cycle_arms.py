@@ -1,4 +1,4 @@
-"""The training runs of the cycle study: arms that differ in their losses, captioners, training seeds (Tables 3 to 9).
+"""Training runs of the cycle study: arms that differ in losses, captioners and training seeds (Tables 3, 4, 5 and 9).
 
 The models, the data and the settings that all arms share are the profile's. The paper compares a finetuned captioner
 with the published one; "labels" and "labels-longer" are ours: the same finetuning without the cycle, and that with

@@ -17,7 +17,7 @@ def _check(train_features: Tensor, train_labels: Tensor, test_features: Tensor, 
 def knn_accuracy(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = 20
 ) -> float:
-    """Accuracy of a weighted vote of the k nearest neighbours (DINO §4.1, after Wu et al. 2018).
+    """Accuracy of a weighted vote of the k nearest neighbours (Caron et al. 2021, §4.1, after Wu et al. 2018).
 
     A neighbour of cosine similarity s votes with weight exp(s / 0.07).
 

@@ -153,10 +153,12 @@ def page(insight: Insight) -> list[str]:
     for metric in insight.metrics:
         lower = " (lower is better)" if METRICS[metric].lower_is_better else ""
         parts += [f"### {METRICS[metric].label}{lower}", _against_random(insight, metric)]
-    parts += [f"![The score at each rank](../figures/rank_curve{end}.png)" for end in insight.figures.values()]
-    parts += [
-        f"![The gain over random, overall and by domain](../figures/gains{end}.png)" for end in insight.figures.values()
-    ]
+    for metric, end in insight.figures.items():
+        what = f"{METRICS[metric].label} at each rank, a line for each similarity"
+        parts.append(f"![{what}](../figures/rank_curve{end}.png)")
+    for metric, end in insight.figures.items():
+        what = f"{METRICS[metric].label}: the gain over a random candidate, overall and by domain"
+        parts.append(f"![{what}](../figures/gains{end}.png)")
     secondary = secondary_table(insight.claims, _differences_in_the_paper(insight))
     return [
         *parts,

@@ -43,7 +43,7 @@ def draw_half_single(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 class Head(nn.Module):
-    """Projection head: MLP, l2 normalisation, then cosines to prototypes (§3.1, "network architecture").
+    """Projection head: MLP, l2 normalisation, then cosines to prototypes (Caron et al. 2021, §3.1).
 
     The prototypes are normalised before use, which is weight normalisation with a fixed gain.
     """
@@ -62,7 +62,9 @@ class Head(nn.Module):
 
 
 def distillation_loss(student: Tensor, targets: Tensor, temperature: float = 0.1) -> Tensor:
-    """Mean cross-entropy H(teacher, student) over all pairs of a teacher view and another student view (§3.1, eq. 3).
+    """Mean cross-entropy H(teacher, student) over all pairs of a teacher view and another student view.
+
+    Caron et al. 2021, §3.1.
 
     Args:
         student: (V, B, P) outputs, the teacher's views first.
