@@ -63,6 +63,7 @@ COMMANDS = {
     "course": Command("dalleflamingo.course.run:main", "execute the notebooks and make pages of them"),
     "site": Command(
         "dalleflamingo.course.site:main", "make a site of the executed notebooks", "the same command starts again"
+    ),
     "answers": Command(
         "dalleflamingo.course.answers:main",
         "keep what you wrote into the exercises while the course is updated",
