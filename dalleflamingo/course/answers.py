@@ -1,7 +1,7 @@
 """A learner's answers survive an update of the course: `python -m dalleflamingo answers save`, and then `restore`.
 
     python -m dalleflamingo answers save       # what you wrote into the exercises, to answers/NOTEBOOK.json
-    git checkout notebooks && git pull         # the course, updated
+    git stash && git pull                      # the course, updated; git keeps all other changes, too
     python -m dalleflamingo answers restore    # and back into the exercises, which are known by the ids of their cells
 
 Git knows how an exercise was given: its cell in the last commit that the learner's branch shares with the published
