@@ -82,7 +82,8 @@ def test_an_answer_returns_into_the_updated_exercise_with_its_new_number_and_che
     path.write_text(newer, encoding="utf-8")
     commit(root)
     report = answers.restore(root)
-    assert report.done == ["one.ipynb: 1 of 1 saved answers put back"] and not report.left
+    assert report.done == ["one.ipynb: of 1 saved answers 1 put back, 0 there already"] and not report.left
+    assert answers.restore(root).done == ["one.ipynb: of 1 saved answers 0 put back, 1 there already"]
     expected = f"# Exercise 4 · difficulty 1/5\n{MINE}\n\n\ndouble = checks.twofold(double)"
     assert source(path, "twice") == expected
     assert path.read_text(encoding="utf-8") != newer

@@ -1,7 +1,7 @@
 """A learner's answers survive an update of the course: `python -m dalleflamingo answers save`, and then `restore`.
 
     python -m dalleflamingo answers save       # what you wrote into the exercises, to answers/NOTEBOOK.json
-    git checkout notebooks && git pull         # the course, updated
+    git stash && git pull                      # the course, updated; git keeps all other changes, too
     python -m dalleflamingo answers restore    # and back into the exercises, which are known by the ids of their cells
 
 Git knows how an exercise was given: its cell in the last commit that the learner's branch shares with the published
@@ -132,16 +132,18 @@ def _restore_notebook(root: Path, file: Path, report: Report) -> None:
     if not path.exists():
         raise AnswersError(f"{path.name} is no longer part of the course: {kept}")
     notebook = read_json(path)
-    sources, given, put = _sources(notebook, path), as_given(root, path), {}
+    sources, given, put, there = _sources(notebook, path), as_given(root, path), {}, 0
     for cell, answer in answers.items():
         if cell not in given or cell not in sources:
             first_line = answer.strip().partition("\n")[0]
             report.left.append(f"{path.name}: the exercise of `{first_line}` (cell {cell}) is gone; {kept}")
             continue
         present, exercise = Exercise.of(sources[cell]).answer, given[cell]
-        if _same(present, exercise.answer):
+        if _same(present, answer):
+            there += 1
+        elif _same(present, exercise.answer):
             put[cell] = exercise.answered(answer)
-        elif not _same(present, answer):
+        else:
             title = exercise.title.strip("# \n").partition(" · ")[0]
             report.left.append(f"{path.name}: {title} (cell {cell}) holds another answer, which is kept; {kept}")
     for cell in notebook["cells"]:
@@ -149,7 +151,7 @@ def _restore_notebook(root: Path, file: Path, report: Report) -> None:
             cell["source"] = put[cell["id"]].splitlines(keepends=True)
     if put:
         _write(path, notebook)
-    report.done.append(f"{path.name}: {len(put)} of {len(answers)} saved answers put back")
+    report.done.append(f"{path.name}: of {len(answers)} saved answers {len(put)} put back, {there} there already")
 
 
 def as_given(root: Path, path: Path) -> dict[str, Exercise]:
