@@ -11,8 +11,10 @@ from scipy import stats
 from dalleflamingo.course import checks
 from dalleflamingo.course.checks import world
 from dalleflamingo.evaluation.intervals import Interval, mean_interval
+from dalleflamingo.evaluation.vocabulary_report import clip_tokenizer, report, wordpiece_tokenizer
 from dalleflamingo.miniature import scene_graph
 from dalleflamingo.miniature.scene_graph import Scene, Thing
+from dalleflamingo.vocabulary import VocabularyMap
 
 
 def right(claims, facts):
@@ -365,27 +367,49 @@ def test_a_similarity_of_ones_own_is_told_what_is_wrong_with_it(attempt, said, c
 # ── notebook 03 ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("exercise", ["soft_embedding", "departures"])
-def test_printed_solutions_of_the_bridge_are_right(exercise, capsys):
-    getattr(checks, exercise)(tiny.printed_solution("03_differentiable_bridge", exercise))
-    assert capsys.readouterr().out.startswith("Right. ")
+# ── notebooks 02 and 03 ──────────────────────────────────────────────────────────────────────────────────────────────
 
-
-EMBEDDINGS = [
-    (lambda said, table: said @ table, "Right. A text encoder that looks tokens up"),
-    (not_done, "Not done yet"),
-    (lambda said, table: table[said.argmax(-1)], "equal shares give the mean"),
-    (lambda said, table: table.mean(0).expand(2, -1), "one-hot rows give back rows"),
-    (lambda said, table: (said @ table).sum(0), "the shape (2, 3); yours has the shape (3,)"),
-    (lambda said, table: None, "`return …`"),
-    (lambda said, table: table @ said, "yours raises RuntimeError"),
+BRIDGE = [
+    ("02_tokenizer_mapping", "with_word_ends"),
+    ("02_tokenizer_mapping", "learn_map"),
+    ("02_tokenizer_mapping", "differing_words"),
+    ("03_differentiable_bridge", "soft_embedding"),
+    ("03_differentiable_bridge", "departures"),
+    ("03_differentiable_bridge", "straight_through"),
+    ("03_differentiable_bridge", "gumbel_sample"),
+    ("03_differentiable_bridge", "gathered"),
 ]
 
 
-@pytest.mark.parametrize(("attempt", "said"), EMBEDDINGS)
-def test_an_expected_embedding_is_told_what_is_wrong_with_it(attempt, said, capsys):
-    checks.soft_embedding(attempt)
-    assert said in capsys.readouterr().out
+@pytest.mark.parametrize(("notebook", "name"), BRIDGE)
+def test_later_cells_of_the_bridge_get_the_learners_function_once_it_is_right(notebook, name, capsys):
+    solution = tiny.printed_solution(notebook, name)
+    assert getattr(checks, name)(solution) is solution
+    assert all(line.startswith("Right. ") for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(("notebook", "name"), BRIDGE)
+def test_until_then_they_get_one_of_the_course(notebook, name, capsys):
+    ours = getattr(checks, name)(not_done)
+    assert capsys.readouterr().out == "Not done yet, and nothing below waits for it.\n"
+    assert ours is not not_done and getattr(checks, name)(ours) is ours
+
+
+def last_pairing(pairs):
+    return {s: u for source, target in pairs if len(source) == len(target) for s, u in zip(source, target, strict=True)}
+
+
+def as_partners(pairs, usable=lambda source, target: len(source) == len(target)):
+    printed = tiny.printed_solution("02_tokenizer_mapping", "learn_map")
+    return printed(
+        [(source[: len(target)], target[: len(source)]) for source, target in pairs if usable(source, target)]
+    )
+
+
+def straight(logits, hard=True, soft=1.0, detached=1.0):
+    q = logits.softmax(-1)
+    one_hot = torch.nn.functional.one_hot(logits.argmax(-1), q.shape[-1])
+    return hard * one_hot + soft * q - detached * q.detach()
 
 
 def departures(kept):
@@ -396,27 +420,112 @@ def departures(kept):
     return leaving, on_the_path
 
 
-DEPARTURES = [
-    (departures, "Right. What leaves and what stays"),
-    (lambda kept: tuple(map(np.array, departures(kept))), "Right."),
-    (not_done, "Not done yet"),
-    (lambda kept: ([1 - stay for stay in kept], departures(kept)[1]), "counts what had left before"),
-    (lambda kept: ([1 - stay for stay in kept], min(kept, default=1.0)), "as if it were the only one"),
-    (lambda kept: (departures(kept)[0], min(kept, default=1.0)), "to stay at both positions"),
+WRONG = [
     (
+        "with_word_ends",
+        lambda tokens: [t.removeprefix("##") + "</w>" for t in tokens],
+        "only a token that no ## follows",
+    ),
+    ("with_word_ends", lambda tokens: [t.removeprefix("##") for t in tokens], "nothing follows the last token"),
+    (
+        "with_word_ends",
+        lambda tokens: [t[2:] if t[:2] == "##" else t + "</w>" for t in tokens],
+        "look at the next token",
+    ),
+    ("learn_map", last_pairing, "the last pairing wins"),
+    ("learn_map", lambda pairs: as_partners(pairs, lambda *_: True), "`zip` stops at the shorter side"),
+    ("learn_map", lambda pairs: as_partners(pairs, lambda s, u: [t + "</w>" for t in s] == u), "may differ"),
+    ("learn_map", lambda pairs: None, "`return …`"),
+    (
+        "differing_words",
+        lambda source, target: [([s], [u]) for s, u in zip(source, target, strict=False) if s != u],
+        "compared by position, tokens lose their partners",
+    ),
+    (
+        "differing_words",
+        lambda source, target: [(["gi", "raf", "fe</w>"], ["giraffe</w>"])] if "gi" in source else [],
+        "have both sides spelled the same number of letters",
+    ),
+    ("soft_embedding", lambda rows, table: table[rows.argmax(-1)], "that is the likeliest token's row"),
+    ("soft_embedding", lambda rows, table: rows.softmax(-1) @ table, "a one-hot row gives back a row of the table"),
+    ("soft_embedding", lambda rows, table: (rows @ table).sum(0), "the shape (2, 2); yours has the shape (2,)"),
+    ("soft_embedding", lambda rows, table: rows.bmm(table), "yours raises RuntimeError"),
+    ("departures", lambda kept: ([1 - p for p in kept], departures(kept)[1]), "counts what had left before"),
+    ("departures", lambda kept: ([1 - p for p in kept], min(kept, default=1.0)), "as if it were the only one"),
+    ("departures", lambda kept: (departures(kept)[0], min(kept, default=1.0)), "to stay at both positions"),
+    (
+        "departures",
         lambda kept: ([(kept[i - 1] if i else 1) * (1 - p) for i, p in enumerate(kept)], departures(kept)[1]),
         "forgets what had left at the first position",
     ),
-    (lambda kept: departures(kept)[0], "only the first position is uncertain"),
-    (lambda kept: departures(kept) if kept else None, "no position to leave at"),
-    (lambda kept: kept / 2, "yours raises TypeError"),
+    ("departures", lambda kept: departures(kept)[0], "only the first position is uncertain"),
+    ("departures", lambda kept: departures(kept) if kept else None, "no position to leave at"),
+    ("departures", lambda kept: kept / 2, "yours raises TypeError"),
+    ("straight_through", lambda logits: logits.softmax(-1), "that is soft"),
+    ("straight_through", lambda logits: logits.argmax(-1), "each row has a single 1 (`one_hot`)"),
+    ("straight_through", lambda logits: straight(logits, detached=0), "so that only the gradient is left"),
+    ("straight_through", lambda logits: straight(logits, soft=0, detached=0), "no gradient passes through argmax"),
+    (
+        "straight_through",
+        lambda logits: straight(logits) - logits.softmax(-1) + logits.softmax(-1).detach(),
+        "no gradient",
+    ),
+    ("straight_through", lambda logits: straight(logits, soft=-1, detached=-1), "the sign"),
+    ("straight_through", lambda logits: straight(logits, soft=2, detached=2), "counts twice"),
+    (
+        "straight_through",
+        lambda logits: straight(logits, soft=0, detached=0) + logits - logits.detach(),
+        "it should go through the softmax",
+    ),
+    ("gumbel_sample", lambda logits, u: (logits + u).argmax(-1), "uniform noise is not Gumbel noise"),
+    ("gumbel_sample", lambda logits, u: (logits + (-u.log()).log()).argmax(-1), "the largest random number decides"),
+    ("gumbel_sample", lambda logits, u: u.argmax(-1), "they are not replaced by it"),
+    ("gumbel_sample", lambda logits, u: logits - (-u.log()).log(), "yours has the shape (1, 3)"),
+    (
+        "gumbel_sample",
+        lambda logits, u: (logits.exp() - (-u.log()).log()).argmax(-1),
+        "the noise belongs to the logits",
+    ),
+    ("gathered", lambda rows, pairs: rows[:, pairs], "have 0.2 each"),
+    ("gathered", lambda rows, pairs: rows[:, pairs] / rows[:, pairs].sum(-1, keepdim=True), "still counts four times"),
+    ("gathered", lambda rows, pairs: rows[:, pairs].softmax(-1), "each token is read once"),
+    ("gathered", lambda rows, pairs: rows[:, pairs] / len(pairs), "each token is read once"),
+    ("gathered", lambda rows, pairs: rows[:, pairs] * (torch.bincount(pairs)[pairs] == 1), "its probability is lost"),
 ]
 
 
-@pytest.mark.parametrize(("attempt", "said"), DEPARTURES)
-def test_weights_of_a_position_are_told_what_is_wrong_with_them(attempt, said, capsys):
-    checks.departures(attempt)
-    assert said in capsys.readouterr().out
+@pytest.mark.parametrize(("exercise", "attempt", "said"), WRONG)
+def test_exercises_of_the_bridge_are_told_what_is_wrong(exercise, attempt, said, capsys):
+    assert getattr(checks, exercise)(attempt) is not attempt
+    found = capsys.readouterr().out
+    assert "Not yet: " in found and said in found
+    assert len(found) < 400 and not any(len(word) > 12 and word.replace(".", "").isdigit() for word in found.split())
+
+
+def test_a_prediction_is_answered_caption_by_caption(capsys):
+    right = tiny.printed_solution("02_tokenizer_mapping", "prediction")
+    checks.predicted_arrivals(right)
+    assert capsys.readouterr().out.startswith("Right. ")
+    checks.predicted_arrivals(dict.fromkeys(right, ""))
+    assert "Not done yet" in capsys.readouterr().out
+    checks.predicted_arrivals(dict.fromkeys(right, "yes"))
+    assert "surf is the beginning of a word here" in capsys.readouterr().out
+    checks.predicted_arrivals(dict.fromkeys(right, "no"))
+    assert "every token has a partner" in capsys.readouterr().out
+    equal_numbers = right | {"A woman on a surfboard.": "no", "A computer, a skateboard.": "yes"}
+    checks.predicted_arrivals(equal_numbers)
+    assert "7 tokens on both sides" in capsys.readouterr().out
+
+
+def test_the_predictions_are_what_the_package_finds():
+    right = tiny.printed_solution("02_tokenizer_mapping", "prediction")
+    wordpiece, clip = wordpiece_tokenizer(), clip_tokenizer()
+    six = ["A dog and a cat on a chair.", "A girl in a skate park.", "Two boys surf near a pier."]
+    six += ["A woman can surf on a wave.", "A surfboard on the sand.", "A dog catches a frisbee."]
+    learned = VocabularyMap.learn(wordpiece, clip, six, "one-to-one")
+    assert {text: report(learned, [text]).exact.value for text in right} == {
+        text: float(answer == "yes") for text, answer in right.items()
+    }
 
 
 # ── notebooks 06 and 07 ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -255,6 +255,12 @@ def test_words_are_coloured_by_sign_and_deepest_at_the_largest():
     assert places == sorted(places) and axes.texts[2].get_text() == "<b>$x$"
 
 
+def test_the_sentence_below_words_stays_inside_the_figure():
+    figure = show.words(["a", "cat"], [1.0, -1.0], "More probability for the token lowers the loss or raises it. " * 2)
+    note, word = figure.texts[-1].get_window_extent(), figure.axes[0].texts[0].get_window_extent()
+    assert note.x1 <= figure.bbox.x1 and note.y0 >= 0 and note.y1 < word.y0
+
+
 def test_words_and_values_must_be_as_many():
     with pytest.raises(ValueError, match="2 words and 1 values"):
         show.words(["a", "b"], [1.0])

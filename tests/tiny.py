@@ -50,12 +50,12 @@ def pictures(n: int, seed: int = 0) -> list[Image.Image]:
     return [Image.fromarray(array.astype(np.uint8)) for array in arrays]
 
 
-def printed_solution(notebook: str, name: str) -> Callable:
-    """The function `name` as a notebook prints it under its exercise."""
+def printed_solution(notebook: str, name: str) -> Callable | dict[str, str]:
+    """The function, or the prediction, `name` as a notebook prints it under its exercise."""
     file = Path(__file__).resolve().parents[1] / "notebooks" / f"{notebook}.ipynb"
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    [code] = re.findall(rf"```python\n(def {name}\(.*?)```", text, re.DOTALL)
+    [code] = re.findall(rf"```python\n((?:def {name}\(|{name} = ).*?)```", text, re.DOTALL)
     names = {"np": np, "torch": torch, "rankdata": rankdata, "scene_graph": scene_graph}  # as the notebooks have them
     exec(code, names)
     return names[name]

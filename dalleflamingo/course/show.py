@@ -331,16 +331,19 @@ def words(texts: Sequence[str], values: Sequence[float], note: str = "") -> Figu
         raise ValueError(f"{len(texts)} words and {len(values)} values: each word needs its own")
     values = np.asarray(values, float)
     largest = np.abs(values).max(initial=0)
-    figure = layout.new_figure(max(400, 26 + 13 * sum(len(text) + 2 for text in texts)), 120)
-    axes = figure.add_axes((0, 0, 1, 1))
+    sentences = f"{note} The deepest colour is {largest:.2g}.".strip()
+    width, row = max(400, 26 + 13 * sum(len(text) + 2 for text in texts)), 70
+    height = row + layout.note_height(layout.wrap(sentences, width - 2 * MARGIN))
+    figure = layout.new_figure(width, height)
+    axes = figure.add_axes((0, 1 - row / height, 1, row / height))
     axes.axis("off")
     x = 0.02
     for text, share in zip(texts, values / max(largest, 1e-12), strict=True):
         colour = PALETTE["more" if share > 0 else "less"]
         ground = dict(facecolor=to_rgba(colour, 0.8 * abs(share)), edgecolor="none")
-        word = axes.text(x, 0.6, text, fontsize=10, parse_math=False, bbox=ground)
+        word = axes.text(x, 0.4, text, fontsize=10, parse_math=False, bbox=ground)
         x += word.get_window_extent().width / figure.bbox.width + 0.02
-    axes.text(0.02, 0.12, f"{note} The deepest colour is {largest:.2g}.".strip(), fontsize=8, style="italic")
+    layout.add_note(figure, sentences)
     return figure
 
 

@@ -3,7 +3,17 @@
 A check prints and never raises, so that a notebook runs to its end whatever state its exercises are in.
 """
 
-from dalleflamingo.course.checks.bridge import departures, differing_words, soft_embedding, with_word_ends
+from dalleflamingo.course.checks.bridge import (
+    departures,
+    differing_words,
+    gathered,
+    gumbel_sample,
+    learn_map,
+    predicted_arrivals,
+    soft_embedding,
+    straight_through,
+    with_word_ends,
+)
 from dalleflamingo.course.checks.cycle import (
     caption_loss,
     captioner_input,
@@ -40,18 +50,23 @@ __all__ = [
     "f1",
     "frechet_distance",
     "gain_over_random",
+    "gathered",
     "guided",
+    "gumbel_sample",
     "is_trained",
     "kendall_tau",
+    "learn_map",
     "matched_steps",
     "ngram_cosine",
     "noised",
     "nucleus",
     "paired_interval",
+    "predicted_arrivals",
     "reconstruction",
     "share_ranked_first",
     "soft_embedding",
     "spearman",
+    "straight_through",
     "text_similarity",
     "with_word_ends",
     "word_movers_distance",
