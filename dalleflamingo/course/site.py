@@ -23,6 +23,7 @@ from pygments.lexers import PythonLexer
 
 _TEMPLATES = Path(__file__).with_name("pages")
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_STYLE_OF_PANDAS = re.compile(r'<style (scoped|type="text/css")>.*?</style>', re.DOTALL)  # of its tables and Styler's
 _LIGHT, _DARK = (HtmlFormatter(nowrap=True, style=name, nobackground=True) for name in ("tango", "github-dark"))
 _PLAIN = {  # what the converter does not know -> the same in its words
     r"\#": "#",
@@ -191,5 +192,5 @@ def render_output(output: nbformat.NotebookNode) -> str:
         text = output.metadata.get("image/png", {}).get("alt", "")
         return f'<img src="data:image/png;base64,{image.strip()}" alt="{html.escape(text)}">'
     if table := output.data.get("text/html"):
-        return f'<div class="wide">{re.sub(r"<style.*?</style>", "", table, flags=re.DOTALL)}</div>'
+        return f'<div class="wide">{_STYLE_OF_PANDAS.sub("", table)}</div>'
     return f"<pre>{html.escape(output.data.get('text/plain', ''))}</pre>"
