@@ -11,7 +11,7 @@ from pygments.lexers import PythonLexer
 from dalleflamingo.course.markdown import LIGHT, image_tag
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_PANDAS_STYLE = re.compile(r"<style scoped>.*?</style>", re.DOTALL)
+_PANDAS_STYLE = re.compile(r'<style (scoped|type="text/css")>.*?</style>', re.DOTALL)  # of its tables and Styler's
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 

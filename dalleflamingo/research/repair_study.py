@@ -226,7 +226,7 @@ def page(found: Repairs) -> list[str]:
             f"{SCORE[patient][0].upper()}{SCORE[patient][1:]}, n = {whole.n}. Damaged: {pages.cell(damaged, 3)}. "
             f"Intact: {pages.cell(whole, 3)}.",
             pages.table(["trained by", "afterwards", "minus damaged", "minus intact"], [_row(table, a) for a in arms]),
-            f"![Score by training step, a line for each loss](../figures/repair_{patient}.png)",
+            f"![The {patient}'s score by training step, a line for each loss](../figures/repair_{patient}.png)",
             "What each loss teaches, and what it does not: the share of facts of each sort.",
             _facts_table(table, patient, arms),
         ]
