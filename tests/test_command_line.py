@@ -118,6 +118,23 @@ def test_options_reach_the_journey(models, tmp_path):
     assert not set(pd.read_parquet(tmp_path / "other/candidates.parquet").seed) & set(table.seed)
 
 
+def test_models_of_the_registry_are_chosen_by_name(models, tmp_path, monkeypatch, capsys):
+    chosen = []
+    load = profile_models.load_models
+    monkeypatch.setattr(profile_models, "load_models", lambda profile, _: chosen.append(profile) or load(profile, _))
+    arguments = ["reconstruct", tmp_path / "mine", "--out", tmp_path / "run"]
+    assert run(*arguments, "--captioner", "git-base-coco", "--generator", "sdxl-turbo", capsys=capsys)[0] == 0
+    assert (chosen[0].captioner, chosen[0].generator) == ("git-base-coco", "sdxl-turbo")
+    for options, message in (
+        (["--captioner", "sdxl-turbo"], "'sdxl-turbo' is of kind generator: choose a captioner among"),
+        (["--generator", "dall-e"], "'dall-e' is not in the registry: choose a generator among"),
+        (["--generator", "sdxl-turbo", "--steps", "50"], "--steps: the generator sdxl-turbo has its own"),
+        (["--generator", "lcm-dreamshaper-v7", "--scheduler", "DDIM"], "--scheduler: the generator lcm-dreamshaper-v7"),
+    ):
+        status, error = run(*arguments, *options, capsys=capsys)
+        assert status == 2 and message in error and len(chosen) == 1
+
+
 def test_the_profile_is_set_before_it_is_read(models, tmp_path, capsys):
     for place in (0, 4):
         arguments = ["reconstruct", str(tmp_path / "mine"), "--out", str(tmp_path / f"run-{place}")]
