@@ -42,7 +42,6 @@ class Command:
 
 
 _CORPUS = 20_000  # captions that CIDEr's weights come from; the n-grams of a million would fill the memory
-_CHUNK = 8  # images finished together
 _SHOWN = 3  # images or captions whose best candidates `reconstruct` prints
 COMMANDS = {
     "reconstruct": Command(
@@ -261,24 +260,30 @@ def reconstruct(arguments: list[str]) -> int:
         action="store_true",
         help="add a column `unsafe`: the verdict of SD's safety checker",
     )
+    workers = "this is number I of N processes, on any machines that see OUT; each is started with the same command"
+    parser.add_argument("--worker", metavar="I/N", default="1/1", help=workers)
     _add_shared(parser, steps="denoising steps of the generator", batch_size="images at once; fewer need less memory")
     options = parser.parse_args(arguments)
 
-    from dalleflamingo.reconstruct import JourneySettings, run_journey
+    from dalleflamingo.evaluation.workers import Worker, in_turn, run_together
+    from dalleflamingo.reconstruct import JourneySettings
     from dalleflamingo.runs import hold
     from dalleflamingo.sources.inputs import read_source, remember
 
-    source, start = read_source(options.source, options.start, options.image_folder, options.out)
+    worker = Worker.named(options.worker).launched(os.environ)
+    with in_turn(options.out, worker):
+        source, start = read_source(options.source, options.start, options.image_folder, options.out)
     source = source[: options.images]
     profile = _chosen_profile(options)
     settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
-    with hold(options.out):  # before models are loaded, which may take minutes
+    # before models are loaded, which may take minutes
+    with hold(options.out) if worker.count == 1 else contextlib.nullcontext():
         make_journey = _image_journey if start == "images" else _text_journey
-        table = run_journey(make_journey(source, options, profile, settings), source, options.out, _CHUNK)
-        if start == "images":
+        table = run_together(make_journey(source, options, profile, settings), source, options.out, worker)
+        if table is not None and start == "images":
             remember(options.out, options.source, options.image_folder)
             _print_best(table, "file", "caption")
-        else:
+        elif table is not None:
             _print_best(table, "caption", "image")
     return 0
 
