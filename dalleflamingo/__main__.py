@@ -77,6 +77,9 @@ RESEARCH = {
     "insight-2": Command("dalleflamingo.research.insights:main_2", "text → image → text, measured (claims 3 and 4)"),
     "studies": Command("dalleflamingo.research.studies:main", "sampling, candidates, vocabularies (claims 5, 7, 13)"),
     "variants": Command("dalleflamingo.research.variants:main", "other samplers, models and images (claims 6 and 8)"),
+    "understanding": Command(
+        "dalleflamingo.research.understanding:main", "every captioner with every generator: who understands whom?"
+    ),
     "stability": Command("dalleflamingo.research.stability:main", "rankings from several images of each caption"),
     "cycle": Command("dalleflamingo.research.cycle_study:main", "the training runs of Tables 3, 4, 5 and 9"),
     "cycle-report": Command(
