@@ -86,6 +86,7 @@ reproduce: data
 	$(DALLEFLAMINGO) research studies
 	$(DALLEFLAMINGO) research variants --images 300
 	$(DALLEFLAMINGO) research stability --images 200
+	$(DALLEFLAMINGO) research understanding --images 200
 	$(DALLEFLAMINGO) research live --seed 2026 --json docs/results/live.json
 	$(DALLEFLAMINGO) research gradients
 	$(DALLEFLAMINGO) research repair

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dalleflamingo.datasets import Dataset
     from dalleflamingo.generator import Generator
     from dalleflamingo.profiles import Profile
-    from dalleflamingo.reconstruct import JourneySettings
+    from dalleflamingo.reconstruct import Journey, JourneySettings
 
 # `profiles.VARIABLE`, spelled again because importing it would import torch, without which --help answers at once
 PROFILE = "DALLEFLAMINGO_PROFILE"
@@ -85,6 +85,9 @@ RESEARCH = {
     "insight-2": Command("dalleflamingo.research.insights:main_2", "text → image → text, measured (claims 3 and 4)"),
     "studies": Command("dalleflamingo.research.studies:main", "sampling, candidates, vocabularies (claims 5, 7, 13)"),
     "variants": Command("dalleflamingo.research.variants:main", "other samplers, models and images (claims 6 and 8)"),
+    "understanding": Command(
+        "dalleflamingo.research.understanding:main", "every captioner with every generator: who understands whom?"
+    ),
     "stability": Command("dalleflamingo.research.stability:main", "rankings from several images of each caption"),
     "cycle": Command("dalleflamingo.research.cycle_study:main", "the training runs of Tables 3, 4, 5 and 9"),
     "cycle-report": Command(
@@ -261,60 +264,103 @@ def reconstruct(arguments: list[str]) -> int:
     schedulers = "DDPM, DDIM, PNDM, Euler, EulerAncestral, DPMSolverMultistep or UniPCMultistep"
     parser.add_argument("--scheduler", help=f"of the generator: {schedulers}")
     parser.add_argument("--size", type=_positive, metavar="PIXELS", help="side of a generated image, a multiple of 8")
+    parser.add_argument("--captioner", metavar="NAME", help="another one of dalleflamingo/registry.toml")
+    parser.add_argument("--generator", metavar="NAME", help="another one of dalleflamingo/registry.toml")
+    parser.add_argument(
+        "--safety-checker",
+        action="store_true",
+        help="add a column `unsafe`: the verdict of SD's safety checker",
+    )
+    workers = "this is number I of N processes, on any machines that see OUT; each is started with the same command"
+    parser.add_argument("--worker", metavar="I/N", default="1/1", help=workers)
     _add_shared(parser, steps="denoising steps of the generator", batch_size="images at once; fewer need less memory")
     options = parser.parse_args(arguments)
 
+    from dalleflamingo.evaluation.workers import Worker, in_turn, run_together
     from dalleflamingo.reconstruct import JourneySettings
     from dalleflamingo.runs import hold
     from dalleflamingo.sources.inputs import read_source, remember
 
-    source, start = read_source(options.source, options.start, options.image_folder, options.out)
+    worker = Worker.named(options.worker).launched(os.environ)
+    with in_turn(options.out, worker):
+        source, start = read_source(options.source, options.start, options.image_folder, options.out)
     source = source[: options.images]
-    profile = _sized_profile(options)
+    profile = _chosen_profile(options)
     settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
-    with hold(options.out):  # before models are loaded, which may take minutes
-        if start == "images":
-            table = _image_journey(source, options, profile, settings)
+    # before models are loaded, which may take minutes
+    with hold(options.out) if worker.count == 1 else contextlib.nullcontext():
+        make_journey = _image_journey if start == "images" else _text_journey
+        table = run_together(make_journey(source, options, profile, settings), source, options.out, worker)
+        if table is not None and start == "images":
             remember(options.out, options.source, options.image_folder)
             _print_best(table, "file", "caption")
-        else:
-            _print_best(_text_journey(source, options, profile, settings), "caption", "image")
+        elif table is not None:
+            _print_best(table, "caption", "image")
     return 0
 
 
-def _sized_profile(options: argparse.Namespace) -> "Profile":
-    """The current profile, its generated images as large as `--size` says."""
-    from dalleflamingo import profiles
+def _chosen_profile(options: argparse.Namespace) -> "Profile":
+    """The current profile with the models and the image size that the command line names.
 
-    profile = profiles.current()
-    return dataclasses.replace(profile, image_size=options.size) if options.size else profile
+    Raises:
+        RegistryError: the registry has no such captioner or generator.
+        ValueError: the generator has a scheduler, an image size or steps of its own, and does not take such an option.
+    """
+    from dalleflamingo import profiles
+    from dalleflamingo.registry import require_kind
+    from dalleflamingo.sources.models import class_of
+
+    chosen = _given(options, "captioner", "generator")
+    for kind, name in chosen.items():
+        require_kind(name, kind)
+    chosen |= {"image_size": options.size} if options.size else {}
+    profile = dataclasses.replace(profiles.current(), **chosen)
+    if other := class_of(profile.generator):
+        settled = ["scheduler", "size"] + ["steps"] * (getattr(other, "steps", 1) is not None)
+        for name in _given(options, *settled):
+            raise ValueError(f"--{name}: the generator {profile.generator} has its own, so leave the option out")
+    return profile
 
 
 def _image_journey(
     source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
-) -> "DataFrame":
-    """The table of candidates."""
-    from dalleflamingo.reconstruct import image_text_image
-    from dalleflamingo.sources.models import load_models
+) -> "Journey":
+    """Image → text → image with the profile's models."""
+    from dalleflamingo.reconstruct import ImageTextImage
+    from dalleflamingo.sources.models import class_of, load_models
 
-    models = load_models(profile, options.scheduler)
-    require_steps(models.generator, options, settings.steps)
-    return image_text_image(source, *models, options.out, settings)
+    captioner, generator, similarities = load_models(profile, options.scheduler)
+    if not class_of(profile.generator):
+        require_steps(generator, options, settings.steps)
+    similarities = similarities + _safety_checker(options, profile)
+    return ImageTextImage(captioner, generator, similarities, settings)
 
 
 def _text_journey(
     source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
-) -> "DataFrame":
-    """The table of candidates. CIDEr takes the weights of n-grams from the first `_CORPUS` captions."""
+) -> "Journey":
+    """Text → image → text. CIDEr takes the weights of n-grams from the first `_CORPUS` captions of the source."""
     from dalleflamingo.evaluation.similarities import load_text_similarities
-    from dalleflamingo.reconstruct import text_image_text
-    from dalleflamingo.sources.models import load_captioner, load_generator
+    from dalleflamingo.reconstruct import TextImageText
+    from dalleflamingo.sources.models import class_of, load_captioner, load_generator
 
     captioner, generator = load_captioner(profile), load_generator(profile, scheduler=options.scheduler)
-    require_steps(generator, options, settings.steps)
+    if not class_of(profile.generator):
+        require_steps(generator, options, settings.steps)
     corpus = {text.image_id: text.references for text in source[:_CORPUS]}
-    similarities = load_text_similarities(profile, corpus)
-    return text_image_text(source, captioner, generator, similarities, options.out, settings)
+    similarities = load_text_similarities(profile, corpus) + _safety_checker(options, profile)
+    return TextImageText(captioner, generator, similarities, settings)
+
+
+def _safety_checker(options: argparse.Namespace, profile: "Profile") -> list:
+    """The checker where the command line asks for it, which scores as a similarity does."""
+    if not options.safety_checker:
+        return []
+    from dalleflamingo.registry import source_of
+    from dalleflamingo.sources.models import class_of
+
+    name = "sd-v1-4-safety-checker"
+    return [class_of(name).from_pretrained(**source_of(name, profile.device))]
 
 
 def require_steps(generator: "Generator", options: argparse.Namespace, steps: int) -> None:
@@ -435,7 +481,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _given(options: argparse.Namespace, *names: str) -> dict[str, int]:
+def _given(options: argparse.Namespace, *names: str) -> dict[str, int | str]:
     """Those of the options that the command line has."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 

@@ -115,9 +115,22 @@ class WordLimits(LogitsProcessor):
             raise ValueError(f"expected 0 <= min_words <= max_words, got min_words={min_words}, max_words={max_words}")
         self.tokenizer, self.prompt_length, self.end_id = tokenizer, prompt_length, end_id
         self.min_words, self.max_words = min_words, max_words
-        lettered = {id: text for id, text in _token_texts(tokenizer).items() if count_words(text)}
+        lettered = {id: text for id, text in self.token_texts(tokenizer).items() if count_words(text)}
         after_a_space = [id for id, text in lettered.items() if not text[0].isalnum()]
         self.lettered, self.after_a_space = (_mask(ids, vocabulary_size) for ids in (lettered, after_a_space))  # (V,)
+
+    @staticmethod
+    def token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+        """Id -> what a token adds to the text, with the space before a word; special tokens add nothing.
+
+        A byte of a letter that takes several bytes counts as a letter: with the next byte it may make a word.
+        """
+        how, special = tokenizer_style(tokenizer), set(tokenizer.all_special_ids)
+        return {
+            id: "".join(chr(byte) if byte < 128 else "x" for byte in token_bytes(token, how))
+            for token, id in tokenizer.get_vocab().items()
+            if id not in special
+        }
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
@@ -138,19 +151,6 @@ class WordLimits(LogitsProcessor):
         scores = scores.masked_fill(begins_word, -torch.inf)
         scores[:, self.end_id] = torch.logaddexp(scores[:, self.end_id], surplus)
         return scores
-
-
-def _token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Id -> what a token adds to the text, with the space before a word; special tokens add nothing.
-
-    A byte of a letter that takes several bytes counts as a letter: with the next byte it may make a word.
-    """
-    how, special = tokenizer_style(tokenizer), set(tokenizer.all_special_ids)
-    return {
-        id: "".join(chr(byte) if byte < 128 else "x" for byte in token_bytes(token, how))
-        for token, id in tokenizer.get_vocab().items()
-        if id not in special
-    }
 
 
 def _mask(ids: Iterable[int], size: int) -> Tensor:

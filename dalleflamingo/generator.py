@@ -32,7 +32,8 @@ from dalleflamingo.runs import fingerprint
 from dalleflamingo.tokens import check_caption, check_vocabulary
 
 PREDICTIONS = ("epsilon", "v_prediction")
-_DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40") else "torch_dtype"  # 0.39 ignores dtype
+DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40") else "torch_dtype"  # 0.39 ignores dtype
+BLACKENS = "the pipeline's safety checker returns black images, which would be ranked: load it with safety_checker=None"
 FITS = {"resize": Image.resize, "crop": ImageOps.fit}  # how an image is made square
 
 
@@ -112,11 +113,13 @@ class Generator:
     """A Stable Diffusion pipeline: text encoder τ, U-Net ε_φ, VAE and noise schedule are its modules.
 
     Args:
-        pipeline: without a safety checker; its progress bar is switched off.
+        pipeline: without a safety checker, else a ValueError; its progress bar is switched off.
         image_size: side in pixels of images; None: the model's own. Other sizes are legal, but were not trained.
     """
 
     def __init__(self, pipeline: StableDiffusionPipeline, image_size: int | None = None):
+        if pipeline.safety_checker is not None:
+            raise ValueError(BLACKENS)
         self.pipeline = pipeline
         own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         self.image_size: int = own if image_size is None else image_size
@@ -148,7 +151,7 @@ class Generator:
             ValueError: the scheduler is not one of `denoising.SCHEDULERS`.
         """
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        options = {_DTYPE: dtype, "use_safetensors": True} | unchecked | options
+        options = {DTYPE: dtype, "use_safetensors": True} | unchecked | options
         with loading(name_or_path):
             folder = check_weights(name_or_path)
             if constants.HF_HUB_OFFLINE and not Path(folder).is_dir():

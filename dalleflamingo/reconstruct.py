@@ -114,8 +114,12 @@ class Journey:
         raise NotImplementedError
 
     def reconstruction(self, row: Mapping, run: RunFolder) -> Image | str:
-        """What the similarities compare with the source, of one row that was made."""
-        raise NotImplementedError
+        """What the similarities compare with the source, of one row that was made: the generated image."""
+        try:
+            return open_image(run.folder / row["image"])
+        except UnreadableImage as error:
+            again = "delete it, and the same call makes it again"
+            raise UnreadableImage(error.path, error.reason, again) from error
 
     def seeds(self, sources: Sequence[Source]) -> list[list[int]]:
         """(B, K): a seed for each candidate of B sources."""
@@ -147,7 +151,8 @@ class Journey:
 
     def compare(self, similarity: Similarity, sources: list, rows: list[list[dict]], run: RunFolder) -> list[float]:
         """How like its source what each row gives back is: B · K numbers, for B sources with K rows each."""
-        found = similarity.compare(sources, [[self.reconstruction(row, run) for row in own] for own in rows])
+        kind = Journey if getattr(similarity, "of_images", False) else type(self)  # a checker judges images alone
+        found = similarity.compare(sources, [[kind.reconstruction(self, row, run) for row in own] for own in rows])
         if found.shape != (len(sources), self.settings.candidates):
             raise ValueError(
                 f"similarity {similarity.name!r} gave {tuple(found.shape)} numbers for {len(sources)} sources with "
@@ -183,13 +188,6 @@ class ImageTextImage(Journey):
         noise_seeds = [row[0] if self.shared_noise else seed for row in seeds for seed in row]
         images = self.render(captions, noise_seeds, bar)
         return self.rows(sources, images, run, noise_seed=noise_seeds, caption=captions)
-
-    def reconstruction(self, row: Mapping, run: RunFolder) -> Image:
-        try:
-            return open_image(run.folder / row["image"])
-        except UnreadableImage as error:
-            again = "delete it, and the same call makes it again"
-            raise UnreadableImage(error.path, error.reason, again) from error
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Entry:
         annotations: of a data set: its annotation file, with "{split}" where that depends on the split.
         development: of a data set: the name of a similar one, on which settings may be chosen; "" if there is none.
         counterpart: of a captioner: the paper's model that it is, or represents: a key of `research.paper.TABLE_3`.
-        label: of a captioner: its name in tables.
+        label: of a captioner or a generator: its name in tables.
     """
 
     name: str

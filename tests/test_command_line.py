@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from dalleflamingo import __main__ as command_line
 from dalleflamingo import cycle, profiles, reconstruct
-from dalleflamingo.evaluation import similarities
+from dalleflamingo.evaluation import similarities, workers
 from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.registry import RegistryError
 from dalleflamingo.sources import models as profile_models
@@ -116,6 +116,42 @@ def test_options_reach_the_journey(models, tmp_path):
     other = [*arguments[:3], tmp_path / "other", *arguments[4:-1], 10]
     assert command_line.main(list(map(str, other))) == 0
     assert not set(pd.read_parquet(tmp_path / "other/candidates.parquet").seed) & set(table.seed)
+
+
+def test_launched_processes_and_numbered_workers_make_one_table(models, tmp_path, monkeypatch, capsys):
+    alone = ["reconstruct", str(tmp_path / "mine"), "--out", str(tmp_path / "alone")]
+    assert command_line.main(alone) == 0
+    monkeypatch.setattr(workers, "CHUNK", 1)
+    for launcher in ({"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}):
+        for name, value in launcher.items():
+            monkeypatch.setenv(name, value)
+        assert command_line.main([*alone[:3], str(tmp_path / "launched")]) == 0
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    for worker in ("2/3", "3/3", "1/3"):
+        assert command_line.main([*alone[:3], str(tmp_path / "numbered"), "--worker", worker]) == 0
+    tables = [(tmp_path / name / "candidates.parquet").read_bytes() for name in ("alone", "launched", "numbered")]
+    assert tables[0] == tables[1] == tables[2]
+    capsys.readouterr()
+    status, error = run(*alone[:3], tmp_path / "x", "--worker", "4/3", capsys=capsys)
+    assert status == 2 and "worker '4/3': give its number and how many there are" in error
+
+
+def test_models_of_the_registry_are_chosen_by_name(models, tmp_path, monkeypatch, capsys):
+    chosen = []
+    load = profile_models.load_models
+    monkeypatch.setattr(profile_models, "load_models", lambda profile, _: chosen.append(profile) or load(profile, _))
+    arguments = ["reconstruct", tmp_path / "mine", "--out", tmp_path / "run"]
+    assert run(*arguments, "--captioner", "git-base-coco", "--generator", "sdxl-turbo", capsys=capsys)[0] == 0
+    assert (chosen[0].captioner, chosen[0].generator) == ("git-base-coco", "sdxl-turbo")
+    for options, message in (
+        (["--captioner", "sdxl-turbo"], "'sdxl-turbo' is of kind generator: choose a captioner among"),
+        (["--generator", "dall-e"], "'dall-e' is not in the registry: choose a generator among"),
+        (["--generator", "sdxl-turbo", "--steps", "50"], "--steps: the generator sdxl-turbo has its own"),
+        (["--generator", "lcm-dreamshaper-v7", "--scheduler", "DDIM"], "--scheduler: the generator lcm-dreamshaper-v7"),
+    ):
+        status, error = run(*arguments, *options, capsys=capsys)
+        assert status == 2 and message in error and len(chosen) == 1
 
 
 def test_the_profile_is_set_before_it_is_read(models, tmp_path, capsys):

@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from tqdm.auto import tqdm
 
+from dalleflamingo.adapters.safety import SafetyChecker
 from dalleflamingo.course.show import label
 from dalleflamingo.datasets import Dataset, DatasetError, UnreadableImage, digest_of_file, open_image
 from dalleflamingo.reconstruct import ImageTextImage, TextImageText, rank
@@ -97,8 +98,8 @@ def write_gallery(
 
 
 def similarities_among(columns: Iterable[str]) -> list[str]:
-    """Those of a table's columns that are similarities: all that neither a journey nor `reconstruct.rank` adds."""
-    others = ImageTextImage.columns.keys() | TextImageText.columns.keys() | {"rank"}
+    """Those of a table's columns that are similarities: neither a journey, `reconstruct.rank` nor the checker's."""
+    others = ImageTextImage.columns.keys() | TextImageText.columns.keys() | {"rank", SafetyChecker.name}
     return [name for name in columns if name not in others]
 
 
@@ -149,6 +150,7 @@ def _item(place: int, rows: list[dict], by: str, example, run_folder: Path, part
                 "text": text,
                 "image": _copy(open_image(path), part / "images" / f"{row['image_id']}-{row['candidate']}"),
                 "scores": [(label(name), _number(row[name])) for name in similarities],
+                "flagged": row.get(SafetyChecker.name) == 1,
             }
         )
     return {

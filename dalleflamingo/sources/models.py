@@ -35,8 +35,9 @@ def load_models(profile: Profile, scheduler: str | None = None) -> Models:
 
 def load_captioner(profile: Profile, name: str | None = None) -> Captioner:
     """A captioner by its name in the registry (None: the profile's), for the profile's device; errors as `locate`."""
-    source = registry.source_of(profile.captioner if name is None else name, profile.device)
-    return Captioner.from_pretrained(**source, dtype=profile.torch_dtype)
+    name = profile.captioner if name is None else name
+    source = registry.source_of(name, profile.device)
+    return (class_of(name) or Captioner).from_pretrained(**source, dtype=profile.torch_dtype)
 
 
 def load_generator(profile: Profile, name: str | None = None, scheduler: str | None = None) -> Generator:
@@ -49,11 +50,11 @@ def load_generator(profile: Profile, name: str | None = None, scheduler: str | N
     """
     name = profile.generator if name is None else name
     source = registry.source_of(name, profile.device) | {"dtype": profile.torch_dtype}
-    if other := class_of(name):  # not a diffusion model: it has no scheduler
-        return other.from_pretrained(**source)
-    scheduler = profile.scheduler if scheduler is None else scheduler
     halved = profile.torch_dtype == torch.float16 and registry.entry_of(name).fp16_mb is not None
     variant = {"variant": "fp16"} if halved else {}
+    if other := class_of(name):  # it has a scheduler and an image size of its own, or none
+        return other.from_pretrained(**source, **variant)
+    scheduler = profile.scheduler if scheduler is None else scheduler
     return Generator.from_pretrained(**source, **variant, scheduler=scheduler, image_size=profile.image_size)
 
 
