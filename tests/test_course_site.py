@@ -177,6 +177,8 @@ def test_the_index_holds_the_words_of_each_section_and_of_its_images():
 def test_a_row_of_the_forest_plot_has_its_zero_in_the_middle_and_its_farther_end_at_an_edge():
     row = front_page.Effect(1, "CLIP", "gain", 1.0, -1.0, 4.0, 10, "undecided")
     assert [row.position(value) for value in (-4.0, 0.0, 1.0, 4.0)] == [0.0, 50.0, 62.5, 100.0]
+    against = front_page.Effect(1, "CLIP", "gain", -1.0, -4.0, 1.0, 10, "undecided")
+    assert [against.position(value) for value in (-4.0, 1.0)] == [0.0, 62.5]
     certain = front_page.Effect(14, "", "cost", -0.5, -0.5, -0.5, 1, "does not hold")
     assert certain.position(certain.value) == 0.0 and certain.number == "-0.5 [-0.5, -0.5]"
 

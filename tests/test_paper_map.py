@@ -17,7 +17,7 @@ TEXTS = {
     "App. A.1, Appendices G and H": {"App. A", "App. G", "App. H"},
     "ICCV 2023), §1": {"§1"},
     "Ho et al. 2020, Eq. 3": set(),
-    "Caron et al. 2021, §3.1; the tasks of §3.1": {"§3.1"},
+    "Caron et al. 2021, §4.1; the tasks of §3.1": {"§3.1"},
     "Dhariwal & Nichol 2021, §3: as they do": set(),
     "Table 2, 500 images": {"Table 2"},
     "Table 77": set(),
