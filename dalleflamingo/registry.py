@@ -262,7 +262,7 @@ def loading(name_or_path: str | Path) -> Iterator[None]:
             message += _RESTORE.format(name_or_path)
         elif is_unreachable(error) or (constants.HF_HUB_OFFLINE > offline and isinstance(error, OSError)):
             sizes = [f"({one.size_mb:,} MB) " for one in ENTRIES.values() if one.source == name_or_path and one.size_mb]
-            message = f"{''.join(sizes)}is not on this machine, and cannot be downloaded: "
+            message = f"{''.join(sizes[:1])}is not on this machine, and cannot be downloaded: "
             message += "unset HF_HUB_OFFLINE and " if offline else f"{constants.ENDPOINT} does not answer; "
             message += f"connect to the network once, or copy {constants.HF_HUB_CACHE} from a machine that has it"
             message += " (smoke and mini need neither)"

@@ -78,7 +78,7 @@ def test_settings_are_chosen_on_images_that_the_test_has_not():
     )
     tried = trials(MINI)
     assert len({run.name for run in tried}) == len(tried)
-    assert sum(run.unlabelled for run in tried) == 1 and {config.images for config in tried.values()} == {100, 2000}
+    assert sum(run.unlabelled for run in tried) == 2 and {config.images for config in tried.values()} == {25, 100, 2000}
     with pytest.raises(ValueError, match="set apart for choosing settings: use a profile of the miniature"):
         cycle_study.development_sets(profiles.PROFILES["paper"])
 
@@ -111,9 +111,9 @@ def test_what_another_process_works_on_is_left_to_it(few, tmp_path):
     smoke = profiles.PROFILES["smoke"]
     runs = {run: short(run) for run in (Run(START, BLIP), Run(START, MINI.captioners[1]))}
     with FileLock(tmp_path / "blip-start.lock"):
-        cycle_study.work(runs, tmp_path, few, smoke)
+        cycle_study.work(runs, tmp_path, few, smoke, 6)
     assert [path.parent.name for path in tmp_path.glob("*/result.json")] == ["blip-large-start"]
-    cycle_study.work(runs, tmp_path, few, smoke)
+    cycle_study.work(runs, tmp_path, few, smoke, 6)
     assert len(list(tmp_path.glob("*/result.json"))) == 2
 
 
@@ -127,7 +127,7 @@ def test_generated_images_are_kept_and_compared_with_the_image_whose_caption_the
 
         def render(self, captions, seeds, steps, guidance_scale, batch_size):
             assert captions == ["caption 0", "caption 1", "caption 2"] and seeds == [0, 1, 2]
-            assert (steps, guidance_scale, batch_size) == (MINI.steps, MINI.guidance_scale, 2)
+            assert (steps, guidance_scale, batch_size) == (MINI.steps // 2, MINI.guidance_scale, 2)
             return [dataset.open(dataset.examples[i]) for i in (0, 1, 0)]
 
     def embed(images):

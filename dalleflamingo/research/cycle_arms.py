@@ -77,22 +77,11 @@ ARMS = {
     "all-timesteps": Arm("no bound on timesteps", {"max_timestep": 1.0}),
     "soft": Arm("soft bridge", {"mode": "soft"}),
     "gumbel": Arm("bridge that samples (Gumbel)", {"mode": "gumbel"}),
-    # who may be updated (App. I)
-    "judged": Arm(
-        "(2) trains the captioner alone, (4) the generator",
-        {"image_updates": "captioner", "caption_updates": "generator"},
-        generates=True,
-    ),
-    "judging": Arm(
-        "(2) trains the generator alone, (4) the captioner",
-        {"image_updates": "generator", "caption_updates": "captioner"},
-        generates=True,
-    ),
 }
 TABLE_3 = ("labels", "labels-longer", "cycle", "unlabelled")
 TABLE_9 = ("cycle", "image", "text", "labels", "reconstruction")  # in the order of `paper.TABLE_9`
 RELEASED_CODE = ("joint", "released-map", "ends-kept", "previous-sample", "unnormalised", "released")
-OTHER_SETTINGS = ("all-timesteps", "soft", "gumbel", "judged", "judging")
+OTHER_SETTINGS = ("all-timesteps", "soft", "gumbel")
 
 
 def label_of(arm: str) -> str:

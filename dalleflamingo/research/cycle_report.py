@@ -105,8 +105,7 @@ def table_4(found: StudyResults, profile: Profile) -> pd.DataFrame:
     """Generation: a row for each captioner and arm; lower is better throughout."""
     rows = []
     for captioner, runs in found.images["nocaps"].items():
-        own = (START, *TABLE_3, "reconstruction", "judged", "judging")
-        own = own if captioner == profile.captioners[0] else ("cycle",)
+        own = (START, *TABLE_3, "reconstruction") if captioner == profile.captioners[0] else ("cycle",)
         names = {START: "SD", "labels": "SD, labels only", "cycle": f"cycle, {ENTRIES[captioner].counterpart}"}
         for arm in (arm for arm in own if runs.seeds(arm)):
             published = paper.TABLE_4.get(names.get(arm), {})
