@@ -204,4 +204,4 @@ document.body.textContent = JSON.stringify({ shown, says: figures.map(says), car
     assert found["says"][0] == "Guidance scale 0, step 2 of 3 (t = 500)." and found["hears"] == "2 of 3"
     assert found["says"][1] == f"The captioner about the guess: “{EVIL}”"
     assert found["cards"] == ["“first”", "“third”", f"“{EVIL}”"]
-    assert found["says"][3] == f"First by DINO: “first” Last: “{EVIL}”"
+    assert found["says"][3] == f"First by DINO: “first”. Last: “{EVIL}”."

@@ -20,7 +20,7 @@ from dalleflamingo.miniature.scene_graph import COLOURS, GROUNDS, KINDS, SIZES, 
 from dalleflamingo.similarity import Similarity
 
 NOTHING = "nothing"
-CANDIDATES = 3  # captions of a scene: a round of them takes two seconds on one calm core
+CANDIDATES = 3  # captions of a scene: a round of them takes less than two seconds on two calm cores
 _WIDE, _ROW = {"width": "100%", "max_width": "40rem"}, {"flex_flow": "row wrap"}  # layouts
 _IN_A_COLUMN = {"continuous_update": False, "layout": _WIDE, "style": {"description_width": "8rem"}}
 _IN_A_ROW = {"layout": {"width": "11rem"}, "style": {"description_width": "4rem"}}
@@ -30,8 +30,8 @@ _PLACES = {  # name -> the centre (x, y) of a thing of either size, in pixels
     for column, x in (("left", 14), ("middle", 32), ("right", 50))
 }
 _FIRST_SCENE = (  # kind, colour, size and place of each thing
-    ("cat", "white", "large", "middle left"),
-    ("kite", "red", "large", "top right"),
+    ("cat", "red", "large", "middle left"),
+    ("boat", "blue", "large", "middle right"),
     (NOTHING, "blue", "small", "bottom right"),
 )
 
@@ -51,8 +51,8 @@ def nucleus(captioner: Captioner, image: Image.Image) -> ipywidgets.VBox:
 
     def captions() -> str:
         [texts] = captioner.sample([image], [range(k.value)], Nucleus(p.value))
-        different = len(set(texts))
-        return render("captions", source, texts, f"p = {p.value:.2f}: {different} different captions of {len(texts)}")
+        note = f"p = {p.value:.2f}, K = {k.value}; captions that differ: {len(set(texts))}"
+        return render("captions", source, texts, note)
 
     return _moved([p, k], captions)
 
@@ -89,7 +89,7 @@ def scene(
     """A scene of up to three things, to be changed and sent round: image, captions, generated images, scores.
 
     A change draws the scene at once. The button samples captions, generates an image from each and compares it with the
-    scene, which takes about two seconds in the miniature. Captions are sorted by the first similarity.
+    scene, which takes less than two seconds in the miniature. Captions are sorted by the first similarity.
 
     Args:
         captioner: that describes the scene.
