@@ -58,6 +58,8 @@ def test_a_notebook_runs_with_all_its_exercises_solved(path, tmp_path):
         cell.id: [line for output in cell.get("outputs", ()) for line in output.get("text", "").splitlines()]
         for cell in notebook.notebook.cells
     }
-    assert {cell for cell, lines in printed.items() if any(line.startswith("Right. ") for line in lines)} >= set(solved)
+    # a prediction is checked by a later cell, which shows what came of it
+    right = [cell for cell, lines in printed.items() if any(line.startswith("Right. ") for line in lines)]
+    assert len(right) >= len(solved)
     lines = [line for part in printed.values() for line in part]
     assert not [line for line in lines if line.startswith(("Not done yet", "Not yet", "Not so"))]
