@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from dalleflamingo.course import checks
-from dalleflamingo.course.checks import world
+from dalleflamingo.course.checks import cases, world
 from dalleflamingo.evaluation.intervals import Interval, mean_interval
 from dalleflamingo.evaluation.vocabulary_report import clip_tokenizer, report, wordpiece_tokenizer
 from dalleflamingo.miniature import scene_graph
@@ -89,6 +89,22 @@ def test_the_exercise_scores_a_caption_as_the_package_does():
 
 
 MEASURED = Interval(0.83, 0.64, 0.93, 24, None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([1.0, 2.0, 3.0], "Right. all"),
+        ([6.0], "of the shape (3,); yours has the shape (1,); it is a sum"),
+        ([5.0], "of the shape (3,); yours has the shape (1,)"),
+        ([1.0, 2.0, 4.0], "yours gives [1, 2, 4]; the last is too large"),
+    ],
+)
+def test_an_answer_of_another_shape_gets_its_hint_too(answer, said, capsys):
+    mistakes = [(lambda found: found[2] > 3, "the last is too large"), ([6.0], "it is a sum")]
+    case = cases.Case((), [1.0, 2.0, 3.0], "three numbers", mistakes)
+    cases.check(lambda: answer, [case], "all")
+    assert capsys.readouterr().out.strip().endswith(said)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,14 @@ def test_a_library_without_data_says_how_to_get_it(tmp_path):
     assert "RegistryError" in run.stderr and "git clone" in run.stderr and "DALLEFLAMINGO_DATA" in run.stderr
 
 
+def test_an_installed_library_has_every_file_that_is_not_code():
+    package = ROOT / "dalleflamingo"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    installed = {path for pattern in patterns["dalleflamingo"] for path in package.glob(pattern)}
+    data = {path for path in files_under_git() if path.is_relative_to(package) and path.suffix != ".py"}
+    assert data and data == installed & data
+
+
 # ── the code ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

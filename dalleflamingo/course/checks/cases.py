@@ -69,12 +69,17 @@ def _fault(attempt: Callable, case: Case, show_arguments: bool) -> str | None:
     if found is None:
         return f"{wanted}; yours gives None: does it end in `return …`?"
     shapes = _shape(expected), _shape(found)
-    if None not in shapes and shapes[0] != shapes[1]:
-        return f"{wanted}, of the shape {shapes[0]}; yours has the shape {shapes[1]}"
+    alike = None in shapes or shapes[0] == shapes[1]  # a test of a mistake takes an answer of the right shape
     hints = [
-        hint for wrong, hint in case.mistakes if (wrong(found) if callable(wrong) else _equal(found, _plain(wrong)))
+        hint
+        for wrong, hint in case.mistakes
+        if (alike and wrong(found) if callable(wrong) else _equal(found, _plain(wrong)))
     ]
-    return "; ".join([f"{wanted}; yours gives {_short(found)}", *hints[:1]])
+    if alike:
+        said = f"{wanted}; yours gives {_short(found)}"
+    else:
+        said = f"{wanted}, of the shape {shapes[0]}; yours has the shape {shapes[1]}"
+    return "; ".join([said, *hints[:1]])
 
 
 def _plain(value):
