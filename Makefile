@@ -45,7 +45,7 @@ test: export OMP_NUM_THREADS = 1
 test: data
 	mkdir -p build/test/figures
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-		--nbmake --nbmake-timeout=600 notebooks tests $(ARGS)
+		--nbmake --nbmake-timeout=600 -m "not browser" notebooks tests $(ARGS)
 
 # In an environment of its own, with Python 3.11 or 3.12: the oldest releases have no wheels for later ones.
 LOWEST := build/lowest

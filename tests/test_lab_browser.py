@@ -73,8 +73,8 @@ def page(address) -> Iterator["chromium.sync_api.Page"]:
         page.get_by_text("Run All Cells", exact=True).click()
         done = """() => {
             const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")];
-            return prompts.length > 20 && prompts.every((prompt) => /\\[\\d+\\]/.test(prompt.textContent));
-        }"""
+            return prompts.length > 20 && /\\[\\d+\\]/.test(prompts.at(-1).textContent);
+        }"""  # one after another, so that the last number is the end
         page.wait_for_function(done, timeout=5 * chromium.PATIENCE)
         yield page
 

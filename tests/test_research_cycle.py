@@ -83,6 +83,13 @@ def test_settings_are_chosen_on_images_that_the_test_has_not():
         cycle_study.development_sets(profiles.PROFILES["paper"])
 
 
+@pytest.fixture
+def short_pretraining(monkeypatch):
+    """Arms begin where two steps on four images lead."""
+    short = cycle_start.PRETRAINING | {"steps": 2, "batch_size": 2, "images": 4}
+    monkeypatch.setattr(cycle_start, "PRETRAINING", short)
+
+
 @pytest.fixture(scope="module")
 def few():
     """Six images of each test set."""
@@ -94,6 +101,7 @@ def short(run: Run):
     return dataclasses.replace(run.config(profiles.PROFILES["smoke"]), steps=2, batch_size=2, images=8)
 
 
+@pytest.mark.usefixtures("short_pretraining")
 def test_a_run_is_trained_and_evaluated_once(few, tmp_path):
     run = run_of(MINI, "released", BLIP, 2)
     first = cycle_study.train_and_evaluate(run, short(run), tmp_path, few, {}, profiles.PROFILES["smoke"])
@@ -107,6 +115,7 @@ def test_a_run_is_trained_and_evaluated_once(few, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.usefixtures("short_pretraining")
 def test_what_another_process_works_on_is_left_to_it(few, tmp_path):
     smoke = profiles.PROFILES["smoke"]
     runs = {run: short(run) for run in (Run(START, BLIP), Run(START, MINI.captioners[1]))}
@@ -381,11 +390,9 @@ def test_captions_are_shown_before_and_after(tmp_path):
 # ── where the arms begin ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_arm_begins_with_the_queries_of_one_pretraining(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("short_pretraining")
+def test_every_arm_begins_with_the_queries_of_one_pretraining(tmp_path):
     smoke = profiles.PROFILES["smoke"]
-    monkeypatch.setattr(
-        cycle_start, "PRETRAINING", cycle_start.PRETRAINING | {"steps": 2, "batch_size": 2, "images": 4}
-    )
     checkpoint = cycle_start.pretrained(BLIP, smoke, tmp_path)
     before = checkpoint.stat().st_mtime_ns
     assert cycle_start.pretrained(BLIP, smoke, tmp_path).stat().st_mtime_ns == before  # made once

@@ -237,8 +237,8 @@ def run_course(paths: Sequence[Path], out: Path, profile: str, workers: int | No
                 if not run.is_alive():
                     running.remove(run)
                     outcomes[run.path] = run.write(out)
-                    _print(outcomes[run.path].line())
                     _record(out, profile, outcomes[run.path])
+                    _print(outcomes[run.path].line())
     except KeyboardInterrupt:
         _end(running)
         _print(f"\nInterrupted. {len(outcomes)} of {len(paths)} notebooks ran to their end and are kept in {out}.")

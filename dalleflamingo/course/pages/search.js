@@ -1,4 +1,5 @@
-// Finds the sections that hold every word of the query, best first: a word in a title counts more than one in the text.
+// Finds the sections that hold every word of the query, best first: a word in a title counts more than one in the text,
+// and a title that is the query most.
 const form = document.querySelector("main form");
 const field = form.elements.q;
 const list = document.querySelector("#results");
@@ -19,7 +20,7 @@ function score(entry, terms) {
     if (!found) return 0;
     total += found;
   }
-  return total;
+  return total + 100 * (entry.words.section === terms.join(" "));
 }
 
 function excerpt(entry, terms) {
