@@ -2,7 +2,7 @@
 # make site     the pages again, of the notebooks as they were last executed; `make course` first if there are none
 # make test     environment, then every test, the notebooks in profile smoke included (ARGS="-k house" for some of them)
 # make test-lowest  the tests that need neither weights nor notebooks, on the lower ends of pyproject's ranges
-# make test-browser  the site in Chromium, which must be installed: phone and desk, light and dark, every link
+# make test-browser  site and JupyterLab in Chromium, which must be installed: on phone and desk, every link, a slider, an answer
 # make lab      environment, then JupyterLab on the notebooks
 # make data     draw the images of the miniature data sets, where they are not drawn yet
 # make figures  the figures of README and front page, in docs/figures/
@@ -56,7 +56,8 @@ test-lowest:
 	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/pip install --only-binary=:all: --constraint $(LOWEST)/lowest.txt --editable '.[course,test]'
 	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests $(ARGS) \
-		$(addprefix --ignore-glob=tests/test_,research_* miniature_* course_run* shipped* full_size* house* data_calls*)
+		$(addprefix --ignore-glob=tests/test_,research_* miniature_* course_run* shipped* full_size* house* data_calls* \
+		colab_cell*)
 
 # Playwright drives the Chromium of this machine, so it downloads none.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
@@ -65,7 +66,7 @@ test-browser: $(MADE)
 	@test -n "$(CHROMIUM)" || { echo "There is no Chromium on this machine: on Debian it comes with" \
 		"'apt install chromium'." >&2; exit 1; }
 	$(BIN)/pip install --quiet --only-binary=:all: --constraint constraints.txt --editable '.[browser]'
-	$(BIN)/python -m pytest -m browser tests/test_site_browser.py $(ARGS)
+	$(BIN)/python -m pytest -m browser tests/test_site_browser.py tests/test_lab_browser.py $(ARGS)
 
 # A kernel called python3 elsewhere on JUPYTER_PATH, or in the user's folder, is of another environment.
 lab: export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))

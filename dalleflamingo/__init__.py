@@ -14,6 +14,7 @@ This is the front door: a name below, or a module of the package, is imported wh
 import difflib
 import importlib
 import pkgutil
+from functools import cache
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,18 @@ _OTHER_NAME = {"current_profile": "current"}  # in its own module, where that na
 _SUBMODULES = {module.name for module in pkgutil.iter_modules(__path__)} - {"__main__"}
 
 __all__ = sorted(_MODULE_OF)
+
+
+@cache
+def repository() -> str:
+    """Address of the public repository: `Repository` of `project.urls` in pyproject.toml; "" while there is none."""
+    from importlib import metadata
+
+    try:
+        addresses = metadata.metadata(__name__).get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:  # on PYTHONPATH, but not installed
+        return ""
+    return dict(line.split(", ", 1) for line in addresses).get("Repository", "")
 
 
 def __getattr__(name: str) -> object:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dalleflamingo import repository
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 # `profiles.VARIABLE`, spelled again because importing it would import torch, without which --help answers at once
 PROFILE = "DALLEFLAMINGO_PROFILE"
 DEBUG = "DALLEFLAMINGO_DEBUG"
-ISSUES = "https://github.com/dalleflamingo/dalleflamingo/issues"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +230,8 @@ def _is_ours(error: Exception) -> bool:
 def _fault(error: Exception) -> str:
     """One line about an error that nobody foresaw."""
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"this is a bug ({what}): give the command again with {DEBUG}=1 and report the traceback at {ISSUES}"
+    where = f"report the traceback at {repository()}/issues" if repository() else "report the traceback"
+    return f"this is a bug ({what}): give the command again with {DEBUG}=1 and {where}"
 
 
 def reconstruct(arguments: list[str]) -> int:

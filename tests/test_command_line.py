@@ -320,6 +320,15 @@ def test_an_error_ends_in_one_line_and_debugging_shows_where_it_was(monkeypatch,
     assert debugged.splitlines()[-1][:60] == error[:60]
 
 
+@pytest.mark.parametrize("address", ["", "https://github.com/someone/course"])
+def test_a_bug_is_reported_where_there_is_a_repository(monkeypatch, capsys, address):
+    train = dataclasses.replace(command_line.COMMANDS["train"], function="test_command_line:ending")
+    monkeypatch.setitem(command_line.COMMANDS, "train", train)
+    monkeypatch.setattr(command_line, "repository", lambda: address)
+    _, error = run("train", "bug", capsys=capsys)
+    assert error.strip().endswith(f"report the traceback at {address}/issues" if address else "report the traceback")
+
+
 def test_an_interrupted_command_says_what_is_kept(monkeypatch, capsys):
     train = dataclasses.replace(command_line.COMMANDS["train"], function="test_command_line:ending")
     monkeypatch.setitem(command_line.COMMANDS, "train", train)

@@ -1,5 +1,6 @@
 """Every state of an exercise gets its answer, and none stops the notebook."""
 
+import math
 from itertools import permutations
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import tiny
 import torch
 from scipy import stats
+from scipy.linalg import sqrtm
 
 from dalleflamingo.course import checks
-from dalleflamingo.course.checks import world
+from dalleflamingo.course.checks import cases, world
 from dalleflamingo.evaluation.intervals import Interval, mean_interval
 from dalleflamingo.evaluation.vocabulary_report import clip_tokenizer, report, wordpiece_tokenizer
 from dalleflamingo.miniature import scene_graph
@@ -69,7 +71,7 @@ ANSWERS = [
     (union, "union"),
     (divides_by_hits, "so 0; yours raises ZeroDivisionError"),
     (rewards_a_lone_mistake, "one claim, and it is wrong"),
-    (changes_its_input, "so 0.333; yours gives 1"),
+    (changes_its_input, "changes argument 2 itself"),
     (returns_nothing, "`return …`"),
 ]
 
@@ -89,6 +91,63 @@ def test_the_exercise_scores_a_caption_as_the_package_does():
 
 
 MEASURED = Interval(0.83, 0.64, 0.93, 24, None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([1.0, 2.0, 3.0], "Right. all"),
+        ([6.0], "of the shape (3,); yours has the shape (1,); it is a sum"),
+        ([5.0], "of the shape (3,); yours has the shape (1,)"),
+        ([1.0, 2.0, 4.0], "yours gives [1, 2, 4]; the last is too large"),
+    ],
+)
+def test_an_answer_of_another_shape_gets_its_hint_too(answer, said, capsys):
+    mistakes = [(lambda found: found[2] > 3, "the last is too large"), ([6.0], "it is a sum")]
+    case = cases.Case((), [1.0, 2.0, 3.0], "three numbers", mistakes)
+    cases.check(lambda: answer, [case], "all")
+    assert capsys.readouterr().out.strip().endswith(said)
+
+
+def negated_in_place(values):
+    values *= -1
+    return values
+
+
+def sorted_in_place(values):
+    values.sort()
+    return values
+
+
+def widened_in_place(values):
+    values |= {2}
+    return values
+
+
+@pytest.mark.parametrize(
+    ("attempt", "argument", "right", "copy"),
+    [
+        (negated_in_place, torch.tensor([1.0, -2.0]), [-1, 2], "clone"),
+        (negated_in_place, np.array([[1.0], [-2.0]]), [[-1], [2]], "copy"),
+        (sorted_in_place, [2, 1], [1, 2], "copy"),
+        (widened_in_place, {1}, {1, 2}, "copy"),
+    ],
+    ids=["tensor", "array", "list", "set"],
+)
+def test_a_right_answer_that_changes_its_argument_is_told_so(attempt, argument, right, copy, capsys):
+    one, other = cases.Case((argument,), right, "so it is"), cases.Case((0, argument), right, "so it is")
+    assert not cases.check(attempt, [one], "all") and not cases.check(lambda n, values: attempt(values), [other], "all")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(
+        f"your function changes its argument itself, and later cells use it again: work on a copy (`.{copy}()`)"
+    )
+    assert "changes argument 2 itself" in second
+    assert cases.check(lambda values: attempt(values.clone() if copy == "clone" else values.copy()), [one], "all")
+
+
+def test_a_generator_of_random_numbers_may_move_on(capsys):
+    case = cases.Case((np.random.default_rng(0),), np.random.default_rng(0).uniform(), "one number is drawn")
+    assert cases.check(lambda rng: rng.uniform(), [case], "all")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +288,9 @@ def test_a_cosine_of_ngrams_is_told_what_is_wrong_with_it(attempt, said, capsys)
         (lambda similarity: np.random.default_rng(0).permutation(similarity), "a permutation may leave some images"),
         (lambda similarity: similarity[::-1], "a permutation may leave some images"),
         (lambda similarity: np.random.default_rng(0).uniform(size=similarity.shape), "a control changes one thing"),
-        (lambda similarity: np.random.default_rng(0).permuted(similarity, axis=1), "keep each row whole"),
+        (lambda similarity: np.random.default_rng(0).permuted(similarity, axis=1), "a shuffle within the row"),
+        (lambda similarity: similarity[:, ::-1], "a shuffle within the row"),
+        (lambda similarity: np.roll(similarity, 1, axis=0)[:, ::-1], "keep each row whole"),
         (lambda similarity: -similarity, "a control changes one thing"),
         (lambda similarity: similarity[1:], "4 images have 4 rows"),
         (lambda similarity: None, "`return …`"),
@@ -289,14 +350,23 @@ def test_a_distance_of_texts_is_told_what_is_wrong_with_it(attempt, said, capsys
     assert said in capsys.readouterr().out
 
 
-def frechet(m1, s1, m2, s2, root=lambda s: np.sqrt(np.linalg.eigvals(s)).sum()):
+def frechet(m1, s1, m2, s2, root=lambda s: np.sqrt(np.linalg.eigvals(s).astype(complex)).real.sum()):
     return ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * root(s1 @ s2)
+
+
+def roots_of_rounded(s):
+    """Rounding takes some eigenvalues below 0, as LAPACK does on most machines; where it does not, this does."""
+    eigenvalues = np.linalg.eigvals(s).real
+    with np.errstate(invalid="ignore"):
+        return np.sqrt(np.where(abs(eigenvalues) < 1e-12, -1e-16, eigenvalues)).sum()
 
 
 @pytest.mark.parametrize(
     ("attempt", "said"),
     [
         (frechet, "Right. FID is this"),
+        (lambda *given: frechet(*given, root=lambda s: np.trace(sqrtm(s)).real), "Right. FID is this"),
+        (lambda *given: frechet(*given, root=roots_of_rounded), "`.astype(complex)`"),
         (not_done, "Not done yet"),
         (lambda *given: frechet(*given, root=lambda s: np.trace(np.sqrt(s))), "not the root of its numbers"),
         (lambda *given: frechet(*given, root=np.trace), "root of the product is missing"),
@@ -506,6 +576,8 @@ def test_a_prediction_is_answered_caption_by_caption(capsys):
     right = tiny.printed_solution("02_tokenizer_mapping", "prediction")
     checks.predicted_arrivals(right)
     assert capsys.readouterr().out.startswith("Right. ")
+    checks.predicted_arrivals({text: f" {answer.capitalize()}" for text, answer in right.items()})
+    assert capsys.readouterr().out.startswith("Right. ")
     checks.predicted_arrivals(dict.fromkeys(right, ""))
     assert "Not done yet" in capsys.readouterr().out
     checks.predicted_arrivals(dict.fromkeys(right, "yes"))
@@ -531,7 +603,7 @@ def test_the_predictions_are_what_the_package_finds():
 # ── notebooks 06 and 07 ──────────────────────────────────────────────────────────────────────────────────────────────
 
 CYCLE = [
-    *(("06_cycle_finetuning", name) for name in ("is_trained", "caption_loss", "clean_latents", "matched_steps")),
+    *(("06_cycle_finetuning", name) for name in ("is_trained", "caption_loss", "matched_steps")),
     *(("07_ablations", name) for name in ("kendall_tau", "captioner_input", "reconstruction")),
 ]
 
@@ -559,14 +631,10 @@ def test_until_an_exercise_of_the_cycle_is_done_later_cells_get_a_right_answer(n
         ("caption_loss", lambda s, c: -s[c].sum(), "not their sum"),
         ("caption_loss", lambda s, c: (-(s * c).sum(1) / c.sum(1)).mean(), "a short one weighs as much"),
         ("caption_loss", lambda s, c: s[c].mean(), "the sign"),
-        ("clean_latents", lambda z, e, a: z - (1 - a) ** 0.5 * e, "divide"),
-        ("clean_latents", lambda z, e, a: (z - (1 - a) ** 0.5 * e) / a, "divide by the root"),
-        ("clean_latents", lambda z, e, a: (z - (1 - a) * e) / a**0.5, "the root is missing"),
-        ("clean_latents", lambda z, e, a: (z + (1 - a) ** 0.5 * e) / a**0.5, "take it away"),
-        ("clean_latents", lambda z, e, a: z - e, "weighted by the schedule"),
         ("is_trained", lambda name: "query" in name or "to_q" in name, "never sees the other modality"),
         ("is_trained", lambda name: "crossattention" in name or "attn2" in name, "keys and values stay frozen"),
         ("is_trained", lambda name: "crossattention.self.query" in name, "so True; yours gives False"),
+        ("is_trained", lambda name: name.endswith(("crossattention.self.query.weight", "attn2.to_q.weight")), "a bias"),
         ("matched_steps", lambda steps, cycle, labels: steps, "as many steps are less computing"),
         ("matched_steps", lambda steps, cycle, labels: round(steps * labels / cycle), "upside down"),
         ("matched_steps", lambda steps, cycle, labels: round(steps * (cycle - labels)), "not subtracted"),
@@ -589,6 +657,60 @@ def test_exercises_of_the_cycle_are_told_what_is_wrong(exercise, attempt, said, 
     getattr(checks, exercise)(attempt)
     found = capsys.readouterr().out
     assert not found.startswith("Right.") and said in found
+
+
+def test_steps_may_be_rounded_up_or_down(capsys):
+    for rounded in (math.ceil, math.floor):
+        checks.matched_steps(lambda steps, cycle, labels, to=rounded: to(steps * cycle / labels))
+        assert capsys.readouterr().out.startswith("Right. ")
+
+
+TRAINED = {  # the norms are of any size
+    "(1)": (0.2, 0.0),
+    "(2)": (0.03, 0.03),
+    "(2) by argmax": (0.0, 0.03),
+    "(3)": (0.0, 0.02),
+    "(4)": (0.2, 0.1),
+    "(4) with the U-Net under no_grad": (0.2, 0.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "predicted", "said"),
+    [
+        (None, None, "Right. A loss trains each model"),
+        ("(1)", " Captioner", "Right. "),
+        ("(1)", "", "Not done yet"),
+        ("(1)", "both", "no part of the generator computes it, so 'captioner'; yours gives 'both'"),
+        ("(2)", "captioner", "so 'both'; yours gives 'captioner'; the U-Net's queries are on the way"),
+        ("(2)", "generator", "the bridge is there to pass"),
+        ("(2) by argmax", "both", "straight-through adds the gradient"),
+        ("(2) by argmax", "none", "the U-Net reads the words"),
+        ("(3)", "none", "no part of the captioner computes it, so 'generator'"),
+        ("(4)", "captioner", "through the VAE's decoder"),
+        ("(4)", "generator", "look at x̂"),
+        ("(4) with the U-Net under no_grad", "both", "no gradient reaches what was computed under no_grad"),
+        ("(4) with the U-Net under no_grad", "none", "outside of no_grad"),
+        ("(4) with the U-Net under no_grad", None, "Not done yet"),
+    ],
+)
+def test_a_prediction_of_what_is_trained_is_held_against_the_gradients(loss, predicted, said, capsys):
+    norms = {name: dict(zip(("captioner", "generator"), pair, strict=True)) for name, pair in TRAINED.items()}
+    answers = dict(zip(TRAINED, ("captioner", "both", "generator", "generator", "both", "captioner"), strict=True))
+    checks.whom_it_trains(answers | ({loss: predicted} if loss else {}), norms)
+    [line] = capsys.readouterr().out.splitlines()
+    assert said in line
+    norms["(3)"]["captioner"] = 0.01  # then the measurement counts
+    checks.whom_it_trains(answers, norms)
+    assert "'(3)': " in capsys.readouterr().out
+
+
+def test_the_printed_prediction_of_what_is_trained_is_the_one_that_the_gradients_give(capsys):
+    solution = tiny.printed_solution("06_cycle_finetuning", "prediction")
+    models = ("captioner", "generator")
+    norms = {loss: dict(zip(models, pair, strict=True)) for loss, pair in zip(solution, TRAINED.values(), strict=True)}
+    checks.whom_it_trains(solution, norms)
+    assert capsys.readouterr().out.startswith("Right. ")
 
 
 def tau(paper, ours):

@@ -82,6 +82,14 @@ def test_links_to_files_of_the_repository_lead_to_their_pages_and_others_stay(wr
     assert f'<a href="{LINKS[written]}">a</a>' in page_of(text(f"[a]({written})"))
 
 
+def test_a_cell_for_colab_and_an_image_of_another_host_are_left_out():
+    own, setting_up = code("x = 1"), code("import shutil")
+    setting_up.metadata["tags"] = ["remove-cell"]
+    page = page_of(text("# One\n\n[![Open it](https://x.org/badge.svg)](https://x.org/one)"), setting_up, own)
+    assert '<a href="https://x.org/one">Open it</a>' in page and "badge.svg" not in page
+    assert "shutil" not in page and page.count('<pre class="code">') == 1
+
+
 def test_links_between_documents_are_relative_to_their_pages():
     page = site.render(site.Site([], Path()).document_page("docs/results/insight-1.md"))
     assert 'href="../protocol.html"' in page and 'href="../files/docs/results/insight-1.parquet"' in page

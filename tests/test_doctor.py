@@ -300,6 +300,7 @@ def test_own_copies_are_looked_for_where_their_variables_say(machine, monkeypatc
     examples[0].path.touch()
     found = next(doctor.check_data(REAL))
     assert found.state == "note" and "lacks 1 of 2 images, 1.jpg for one" in found.detail
+    assert found.remedy == f"download these ({registry.ENTRIES['nocaps'].url}), or go on without them"
     examples[1].path.touch()
     assert next(doctor.check_data(REAL)) == doctor.Finding("ok", "data", f"nocaps in {folder / 'images'}, 2 images")
     monkeypatch.setenv("DALLEFLAMINGO_COCO", str(folder / "images"))

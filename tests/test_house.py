@@ -19,6 +19,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from dalleflamingo import repository
+from dalleflamingo.course import colab
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -111,6 +114,14 @@ def test_a_library_without_data_says_how_to_get_it(tmp_path):
     run = subprocess.run(command, env=outside, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.startswith(str(tmp_path))
     assert "RegistryError" in run.stderr and "git clone" in run.stderr and "DALLEFLAMINGO_DATA" in run.stderr
+
+
+def test_an_installed_library_has_every_file_that_is_not_code():
+    package = ROOT / "dalleflamingo"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    installed = {path for pattern in patterns["dalleflamingo"] for path in package.glob(pattern)}
+    data = {path for path in files_under_git() if path.is_relative_to(package) and path.suffix != ".py"}
+    assert data and data == installed & data
 
 
 # ── the code ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,6 +266,37 @@ def test_code_cells_fit_a_screen(path):
         assert max(map(len, lines), default=0) <= 88, f"code cell {number}: {max(lines, key=len)}"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_has_the_first_cell_and_the_badge_of_the_setting(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    remedy = "run `python -m dalleflamingo course --badges`"
+    assert notebook == colab.prepared(notebook, path.stem, repository()), remedy
+    assert code_cells(path)[0] == colab.first_cell(path.stem, repository())
+
+
+def test_readme_has_the_badge_of_the_setting_and_nothing_else_names_a_repository():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == colab.with_badge(readme, NOTEBOOKS[0].stem, repository())
+    if not repository():
+        assert not lines_with(r"github\.com/dalleflamingo", files_under_git())
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not in the environment that make makes")
+def test_the_setting_is_that_of_pyproject():
+    assert repository() == PROJECT.get("urls", {}).get("Repository", "")
+
+
+def test_each_run_of_a_notebook_has_a_folder_of_its_own():
+    names = []
+    for path in NOTEBOOKS:
+        code = "\n".join(map(source, code_cells(path)))
+        assert "tempfile" not in code, "course.run_folder makes a folder that can be kept"
+        own = re.findall(r'course\.run_folder\("(.*?)"\)', code)
+        assert all(name.startswith(f"{path.stem[:2]}_") for name in own)
+        names += own
+    assert len(names) == len(set(names)) >= 5
+
+
 def headings(path: Path) -> list[str]:
     """Of the markdown cells, code blocks left out."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -264,7 +306,7 @@ def headings(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_imports_from_the_front_door(path):
-    code = "\n".join(map(source, code_cells(path)))
+    code = "\n".join(map(source, code_cells(path)[1:]))  # without the cell for Colab
     imports = re.findall(r"(?m)^\s*(?:from|import) dalleflamingo\b.*", code)
     assert len(imports) <= 6, imports
 

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import fakes
@@ -17,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dalleflamingo import image_text_image
+from dalleflamingo import course, image_text_image
 from dalleflamingo.course import show
 from dalleflamingo.datasets import DatasetError
 from dalleflamingo.sources.own_files import read_captions, read_folder, stable_id
@@ -129,7 +128,7 @@ def test_a_damaged_first_image_does_not_break_the_notebooks_own_cell(tmp_path, m
     (tmp_path / "my_pictures/a.png").write_bytes((tmp_path / "my_pictures/a.png").read_bytes()[:45])
     monkeypatch.chdir(tmp_path)
     models = fakes.Captioner(), fakes.Generator(), [fakes.MeanColour()]
-    names = dict(Path=Path, tempfile=tempfile, shutil=shutil, show=show, read_folder=read_folder, models=models)
+    names = dict(Path=Path, course=course, shutil=shutil, show=show, read_folder=read_folder, models=models)
     names |= dict(image_text_image=image_text_image, settings=fakes.SETTINGS, by="colour")
     for source in code[start : start + 2]:
         exec(source, names)

@@ -51,7 +51,7 @@ def miniature(tmp_path, monkeypatch) -> Path:
 def test_every_entry_says_where_it_is_from_and_what_one_may_do_with_it():
     for name, entry in ENTRIES.items():
         assert name == entry.name and entry.source and entry.licence and entry.notes
-        assert entry.url.startswith("https://")
+        assert entry.url.startswith("https://") or entry.shipped
         assert entry.kind in {"captioner", "generator", "image similarity", "text similarity", "judge", "data set"}
 
 
@@ -134,14 +134,24 @@ def test_models_and_data_sets_are_not_mistaken_for_each_other(miniature):
         registered.load_dataset("miniature/sd")
 
 
+@pytest.mark.parametrize("address", ["", "https://github.com/someone/course"])
+def test_what_is_shipped_has_a_page_only_where_there_is_a_public_repository(monkeypatch, address):
+    monkeypatch.setattr(registry, "repository", lambda: address)
+    entries = registry._read_entries(Path(registry.__file__).with_suffix(".toml"))
+    pages = {name: entry.url for name, entry in entries.items() if entry.shipped}
+    assert pages and all(url == (address and f"{address}/tree/main/data/{name}") for name, url in pages.items())
+
+
+@pytest.mark.parametrize("address", ["", "https://github.com/someone/course"])
 @pytest.mark.parametrize("named", [True, False])
-def test_without_the_miniature_the_error_says_how_to_get_it(tmp_path, monkeypatch, named):
+def test_without_the_miniature_the_error_says_how_to_get_it(tmp_path, monkeypatch, named, address):
+    monkeypatch.setattr(registry, "repository", lambda: address)
     if named:
         monkeypatch.setenv("DALLEFLAMINGO_DATA", str(tmp_path))
     else:  # as after `pip install` without a clone
         monkeypatch.delenv("DALLEFLAMINGO_DATA", raising=False)
         monkeypatch.setattr(registry, "__file__", str(tmp_path / "site-packages/dalleflamingo/registry.py"))
-    with pytest.raises(RegistryError, match="git clone https://github.com/dalleflamingo/dalleflamingo") as refusal:
+    with pytest.raises(RegistryError, match=f"`git clone` {address or 'that'} ") as refusal:
         registry.locate("miniature/sd")
     assert str(tmp_path) in str(refusal.value) and "DALLEFLAMINGO_DATA" in str(refusal.value)
 

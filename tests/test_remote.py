@@ -21,6 +21,7 @@ from test_downloads import PHOTOGRAPH, jpeg
 from dalleflamingo import __main__ as command_line
 from dalleflamingo import cycle, datasets, profiles, registry
 from dalleflamingo.captioner import without_unreadable
+from dalleflamingo.course import colab as colab_cell
 from dalleflamingo.course import data
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.datasets import Dataset, DatasetError, UnreadableImage
@@ -398,7 +399,9 @@ def test_the_command_fetches_what_the_notebooks_open(in_full_size, monkeypatch):
     nocaps, coco = (data.photographs(name, colab) for name in (colab.dataset, colab.coco))
     assert opened == set(names(nocaps)) and len(nocaps) == 304
     assert len(coco) == 800 and coco.name == "coco/train"
-    assert "about 130 MB, from images.cocodataset.org" in coco.plan()
+    sizes = colab_cell.PHOTOGRAPHS_MB
+    assert f"about {sizes['coco']} MB, from images.cocodataset.org" in coco.plan()
+    assert f"about {sizes['dataset']} MB, from " in nocaps.plan() and sizes == {"dataset": 96, "coco": 130}
 
 
 def test_a_whole_epoch_is_the_whole_data_set(monkeypatch):

@@ -1,6 +1,5 @@
 """The site in Chromium, opened from the disk: on phone and desk, light and dark, by keyboard. `make test-browser`."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,12 +7,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import built_site
+import chromium
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="without the extra `browser`")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="without the extra `browser`")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="without Chromium")]
+pytestmark = chromium.MARKS
 
 WIDTHS, SCHEMES = {"phone": 390, "desk": 1280}, ("light", "dark")
 VIEWS = [(width, scheme) for width in WIDTHS.values() for scheme in SCHEMES]
@@ -30,21 +28,21 @@ class View:
         faults: errors of scripts, and requests to other hosts.
     """
 
-    page: "sync_api.Page"
+    page: "chromium.sync_api.Page"
     root: str
     faults: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        self.page.set_default_timeout(120_000)  # a busy machine is slow
+        self.page.set_default_timeout(chromium.PATIENCE)
         self.page.on("console", lambda message: message.type == "error" and self.faults.append(message.text))
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", self._check)
 
-    def _check(self, request: "sync_api.Request") -> None:
+    def _check(self, request: "chromium.sync_api.Request") -> None:
         if not request.url.startswith((self.root, "data:")):
             self.faults.append(f"asked for {request.url}")
 
-    def open(self, address: str) -> "sync_api.Page":
+    def open(self, address: str) -> "chromium.sync_api.Page":
         self.page.goto(self.root + address)
         return self.page
 
@@ -60,11 +58,9 @@ def addresses(folder) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+def browser() -> Iterator["chromium.sync_api.Browser"]:
+    with chromium.opened() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
@@ -141,7 +137,7 @@ def test_a_line_of_prose_holds_about_75_characters(view):
         assert 55 <= seen.open("protocol.html").evaluate(measure) <= 85
 
 
-def tops(page: "sync_api.Page") -> set[float]:
+def tops(page: "chromium.sync_api.Page") -> set[float]:
     """Where the rows of the first strip begin."""
     script = "[...document.querySelector('.strip').children].map((card) => card.getBoundingClientRect().top)"
     return set(page.evaluate(script))

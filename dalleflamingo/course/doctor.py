@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -218,7 +218,8 @@ def _check_copy(entry: "Entry", _: "Profile") -> Finding:
     if not lost:
         return Finding("ok", "data", f"{where}, {len(dataset):,} images")
     detail = f"{where} lacks {len(lost):,} of {len(dataset):,} images, {lost[0].name} for one"
-    return Finding("note", "data", detail, f"download these, or go on without them; {entry.url}")
+    remedy = "run `python -m dalleflamingo data`" if entry.shipped else f"download these ({entry.url})"
+    return Finding("note", "data", detail, f"{remedy}, or go on without them")
 
 
 def _check_fetched(entry: "Entry", profile: "Profile") -> Finding:
@@ -278,16 +279,25 @@ def _models(profile: "Profile") -> list["Entry"]:
 
 
 def _downloads(profile: "Profile") -> list[tuple["Entry", int]]:
-    """The models that are not on this machine, each with the size of its download in MB."""
     import torch
 
+    return models_to_download(_models(profile), halved=profile.torch_dtype == torch.float16)
+
+
+def models_to_download(entries: Iterable["Entry"], halved: bool) -> list[tuple["Entry", int]]:
+    """The models that are not on this machine, each with the size of its download in MB.
+
+    Args:
+        entries: of models.
+        halved: whether a model comes in float16 where its hub has that.
+    """
     from dalleflamingo import registry
 
     absent = []
-    for entry in _models(profile):
+    for entry in entries:
         if entry.shipped or (entry.name == "sbert" and registry.packaged_sbert()):
             continue
-        half = entry.fp16_mb if profile.torch_dtype == torch.float16 else None
+        half = entry.fp16_mb if halved else None
         size = half or entry.size_mb
         if _bytes_on_disk(entry, half is not None) < WHOLE * size * 1e6:
             absent.append((entry, size))

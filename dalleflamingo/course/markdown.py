@@ -72,9 +72,11 @@ class PageRenderer(mistune.HTMLRenderer):
         return super().link(text, self.resolve(url), title)
 
     def image(self, text: str, url: str, title: str | None = None) -> str:
-        """An image of the repository, inside the page."""
+        """An image of the repository, inside the page; of one on another host, such as a badge, its text."""
+        if urlsplit(url).scheme:
+            return text
         file = self.folder / unquote(url)
-        address = data_address(file) if not urlsplit(url).scheme and file.is_file() else url
+        address = data_address(file) if file.is_file() else url
         return image_tag(address, html.unescape(text))
 
     def block_code(self, code: str, info: str | None = None) -> str:

@@ -16,7 +16,7 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def render_cells(notebook: nbformat.NotebookNode, markdown: Callable[[str], str]) -> list[dict]:
-    """Its cells, as notebook.html takes them; empty code cells are left out.
+    """Its cells, as notebook.html takes them; empty code cells and those with Jupyter Book's tag are left out.
 
     Args:
         notebook: with or without outputs.
@@ -24,6 +24,8 @@ def render_cells(notebook: nbformat.NotebookNode, markdown: Callable[[str], str]
     """
     cells = []
     for cell in notebook.cells:
+        if "remove-cell" in cell.metadata.get("tags", []):
+            continue
         if cell.cell_type == "markdown":
             cells.append({"id": cell.get("id"), "kind": "text", "html": markdown(cell.source)})
         elif cell.cell_type == "code" and cell.source.strip():

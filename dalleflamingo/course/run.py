@@ -30,8 +30,8 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from dalleflamingo import profiles, registry
-from dalleflamingo.course import site
+from dalleflamingo import profiles, registry, repository
+from dalleflamingo.course import colab, site
 from dalleflamingo.runs import write_whole
 
 try:
@@ -264,6 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, help=f"notebooks at a time; default: one a core, at most {MAX_WORKERS}; one on a GPU"
     )
+    parser.add_argument(
+        "--badges", action="store_true", help="only write the badges and cells for Colab, from project.urls"
+    )
     options = parser.parse_args(arguments)
     paths = options.notebooks or sorted(NOTEBOOKS.glob("*.ipynb"))
     if not paths:
@@ -271,6 +274,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers {options.workers}: at least one notebook must run at a time")
 
+    if options.badges:
+        colab.write_badges(sorted(NOTEBOOKS.glob("*.ipynb")), NOTEBOOKS.with_name("README.md"), repository())
+        return 0
     began = time.monotonic()
     try:
         workers = min(options.workers or default_workers(options.profile), len(paths))

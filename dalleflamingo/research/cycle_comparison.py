@@ -26,6 +26,7 @@ from dalleflamingo.research.resampling import bootstrap_of_runs
 
 RESAMPLES, RESAMPLES_OF_SETS = 1000, 300  # FID, a metric of a set, takes its time
 _RUN = ["arm", "seed"]
+CAPTIONS, IMAGES = "cycle-captions.parquet", "cycle-images.parquet"
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -180,6 +181,35 @@ def read_runs(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         for corpus, columns in run.get("images", {}).items():
             images.append(pd.DataFrame(columns).assign(corpus=corpus, **names))
     return pd.DataFrame(captions), pd.concat(images, ignore_index=True)
+
+
+def write_tables(captions: pd.DataFrame, images: pd.DataFrame, results: Path) -> None:
+    """Keep what `read_runs` found, as `read_tables` reads it.
+
+    Args:
+        captions: of `read_runs`.
+        images: of `read_runs`; features, which FID needs, are kept in float16, as runs keep them.
+        results: folder of the tables.
+    """
+    features = [np.float16(row) for row in images["features"]]
+    captions.to_parquet(results / CAPTIONS, index=False)
+    images.round(4).assign(features=features).to_parquet(results / IMAGES, index=False)
+
+
+def read_tables(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What `write_tables` kept: the same as the runs' own folders, which take hours to make.
+
+    Args:
+        results: folder of the tables.
+    Raises:
+        FileNotFoundError: the folder has no such tables.
+    """
+    if not (results / CAPTIONS).exists():
+        raise FileNotFoundError(
+            f"no run is done, and {results} has no table of earlier ones: "
+            "`python -m dalleflamingo research cycle` makes them"
+        )
+    return pd.read_parquet(results / CAPTIONS), pd.read_parquet(results / IMAGES)
 
 
 def evaluate_runs(

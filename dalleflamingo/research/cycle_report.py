@@ -36,7 +36,9 @@ from dalleflamingo.research.cycle_comparison import (
     evaluated_captions,
     evaluated_images,
     read_runs,
+    read_tables,
     real_features,
+    write_tables,
 )
 from dalleflamingo.research.cycle_start import PRETRAINING, WEB
 from dalleflamingo.research.cycle_study import (
@@ -345,7 +347,7 @@ def write(
     """Write the page, its tables, its figure and the claims; returns these.
 
     Args:
-        runs: folder of all runs.
+        runs: folder of all runs; without any, what an earlier report kept of them in `results` is evaluated again.
         docs: gets `results` and `figures`.
         profile: of the runs.
         datasets: described test images by name.
@@ -353,12 +355,12 @@ def write(
     Raises:
         FileNotFoundError: no run is done.
     """
-    captions, images = read_runs(runs)
+    folder = docs / "results"
+    captions, images = read_runs(runs) if any(runs.glob("*/result.json")) else read_tables(folder)
     generated = {"nocaps": of_every_domain(datasets["nocaps"], min(RENDERED, len(datasets["nocaps"])))}
-    found, folder = evaluate_runs(captions, images, datasets, generated, profile, **resamples), docs / "results"
+    found = evaluate_runs(captions, images, datasets, generated, profile, **resamples)
     claims, tables = all_claims(found, profile, folder), all_tables(found, profile)
-    captions.to_parquet(folder / "cycle-captions.parquet", index=False)
-    images.drop(columns="features").round(4).to_parquet(folder / "cycle-images.parquet", index=False)
+    write_tables(captions, images, folder)
     for name, frame in tables.items():
         frame.to_csv(folder / f"cycle-table-{name}.csv", index=False)
     sizes = {name: len(one) for name, one in datasets.items()} | {"rendered": len(generated["nocaps"])}
@@ -373,8 +375,9 @@ def write(
 def main(arguments: list[str]) -> int:
     """Write docs/results/cycle.md, its tables, its figure and claims 9 to 12 and 14, from the runs that are done.
 
-    The runs are those of `python -m dalleflamingo research cycle`, with the same profile; what a step costs is measured
-    by benchmarks/cycle.py and benchmarks/full_size.py.
+    The runs are those of `python -m dalleflamingo research cycle`, with the same profile. Where there are none, the
+    captions and scores in docs/results are evaluated again, and the figure stays. What a step costs is measured by
+    benchmarks/cycle.py and benchmarks/full_size.py.
     """
     parser = study_parser("cycle-report", main.__doc__)
     parser.add_argument("--images", type=positive, help="test images of the runs; default: all")

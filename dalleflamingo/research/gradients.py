@@ -1,4 +1,4 @@
-"""Which loss updates which model, and how hard (§4.2; App. H, "Parameter Update").
+"""Which loss updates which model, and how hard (§4; App. H, "Parameter Update").
 
     python -m dalleflamingo research gradients        a few minutes on one core
 

@@ -1,4 +1,4 @@
-"""Repair: what one loss alone teaches a damaged model through an intact one (§4.2, Eqs. 1 to 4).
+"""Repair: what one loss alone teaches a damaged model through an intact one (§4, Eqs. 1 to 4).
 
 What cycle finetuning trains of a model, the queries of its cross-attention, is scaled to 2 %. A captioner then writes
 without looking, and a generator without listening. The other model stays as it is. One of the three losses that reach

@@ -17,11 +17,11 @@ from dalleflamingo.course.checks.bridge import (
 from dalleflamingo.course.checks.cycle import (
     caption_loss,
     captioner_input,
-    clean_latents,
     is_trained,
     kendall_tau,
     matched_steps,
     reconstruction,
+    whom_it_trains,
 )
 from dalleflamingo.course.checks.insights import (
     bootstrap_interval,
@@ -42,7 +42,6 @@ __all__ = [
     "caption_loss",
     "captioner_input",
     "clean_from_velocity",
-    "clean_latents",
     "control",
     "denoising_step",
     "departures",
@@ -68,6 +67,7 @@ __all__ = [
     "spearman",
     "straight_through",
     "text_similarity",
+    "whom_it_trains",
     "with_word_ends",
     "word_movers_distance",
 ]

@@ -104,13 +104,13 @@ def predicted_arrivals(prediction: Mapping[str, str]) -> None:
     """Notebook 02, exercise 3: which captions arrive unchanged through the map that was learned from the six?
 
     Args:
-        prediction: caption -> "yes", "no", or "" where nothing is predicted yet.
+        prediction: caption -> "yes", "no", in any case, or "" where nothing is predicted yet.
     """
 
     def predicted(caption: str) -> str:
-        if not prediction[caption]:
+        if prediction[caption] in ("", None):
             raise NotImplementedError
-        return prediction[caption]
+        return str(prediction[caption]).strip().lower()
 
     cases = [
         Case(("A cat on the sand.",), "yes", "every token has a partner, and it is the right one"),

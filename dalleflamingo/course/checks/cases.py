@@ -57,24 +57,41 @@ def _fault(attempt: Callable, case: Case, show_arguments: bool) -> str | None:
     expected = _plain(case.expected)
     shown = ", ".join(_short(_plain(argument)) for argument in case.arguments) + ": " if show_arguments else ""
     wanted = f"{shown}{case.reason}, so {_short(expected)}"
+    given = [deepcopy(argument) for argument in case.arguments]
     try:
-        answer = attempt(*deepcopy(case.arguments))
+        answer = attempt(*given)
         found = _plain(case.measured(answer) if case.measured and answer is not None else answer)
     except NotImplementedError:
         raise
     except Exception as error:
         return f"{wanted}; yours raises {type(error).__name__}: {error}".splitlines()[0]
     if _equal(found, expected, case.tolerance):
-        return None
+        return _changed(case.arguments, given)
     if found is None:
         return f"{wanted}; yours gives None: does it end in `return …`?"
     shapes = _shape(expected), _shape(found)
-    if None not in shapes and shapes[0] != shapes[1]:
-        return f"{wanted}, of the shape {shapes[0]}; yours has the shape {shapes[1]}"
+    alike = None in shapes or shapes[0] == shapes[1]  # a test of a mistake takes an answer of the right shape
     hints = [
-        hint for wrong, hint in case.mistakes if (wrong(found) if callable(wrong) else _equal(found, _plain(wrong)))
+        hint
+        for wrong, hint in case.mistakes
+        if (alike and wrong(found) if callable(wrong) else _equal(found, _plain(wrong)))
     ]
-    return "; ".join([f"{wanted}; yours gives {_short(found)}", *hints[:1]])
+    if alike:
+        said = f"{wanted}; yours gives {_short(found)}"
+    else:
+        said = f"{wanted}, of the shape {shapes[0]}; yours has the shape {shapes[1]}"
+    return "; ".join([said, *hints[:1]])
+
+
+def _changed(before: Sequence, after: Sequence) -> str | None:
+    """What is wrong where a call has changed one of its arguments, which later cells pass again; else None."""
+    for number, (old, new) in enumerate(zip(before, after, strict=True), start=1):
+        holds_values = isinstance(old, (torch.Tensor, np.ndarray, list, dict, set))
+        if holds_values and _plain(old) != _plain(new):
+            copy = "clone" if isinstance(old, torch.Tensor) else "copy"
+            which = f"argument {number}" if len(before) > 1 else "its argument"
+            return f"your function changes {which} itself, and later cells use it again: work on a copy (`.{copy}()`)"
+    return None
 
 
 def _plain(value):

@@ -148,6 +148,20 @@ def control(attempt: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray
         return lambda answer: len(answer) - sum((row == similarity).all(axis=1).any() for row in answer)
 
     n = len(rows[0])
+
+    def shuffled(answer: np.ndarray) -> int:
+        """How many rows hold an image's own similarities in an order that no image has."""
+        own = (np.sort(answer, axis=1) == np.sort(rows[0], axis=1)).all(axis=1)
+        given = [(row == rows[0]).all(axis=1).any() for row in answer]
+        return int((own & ~np.array(given)).sum())
+
+    within = [
+        (
+            lambda _: True,
+            "a shuffle within the row gains nothing either, but it moves the candidates to other positions, too, and "
+            "could not find out whether first candidates are better: take the whole row of another image",
+        )
+    ]
     unchanged = [
         (float(n), "every image keeps its own row, perhaps in another order: take the rows of other images"),
         (lambda _: True, "a permutation may leave some images where they are: move every row"),
@@ -157,6 +171,7 @@ def control(attempt: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray
     ]
     cases = [
         Case((rows[0],), float(n), f"{n} images have {n} rows", measured=len),
+        Case((rows[0],), 0.0, "no row is shuffled", within, measured=shuffled),
         Case((rows[0],), 0.0, "no row is made up", new, measured=invented(rows[0])),
         *(Case((one,), 0.0, "no image keeps its own similarities", unchanged, measured=kept(one)) for one in rows),
     ]
@@ -255,9 +270,29 @@ def frechet_distance(attempt: Callable[..., float]) -> Callable[..., float]:
     cases = [
         Case(arguments, 9 + spread - 2 * shared, "the means count 9, the rest are the covariances", mistakes),
         Case((arguments[0], first) * 2, 0.0, "a Gaussian has no distance from itself", tolerance=1e-6),
+        *(_of_few_images(seed) for seed in range(8)),
     ]
     shown = "FID is this distance between Inception features: of a set of images it sees mean and covariance only."
     return attempt if check(attempt, cases, shown) else ours
+
+
+def _of_few_images(seed: int) -> Case:
+    """Two sets of 4 points in 6 dimensions: with C = XᵀX, the trace of (C₁ C₂)^½ is the nuclear norm of X₁ X₂ᵀ."""
+    points = np.random.default_rng(seed).normal(size=(2, 4, 6))
+    one, other = points - points.mean(axis=1, keepdims=True)
+    covariances = [np.cov(X, rowvar=False) for X in (one, other)]
+    root_trace = np.linalg.norm(one @ other.T, "nuc") / 3
+    mistakes = [
+        (
+            lambda found: np.isnan(found),
+            "rounding makes tiny negative numbers of some eigenvalues: convert them before the root, "
+            "`.astype(complex)`, and take `.real` after it",
+        )
+    ]
+    expected = np.trace(covariances[0] + covariances[1]) - 2 * root_trace
+    reason = "a covariance of 4 points in 6 dimensions is singular, and the distance is still finite"
+    zero = np.zeros(6)
+    return Case((zero, covariances[0], zero, covariances[1]), expected, reason, mistakes, tolerance=1e-5)
 
 
 def paired_interval(attempt: Callable[..., Bounds]) -> Callable[..., Bounds]:
