@@ -111,9 +111,7 @@ def test_the_architectures_have_the_bytes_of_the_published_files():
 
 def test_every_notebook_fits_a_t4_by_the_plan_and_the_plan_is_of_these_notebooks():
     plans = memory_plan.load()
-    assert {one.notebook for one in plans} == set(memory_plan.STAGES)
-    without_full_size = {"02_tokenizer_mapping", "08_the_real_models"}
-    assert set(memory_plan.STAGES) | without_full_size == set(NOTEBOOKS) | without_full_size
+    assert {one.notebook for one in plans} == set(memory_plan.STAGES) == set(NOTEBOOKS) - {"02_tokenizer_mapping"}
     for one in plans:
         if one.profile == "colab":
             assert 4 < one.peak / memory_plan.GIB <= memory_plan.LIMIT, one.notebook

@@ -84,7 +84,7 @@ def generator() -> Generator:
 
 def clip_image() -> nn.Module:
     """The image tower of CLIP ViT-L/14."""
-    return open_clip.create_model("ViT-L-14-quickgelu", device=torch.get_default_device()).visual
+    return open_clip.CLIP(**open_clip.get_model_config("ViT-L-14-quickgelu")).visual
 
 
 def dino() -> ViTModel:
