@@ -68,6 +68,16 @@ class Plan:
         """Bytes at the stage that needs most."""
         return max(self.stages.values())
 
+    @property
+    def where(self) -> str:
+        """The stage that needs most."""
+        return shown(max(self.stages, key=self.stages.get))
+
+
+def shown(stage: str) -> str:
+    """A stage's name as a table has it: the ids of most cells begin with "cell-"."""
+    return stage.replace("cell cell-", "cell ")
+
 
 class _FullSizeBridge(Bridge):
     """A bridge of full size whose tokens come from the texts, because the ids that it gets have no data."""
@@ -262,7 +272,7 @@ STAGES = {
 
 
 def plan(notebook: str, profile: Profile) -> Plan:
-    """Count one notebook's memory under a profile of the real models; a minute of one calm CPU core, or less."""
+    """Count one notebook's memory under a profile of the real models; seconds, or minutes for 06."""
     stages = {}
     with warnings.catch_warnings(), full_size(profile) as meter:
         warnings.simplefilter("ignore")
@@ -276,8 +286,13 @@ def plan(notebook: str, profile: Profile) -> Plan:
 # ── page ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def page(plans: list[Plan]) -> list[str]:
-    """The parts of the page in Markdown."""
+def page(plans: list[Plan], commit: str) -> list[str]:
+    """The parts of the page in Markdown.
+
+    Args:
+        plans: of all notebooks and profiles.
+        commit: that counted.
+    """
     by_name = {(one.notebook, one.profile): one for one in plans}
     profiles = list(dict.fromkeys(one.profile for one in plans))
     peaks, stages = [], []
@@ -285,12 +300,12 @@ def page(plans: list[Plan]) -> list[str]:
         row = [notebook]
         for profile in profiles:
             found = by_name[notebook, profile]
-            row += [f"{found.peak / GIB:.1f}", max(found.stages, key=found.stages.get)]
-            stages += [[notebook, profile, name, f"{size / GIB:.1f}"] for name, size in found.stages.items()]
+            row += [f"{found.peak / GIB:.1f}", found.where]
+            stages += [[notebook, profile, shown(name), f"{size / GIB:.1f}"] for name, size in found.stages.items()]
         peaks.append(row)
     return [
         "# What each notebook takes of a GPU's memory",
-        f"Made by `python -m dalleflamingo research memory-plan` at commit `{pages.current_commit()}`. **Counted, not "
+        f"Made by `python -m dalleflamingo research memory-plan` at commit `{commit}`. **Counted, not "
         "measured on a GPU.** Models of the published sizes run without data: BLIP with ViT-L, Stable Diffusion v1-4, "
         "CLIP ViT-L/14, DINO ViT-B/8. The bytes of all tensors that are alive are summed. Where it depends on data, "
         f"the most is assumed: captions of {TOKENS} tokens, every image early enough for loss (4). Tests compare the "
@@ -315,10 +330,10 @@ def main(arguments: list[str]) -> int:
     plans = [replace(counted[STAGES[notebook], name], notebook=notebook) for notebook, name in cases]
     folder = options.docs / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"commit": pages.current_commit(), "plans": [asdict(one) for one in plans]}
-    text = json.dumps(record, indent=1) + "\n"
+    commit = pages.current_commit()
+    text = json.dumps({"commit": commit, "plans": [asdict(one) for one in plans]}, indent=1) + "\n"
     write_whole(folder / "memory-plan.json", lambda path: path.write_text(text, encoding="utf-8"))
-    pages.write_page(folder / "memory-plan.md", page(plans))
+    pages.write_page(folder / "memory-plan.md", page(plans, commit))
     worst = max(plans, key=lambda one: one.peak)
     print(f"{folder}/memory-plan.md; the most: {worst.peak / GIB:.1f} GiB, {worst.notebook} in profile {worst.profile}")
     return 0
