@@ -95,6 +95,7 @@ reproduce: data
 	$(DALLEFLAMINGO) research cycle --trials
 	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/cycle.py
+	$(DALLEFLAMINGO) research memory-plan
 	$(DALLEFLAMINGO) research cycle-report
 	$(DALLEFLAMINGO) research epsilon
 	$(DALLEFLAMINGO) research definitions

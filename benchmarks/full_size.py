@@ -12,44 +12,16 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BlipConfig, BlipForConditionalGeneration, CLIPTextConfig, CLIPTextModel
 
 from dalleflamingo import cycle_losses
 from dalleflamingo.bridge import replaced_token_embeddings
+from dalleflamingo.research.architectures import CAPTIONED, GENERATED, blip, text_encoder, unet, vae
 from dalleflamingo.research.pages import SHIPPED, current_commit, table
 
 TOKENS = 20  # of a caption
-CAPTIONED, GENERATED, REDUCED = 384, 512, 256  # pixels a side: BLIP's input, an image, an x̂ that is decoded smaller
-
-
-def blip(size: int = CAPTIONED) -> BlipForConditionalGeneration:
-    """BLIP base for captioning."""
-    text = {"hidden_size": 768, "num_hidden_layers": 12, "encoder_hidden_size": 768, "vocab_size": 30524}
-    config = BlipConfig(text_config=text, vision_config={"image_size": size})
-    return BlipForConditionalGeneration(config)
-
-
-def text_encoder(vocabulary: int = 49408) -> CLIPTextModel:
-    """Stable Diffusion v1-4's."""
-    config = CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    return CLIPTextModel(config)
-
-
-def unet(size: int = GENERATED) -> UNet2DConditionModel:
-    """Stable Diffusion v1-4's."""
-    return UNet2DConditionModel(sample_size=size // 8, cross_attention_dim=768, attention_head_dim=8)
-
-
-def vae(size: int = GENERATED) -> AutoencoderKL:
-    """Stable Diffusion v1-4's."""
-    down, up = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
-    blocks = {"down_block_types": down, "up_block_types": up, "block_out_channels": (128, 256, 512, 512)}
-    return AutoencoderKL(**blocks, layers_per_block=2, latent_channels=4, sample_size=size)
+REDUCED = 256  # pixels a side of an x̂ that is decoded smaller
 
 
 def counted(work: Callable[[], Tensor]) -> int:

@@ -111,6 +111,9 @@ RESEARCH = {
     ),
     "cards": Command("dalleflamingo.research.cards:main", "the cards of the miniature's models and corpora"),
     "live": Command("dalleflamingo.research.live:main", "in how many small sets is Insight I visible?"),
+    "memory-plan": Command(
+        "dalleflamingo.research.memory_plan:main", "what each notebook takes of a GPU's memory with the real models"
+    ),
     "scoreboard": Command("dalleflamingo.research.scoreboard:main", "docs/scoreboard.md: all verdicts, with reasons"),
     "figures": Command(
         "dalleflamingo.research.readme_figures:main",

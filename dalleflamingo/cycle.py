@@ -236,7 +236,6 @@ def build_cycle(
         module.requires_grad_(False)
     if config.checkpointing:
         pipeline.unet.train().enable_gradient_checkpointing()  # diffusers wants training mode for it; nothing drops out
-    pipeline.vae.disable_slicing()  # one image at a time is slower, and saves nothing where gradients keep all
     dataset = without_unreadable(dataset, captioner)
     if bridge is None:
         labels = [clean_caption(caption) for example in dataset for caption in example.references]

@@ -27,7 +27,7 @@ def outputs() -> list[nbformat.NotebookNode]:
 
 
 def build(folder: Path) -> Path:
-    """The site's folder, in `folder`; notebook 07 was not executed."""
+    """The site's folder, in `folder`; notebook 08 was not executed."""
     executed, entries = folder / "build", []
     executed.mkdir(parents=True)
     for path in sorted((ROOT / "notebooks").glob("*.ipynb"))[:-1]:

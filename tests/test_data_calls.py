@@ -26,7 +26,7 @@ IMAGES = sorted({200, *map(int, re.findall(r"--images (\d+)", (ROOT / "Makefile"
 MODELS = """load_models load_captioner load_generator load_text_similarities ClipImage VocabularyMap AutoTokenizer
     wordpiece_tokenizer clip_tokenizer image_text_image text_image_text train_cycle show checks image_features display
     ImageFiles TextJourneyModels evaluate_captions nucleus_sweep cider_by_p measure rerender check_similarities
-    insight_2_by_captioner FeatureExtractor"""
+    insight_2_by_captioner FeatureExtractor understanding"""
 
 
 def load_batches(config: CycleConfig, device: object) -> tuple:

@@ -75,6 +75,7 @@ OPENS = {  # notebook -> the models and data sets that it opens, as fields of th
     "05_text_image_text": {*_JOURNEY, "inception", "dataset"},
     "06_cycle_finetuning": {"captioner", "generator", "coco"},
     "07_ablations": {"captioner", "generator", "clip", "dataset", "coco"},
+    "08_the_real_models": {*_JOURNEY, "dataset"},
 }
 _TRAINS = "coco"  # a notebook that opens it trains, for which models are in float32
 PHOTOGRAPHS_MB = {"dataset": 96, "coco": 130}  # of all notebooks together; each is fetched when it is opened

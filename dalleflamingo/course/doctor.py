@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # each check imports what it needs, because packages may be w
     from dalleflamingo.profiles import Profile
     from dalleflamingo.registry import Entry
 
-GPU_GIB = 8  # that the profiles' real models need at their peak, without cycle finetuning
+GPU_GIB = 8  # of both journeys in profile colab; notebooks with gradients take up to 11 (docs/results/memory-plan.md)
 WHOLE = 0.95  # share of a download's size in MB, which is rounded, from which it is taken for whole
 
 

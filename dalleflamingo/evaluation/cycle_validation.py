@@ -52,10 +52,7 @@ class Validation:
     def __call__(self, step: int) -> dict[str, float]:
         captions = describe_dataset(self.cycle.captioner, self.dataset)
         examples = list(self.dataset)[: self.rendered]
-        vae = self.cycle.generator.pipeline.vae
-        vae.enable_slicing()  # off while gradients are kept, but these images are decoded in full size
         images = render_captions(self.cycle.generator, examples, self.steps, self.guidance_scale, self.batch_size)
-        vae.disable_slicing()
         path = Path(self.folder) / "images" / f"{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         real = [self.dataset.open(example) for example in examples]
