@@ -56,7 +56,7 @@ test-lowest:
 	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/pip install --only-binary=:all: --constraint $(LOWEST)/lowest.txt --editable '.[course,test]'
 	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests $(ARGS) \
-		$(addprefix --ignore-glob=tests/test_,research_* miniature_* course_run* shipped* full_size* house* data_calls* \
+		$(addprefix --ignore-glob=tests/test_,research_* miniature_* course_run* shipped* full_size* house* data_calls* memory_plan* real_profiles* \
 		colab_cell*)
 
 # Playwright drives the Chromium of this machine, so it downloads none.
