@@ -20,6 +20,7 @@ from pathlib import Path
 import fakes
 import pyarrow as pa
 import pyarrow.parquet as pq
+from forked import fork
 
 
 class Death:
@@ -54,10 +55,11 @@ def attempt(way: Callable, run_folder: Path, images: Path, log: Path, moment: tu
     """One run, killed at the moment unless it ends before; what it found and what it did again."""
     before = kept(run_folder)
     log.touch()
-    child = os.fork()
-    if child == 0:
+
+    def work() -> None:
         way(run_folder, images, log=log, delay=0.004, on_draw=Death(*moment) if moment else lambda: None)
-        os._exit(0)
+
+    child = fork(work)
     _, status = os.waitpid(child, 0)
     again = sorted(before & {int(line) for line in log.read_text().split()})
     return {"kept": len(before), "again": again, "status": os.waitstatus_to_exitcode(status)}

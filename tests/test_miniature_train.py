@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from forked import fork
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
 
@@ -95,17 +96,6 @@ def test_schedule_is_transformers_and_ours_one_step_ahead_after_warm_up(first):
     expected = [old_schedule(step + (step >= 5), 60, 5) for step in range(first, 60)]
     assert factors == pytest.approx(expected, rel=1e-9)
     assert factors[-1] == pytest.approx(0.02)
-
-
-def fork(work):
-    """Run `work` in a child process that has all modules imported; returns its id."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return child
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):

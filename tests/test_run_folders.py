@@ -15,8 +15,9 @@ import pandas as pd
 import pytest
 import torch
 from fakes import image_text_image
+from forked import fork
 from safetensors.torch import load_file, save_file
-from test_miniature_train import LineRecipe, fork
+from test_miniature_train import LineRecipe
 from test_runs import SCHEMA, recipe, row, train
 
 from dalleflamingo import datasets

@@ -13,12 +13,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import tiny
 import torch
 from accelerate import Accelerator
+from forked import fork
 
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle import CycleConfig, build_cycle, train_cycle
@@ -61,18 +61,6 @@ def run(config: CycleConfig, folder: Path, run_folder: Path, accelerator: Accele
     cycle, *others = build(config, folder)
     train_cycle(config, cycle, *others, run_folder, accelerator or Accelerator(cpu=True), **more)
     return cycle
-
-
-def fork(work: Callable[[], object]) -> int:
-    """A child process that does the work; returns its id."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
 
 
 def killed(folder: Path, run_folder: Path, step: int) -> bool:
