@@ -15,7 +15,14 @@ pytestmark = chromium.MARKS
 
 WIDTHS, SCHEMES = {"phone": 390, "desk": 1280}, ("light", "dark")
 VIEWS = [(width, scheme) for width in WIDTHS.values() for scheme in SCHEMES]
-SOME = ("index.html", "02_tokenizer_mapping.html", "scoreboard.html", "paper.html", "search.html?q=token")
+SOME = (
+    "index.html",
+    "01_how_the_models_work.html",
+    "02_tokenizer_mapping.html",
+    "scoreboard.html",
+    "paper.html",
+    "search.html?q=token",
+)
 
 
 @dataclass
