@@ -66,7 +66,8 @@ test-browser: $(MADE)
 	@test -n "$(CHROMIUM)" || { echo "There is no Chromium on this machine: on Debian it comes with" \
 		"'apt install chromium'." >&2; exit 1; }
 	$(BIN)/pip install --quiet --only-binary=:all: --constraint constraints.txt --editable '.[browser]'
-	$(BIN)/python -m pytest -m browser tests/test_site_browser.py tests/test_lab_browser.py $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m browser \
+		tests/test_site_browser.py tests/test_lab_browser.py $(ARGS)
 
 # A kernel called python3 elsewhere on JUPYTER_PATH, or in the user's folder, is of another environment.
 lab: export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))
