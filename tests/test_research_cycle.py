@@ -345,6 +345,7 @@ def test_everything_is_written_from_the_runs_that_are_done(tmp_path):
     page = (docs / "results/cycle.md").read_text(encoding="utf-8")
     assert [page.count(f"Claim {n}: ") for n in (9, 10, 14)] == [3, 2, 1]
     assert "| larger BLIP | cycle: (1) to (4) | 1 |" in page
+    assert "from 20 of the study's 71 runs" in page
     board = json.loads((docs / "results/claims.json").read_text())["claims"]
     assert {row["claim"]: row["seeds"] for row in board if row["claim"] == 12} == {12: [0]}
     assert (docs / "figures/cycle_images.png").stat().st_size > 10_000

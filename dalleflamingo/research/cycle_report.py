@@ -26,6 +26,7 @@ from dalleflamingo.research.cycle_arms import (
     TABLE_9,
     Run,
     label_of,
+    queue,
     trial,
 )
 from dalleflamingo.research.cycle_claims import all_claims
@@ -227,7 +228,11 @@ def _difference(runs: EvaluatedRuns, metric: str, arm: str, minus: str) -> str:
 
 
 def page(
-    tables: Mapping[str, pd.DataFrame], claims: Sequence[Claim], profile: Profile, images: Mapping[str, int]
+    tables: Mapping[str, pd.DataFrame],
+    claims: Sequence[Claim],
+    profile: Profile,
+    images: Mapping[str, int],
+    runs: int,
 ) -> list[str]:
     """The parts of the page in Markdown.
 
@@ -236,6 +241,7 @@ def page(
         claims: of `cycle_claims.all_claims`.
         profile: of the runs.
         images: test images of each data set, and those "rendered".
+        runs: of the study, that are done.
     """
     lines = []
     for claim in claims:
@@ -246,7 +252,8 @@ def page(
     return [
         "# Cycle finetuning",
         pages.measured_on(profile.dataset, pages.BESIDE_THE_PAPER),
-        f"Made by `{COMMAND}` at commit `{pages.current_commit()}`. Brackets are 95 % intervals: training seeds are "
+        f"Made by `{COMMAND}` at commit `{pages.current_commit()}`, from {runs} of the study's {len(queue(profile))} "
+        f"runs. Brackets are 95 % intervals: training seeds are "
         f"drawn anew, then images; differences are paired by both. Captions of {images['nocaps']:,} images of nocaps "
         f"and {images['coco']:,} of coco, generated images from captions of {images['rendered']:,} of nocaps.",
         f"*Start*: both models with the trained queries learned anew from the alt-texts of {WEB} alone, in "
@@ -363,9 +370,10 @@ def write(
     write_tables(captions, images, folder)
     for name, frame in tables.items():
         frame.to_csv(folder / f"cycle-table-{name}.csv", index=False)
+    done = len(captions[["captioner", "arm", "seed"]].drop_duplicates())
     sizes = {name: len(one) for name, one in datasets.items()} | {"rendered": len(generated["nocaps"])}
     scoreboard(folder / "claims.json", claims, profile=profile.name, dataset=profile.dataset, seed=0)
-    pages.write_page(folder / "cycle.md", page(tables, claims, profile, sizes))
+    pages.write_page(folder / "cycle.md", page(tables, claims, profile, sizes, done))
     gallery(runs, generated["nocaps"], profile, docs / "figures" / "cycle_images.png")
     if (runs / "trials").is_dir():
         pages.write_page(folder / "cycle-trials.md", trials_page(runs / "trials", profile))
