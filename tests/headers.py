@@ -20,13 +20,13 @@ NOCAPS = {"in-domain": 597, "near-domain": 2670, "out-domain": 1233}  # of 4,500
 DATA_CALLS = {"load_dataset", "load_cycle", "subset", "by_domain"}
 
 
-def write_headers(folder: Path) -> dict[str, str]:
+def write_headers(folder: Path, images_of_coco: Mapping[str, int] = COCO) -> dict[str, str]:
     """COCO with 5 captions an image and NoCaps with 10, no image files; the variables that name their folders."""
     coco, nocaps = folder / "coco", folder / "nocaps"
     for images in (coco / "train2014", coco / "val2014", nocaps / "images"):
         images.mkdir(parents=True)
     records = []
-    for split, count in COCO.items():
+    for split, count in images_of_coco.items():
         place = "train2014" if split == "train" else "val2014"
         for i in range(len(records), len(records) + count):
             name, told = f"COCO_{place}_{i:012d}.jpg", [{"raw": f"A dog {i} on a mat, {k}."} for k in range(5)]

@@ -150,10 +150,10 @@ def blip2(folder: Path) -> Path:
     return folder
 
 
-def stable_diffusion(folder: Path) -> Path:
-    """A pipeline with a byte-pair tokenizer of its own, as in SD v1, of 16 tokens a caption."""
+def stable_diffusion(folder: Path, tokens: int = 16) -> Path:
+    """A pipeline with a byte-pair tokenizer of its own, as in SD v1, where a caption has 77 tokens."""
     torch.manual_seed(0)
-    tokenizer = _clip_tokenizer()
+    tokenizer = _clip_tokenizer(tokens)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -161,7 +161,7 @@ def stable_diffusion(folder: Path) -> Path:
             intermediate_size=32,
             num_hidden_layers=1,
             num_attention_heads=2,
-            max_position_embeddings=16,
+            max_position_embeddings=tokens,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -201,7 +201,7 @@ def stable_diffusion(folder: Path) -> Path:
     return folder
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def _clip_tokenizer(tokens: int) -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     trainer = trainers.BpeTrainer(
         vocab_size=160,
@@ -211,7 +211,9 @@ def _clip_tokenizer() -> CLIPTokenizer:
     )
     bpe.train_from_iterator(_WORDS * 4, trainer)
     model = json.loads(bpe.to_str())["model"]
-    return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], model_max_length=16)
+    return CLIPTokenizer(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], model_max_length=tokens
+    )
 
 
 def dino(folder: Path) -> Path:
@@ -231,13 +233,13 @@ def dino(folder: Path) -> Path:
     return folder
 
 
-def clip(folder: Path) -> Path:
-    """An open_clip folder with 24-d embeddings."""
+def clip(folder: Path, vocabulary: int = 64, tokens: int = 16) -> Path:
+    """An open_clip folder with 24-d embeddings; CLIP's own tokenizer has 49,408 tokens, 77 of them a text."""
     torch.manual_seed(0)
     model_cfg = {
         "embed_dim": 24,
         "vision_cfg": {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+        "text_cfg": {"context_length": tokens, "vocab_size": vocabulary, "width": 16, "heads": 2, "layers": 1},
     }
     save_file(open_clip.CLIP(**model_cfg).state_dict(), folder / "open_clip_model.safetensors")
     config = {"model_cfg": model_cfg, "preprocess_cfg": {"size": SIZE}}

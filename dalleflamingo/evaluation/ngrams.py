@@ -57,32 +57,40 @@ class Cider:
             ValueError: lengths differ, there are none, or an image has no references here.
             TypeError: a caption that is not a string.
         """
-        return CiderTable(self, image_ids, _candidates(image_ids, captions, self.references, self.tokenizer))
+        _check_candidates(image_ids, captions, self.references)
+        return CiderTable(self, image_ids, captions)
 
 
 class CiderTable:
     """N candidates and their images' references as sparse counts.
 
     The cosine of two tf-idf vectors is a sum over n-grams of counts × idf², so a few sparse products give every score
-    under any idf. Shapes: N candidates, R references, I images, P pairs of candidate and reference, V n-grams.
+    under any idf. A caption that several candidates of an image share is scored once. Shapes: N candidates, D distinct
+    ones, R references, I images, P pairs of distinct candidate and reference, V n-grams.
     """
 
-    def __init__(self, scorer: Cider, image_ids: Sequence[Hashable], candidates: list[Counter]):
+    def __init__(self, scorer: Cider, image_ids: Sequence[Hashable], captions: Sequence[str]):
+        pairs = list(zip(image_ids, captions, strict=True))
+        distinct = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
+        self._row = np.array([distinct[pair] for pair in pairs])  # (N,) of each candidate among the distinct ones
+        candidates = _counted_candidates([caption for _, caption in distinct], scorer.tokenizer)
+
         images = list(dict.fromkeys(image_ids))
         number = {image: row for row, image in enumerate(images)}
         references = [caption for image in images for caption in scorer.references[image]]
         per_image = np.array([len(scorer.references[image]) for image in images])
         end = np.cumsum(per_image)  # of each image's references
-        self.image = np.array([number[image] for image in image_ids])  # (N,)
-        self.count = per_image[self.image]  # (N,) how many references a candidate is compared with
+        image = np.array([number[image] for image, _ in distinct])  # (D,)
+        self.image = image[self._row]  # (N,)
+        self.count = per_image[image]  # (D,) how many references a candidate is compared with
         self.candidate = np.repeat(np.arange(len(candidates)), self.count)  # (P,)
-        self.reference = np.concatenate([np.arange(end[i] - per_image[i], end[i]) for i in self.image])  # (P,)
+        self.reference = np.concatenate([np.arange(end[i] - per_image[i], end[i]) for i in image])  # (P,)
 
         columns = {gram: i for i, gram in enumerate(dict.fromkeys(_grams(candidates + references)))}
-        self._own = _matrix((_product(caption, caption) for caption in candidates), columns)  # (4 N, V)
+        self._own = _matrix((_product(caption, caption) for caption in candidates), columns)  # (4 D, V)
         self._gold = _matrix((_product(caption, caption) for caption in references), columns)  # (4 R, V)
-        pairs = zip(self.candidate, self.reference, strict=True)
-        self._shared = _matrix((_product(candidates[i], references[j]) for i, j in pairs), columns)  # (4 P, V)
+        compared = zip(self.candidate, self.reference, strict=True)
+        self._shared = _matrix((_product(candidates[i], references[j]) for i, j in compared), columns)  # (4 P, V)
         self._held = _matrix((dict.fromkeys(_grams(scorer.references[i]), 1) for i in images), columns)  # (4 I, V)
         self._idf = np.log(scorer.images) - np.log([max(1, scorer.frequency[gram]) for gram in columns])  # (V,)
         words = np.array([_length(caption) for caption in candidates])[self.candidate]
@@ -118,7 +126,7 @@ class CiderTable:
         own, gold, shared = ((matrix @ weight).reshape(-1, ORDERS) for matrix in (self._own, self._gold, self._shared))
         norms = np.sqrt(own[self.candidate] * gold[self.reference])  # (P, 4)
         cosine = np.divide(shared, norms, out=np.zeros_like(shared), where=norms > 0).mean(axis=1)
-        return 10 * np.bincount(self.candidate, cosine * self._penalty) / self.count
+        return (10 * np.bincount(self.candidate, cosine * self._penalty) / self.count)[self._row]
 
 
 class BleuTable:
@@ -138,7 +146,8 @@ class BleuTable:
     ):
         self.tokenizer = default_tokenizer()
         counted = _counted(references, self.tokenizer)
-        candidates = _candidates(image_ids, captions, counted, self.tokenizer)
+        _check_candidates(image_ids, captions, counted)
+        candidates = _counted_candidates(captions, self.tokenizer)
         self.statistics = np.array([_bleu_counts(c, counted[i]) for i, c in zip(image_ids, candidates, strict=True)])
 
     def scores(self) -> np.ndarray:
@@ -195,12 +204,15 @@ def warn_if_alone(images: int) -> None:
         )
 
 
-def _candidates(
-    image_ids: Sequence[Hashable], captions: Sequence[str], references: Mapping[Hashable, list[Counter]], tokenizer: str
-) -> list[Counter]:
+def _check_candidates(
+    image_ids: Sequence[Hashable], captions: Sequence[str], references: Mapping[Hashable, list[Counter]]
+) -> None:
     if len(image_ids) != len(captions) or len(captions) == 0:
         raise ValueError(f"{len(image_ids)} image ids for {len(captions)} captions: give as many, and at least one")
     refuse_unknown(image_ids, references)
+
+
+def _counted_candidates(captions: Sequence[str], tokenizer: str) -> list[Counter]:
     return [_ngrams(text) for text in tokenize({"candidates": captions}, tokenizer)["candidates"]]
 
 
