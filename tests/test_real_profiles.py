@@ -16,6 +16,8 @@ import headers
 import matplotlib
 import pytest
 import tiny
+import torch
+from diffusers import StableDiffusionPipeline
 from IPython.display import display
 from matplotlib import pyplot
 
@@ -47,6 +49,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     for name, make in TINY.items():
         (root / name).mkdir()
         made[name] = str(make(root / name))
+    folder = made["sd-v1-4"]
+    halved = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float16)
+    halved.save_pretrained(folder, variant="fp16")  # as on the hub
     return made | {"inception-v3": registry.locate(SMALL_INCEPTION)}
 
 
@@ -75,7 +80,9 @@ def profile(request, models, folders, tmp_path, monkeypatch) -> profiles.Profile
     """A profile whose names stand for tiny models, which get four images of each data set."""
     matplotlib.use("agg")
     whole = profiles.PROFILES[request.param]
-    fewer = dataclasses.replace(whole, **FEWER, cycle={**whole.cycle, "steps": 8})
+    fewer = dataclasses.replace(whole, **FEWER, cycle={**whole.cycle, "steps": 2})
+    if whole.name == "colab":  # half precision, as with a GPU
+        monkeypatch.setattr(profiles.Profile, "torch_dtype", torch.float16)
     for module, name in ((profiles, "current"), (dalleflamingo, "current_profile")):
         monkeypatch.setattr(module, name, lambda: fewer)
     for name, value in {**folders, profiles.VARIABLE: whole.name, "DALLEFLAMINGO_RUNS": str(tmp_path)}.items():
