@@ -137,6 +137,7 @@ def table_9(runs: EvaluatedRuns) -> pd.DataFrame:
                     "CIDEr × 100": _cell(runs, "cider", arm),
                     "minus cycle": "" if arm == "cycle" else _difference(runs, "cider", arm, "cycle"),
                     **_content(runs, arm),
+                    **_content_minus_cycle(runs, arm),
                     "the paper": str(published),
                 }
             )
@@ -152,8 +153,7 @@ def table_explored(runs: EvaluatedRuns, arms: Sequence[str]) -> pd.DataFrame:
             "CIDEr × 100": _cell(runs, "cider", arm),
             "minus cycle": _difference(runs, "cider", arm, "cycle"),
         }
-        content = {f"{name} minus cycle": _difference(runs, metric, arm, "cycle") for metric, name in _contents(runs)}
-        rows.append(row | content)
+        rows.append(row | _content_minus_cycle(runs, arm))
     return pd.DataFrame(rows, columns=None if rows else ["changed", "CIDEr × 100", "minus cycle"])
 
 
@@ -214,6 +214,14 @@ def _contents(runs: EvaluatedRuns) -> list[tuple[str, str]]:
 
 def _content(runs: EvaluatedRuns, arm: str) -> dict[str, str]:
     return {column: _cell(runs, metric, arm) for metric, column in _contents(runs)}
+
+
+def _content_minus_cycle(runs: EvaluatedRuns, arm: str) -> dict[str, str]:
+    own = arm == "cycle"
+    return {
+        f"{column} minus cycle": "" if own else _difference(runs, metric, arm, "cycle")
+        for metric, column in _contents(runs)
+    }
 
 
 def _cell(runs: EvaluatedRuns, metric: str, arm: str, domain: str = ALL) -> str:
