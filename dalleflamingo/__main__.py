@@ -5,31 +5,17 @@ user can mend, told in one line; 1 for a bug; 130 where it was interrupted. DALL
 the traceback of an error. A command's module is imported when the command is chosen, so that `--help` answers at once.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import dis
 import importlib
-import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Mapping
 
 from dalleflamingo import repository
+from dalleflamingo.commands.parsers import PROFILE, Parser, add_profile
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-    from dalleflamingo.datasets import Dataset
-    from dalleflamingo.generator import Generator
-    from dalleflamingo.profiles import Profile
-    from dalleflamingo.reconstruct import Journey, JourneySettings
-
-# `profiles.VARIABLE`, spelled again because importing it would import torch, without which --help answers at once
-PROFILE = "DALLEFLAMINGO_PROFILE"
 DEBUG = "DALLEFLAMINGO_DEBUG"
 
 
@@ -42,11 +28,9 @@ class Command:
     interrupted: str = "what is finished is kept, and the same command goes on where it was"
 
 
-_CORPUS = 20_000  # captions that CIDEr's weights come from; the n-grams of a million would fill the memory
-_SHOWN = 3  # images or captions whose best candidates `reconstruct` prints
 COMMANDS = {
     "reconstruct": Command(
-        "dalleflamingo.__main__:reconstruct",
+        "dalleflamingo.commands.reconstruct:main",
         "send your own images or captions there and back",
         interrupted="",  # the journey itself says how many images are kept, and where
     ),
@@ -56,7 +40,7 @@ COMMANDS = {
         "the same command starts again",
     ),
     "cycle": Command(
-        "dalleflamingo.__main__:cycle",
+        "dalleflamingo.commands.cycle:main",
         "finetune a captioner and a generator through each other",
         "the last checkpoint is kept, and the same command goes on from it",
     ),
@@ -125,8 +109,6 @@ ABOUT = """Do DALL-E and Flamingo understand each other?
 
 An image is captioned and generated again from its caption; a caption is made an image and described again. What comes
 back tells how well the two models understand each other."""
-PROFILE_HELP = f"""models and size: smoke (seconds) and mini (minutes) run the miniature's models on a CPU, colab and
-paper run BLIP and Stable Diffusion on a GPU; default: ${PROFILE}, or mini where it is unset"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,8 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: of the command line; None for those of this process.
     """
     prog = "python -m dalleflamingo"
-    parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
-    _add_profile(parser)
+    parser = Parser(prog=prog, add_help=False, allow_abbrev=False)
+    add_profile(parser)
     chosen, arguments = parser.parse_known_args(arguments)
     if chosen.profile is not None:
         try:
@@ -158,8 +140,8 @@ def research(arguments: list[str]) -> int:
 
 def _dispatch(commands: Mapping[str, Command], arguments: list[str], prog: str, about: str) -> int:
     """Run the command that the first argument names, with the others."""
-    parser = _Parser(prog=prog, description=about, epilog=f"`{prog} COMMAND --help` says what a command takes.")
-    _add_profile(parser)
+    parser = Parser(prog=prog, description=about, epilog=f"`{prog} COMMAND --help` says what a command takes.")
+    add_profile(parser)
     choices = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command in commands.items():
         choices.add_parser(name, help=command.summary, add_help=False)
@@ -232,263 +214,6 @@ def _fault(error: Exception) -> str:
     what = " ".join(f"{type(error).__name__}: {error}".split())
     where = f"report the traceback at {repository()}/issues" if repository() else "report the traceback"
     return f"this is a bug ({what}): give the command again with {DEBUG}=1 and {where}"
-
-
-def reconstruct(arguments: list[str]) -> int:
-    """Send your own images, or your own captions, there and back with the profile's models.
-
-    Images: each is captioned several times, an image is generated from each caption, and CLIP and DINO score how
-    similar it is to the original. Captions: several images are generated from each, each image is described, and four
-    similarities of texts score how similar the description is to the caption.
-
-    SOURCE is a folder of images; a text with one caption a line; .jsonl, .csv, .tsv or .json with a caption, an image's
-    path or both in each row or entry, in columns called caption, captions or text, and image, image_path or file_name;
-    or webdataset shards: a .tar file, a folder of them, or a pattern such as photos-{000..099}.tar.
-
-    The best candidates of the first images or captions are printed. All candidates with their scores are in
-    candidates.parquet of the run folder, and the command `export` makes a page, COCO results or shards of them. To rank
-    them in Python (after captions, by="text_clip"):
-
-        import pandas
-        from dalleflamingo import rank
-        ranked = rank(pandas.read_parquet("OUT/candidates.parquet"), by="clip")
-    """
-    parser = _parser("reconstruct", reconstruct)
-    parser.add_argument("source", type=_path, help="a folder of images, a file of captions or of both, or shards")
-    parser.add_argument("--out", type=_path, required=True, help="run folder; a run that was interrupted goes on there")
-    parser.add_argument(
-        "--from", dest="start", choices=("images", "captions"), help="begin with these, where SOURCE holds both"
-    )
-    parser.add_argument(
-        "--image-folder", type=_path, metavar="DIR", help="that paths in SOURCE are relative to; default: its own"
-    )
-    parser.add_argument("--images", type=_positive, metavar="N", help="take only the first N images or captions")
-    parser.add_argument(
-        "--candidates", type=_positive, metavar="K", help="captions of an image, or images of a caption"
-    )
-    schedulers = "DDPM, DDIM, PNDM, Euler, EulerAncestral, DPMSolverMultistep or UniPCMultistep"
-    parser.add_argument("--scheduler", help=f"of the generator: {schedulers}")
-    parser.add_argument("--size", type=_positive, metavar="PIXELS", help="side of a generated image, a multiple of 8")
-    parser.add_argument("--captioner", metavar="NAME", help="another one of dalleflamingo/registry.toml")
-    parser.add_argument("--generator", metavar="NAME", help="another one of dalleflamingo/registry.toml")
-    parser.add_argument(
-        "--safety-checker",
-        action="store_true",
-        help="add a column `unsafe`: the verdict of SD's safety checker",
-    )
-    workers = "this is number I of N processes, on any machines that see OUT; each is started with the same command"
-    parser.add_argument("--worker", metavar="I/N", default="1/1", help=workers)
-    _add_shared(parser, steps="denoising steps of the generator", batch_size="images at once; fewer need less memory")
-    options = parser.parse_args(arguments)
-
-    from dalleflamingo.evaluation.workers import Worker, in_turn, run_together
-    from dalleflamingo.reconstruct import JourneySettings
-    from dalleflamingo.runs import hold
-    from dalleflamingo.sources.inputs import read_source, remember
-
-    worker = Worker.named(options.worker).launched(os.environ)
-    with in_turn(options.out, worker):
-        source, start = read_source(options.source, options.start, options.image_folder, options.out)
-    source = source[: options.images]
-    profile = _chosen_profile(options)
-    settings = JourneySettings.of(profile, **_given(options, "candidates", "steps", "seed", "batch_size"))
-    # before models are loaded, which may take minutes
-    with hold(options.out) if worker.count == 1 else contextlib.nullcontext():
-        make_journey = _image_journey if start == "images" else _text_journey
-        table = run_together(make_journey(source, options, profile, settings), source, options.out, worker)
-        if table is not None and start == "images":
-            remember(options.out, options.source, options.image_folder)
-            _print_best(table, "file", "caption")
-        elif table is not None:
-            _print_best(table, "caption", "image")
-    return 0
-
-
-def _chosen_profile(options: argparse.Namespace) -> "Profile":
-    """The current profile with the models and the image size that the command line names.
-
-    Raises:
-        RegistryError: the registry has no such captioner or generator.
-        ValueError: the generator has a scheduler, an image size or steps of its own, and does not take such an option.
-    """
-    from dalleflamingo import profiles
-    from dalleflamingo.registry import require_kind
-    from dalleflamingo.sources.models import class_of
-
-    chosen = _given(options, "captioner", "generator")
-    for kind, name in chosen.items():
-        require_kind(name, kind)
-    chosen |= {"image_size": options.size} if options.size else {}
-    profile = dataclasses.replace(profiles.current(), **chosen)
-    if other := class_of(profile.generator):
-        settled = ["scheduler", "size"] + ["steps"] * (getattr(other, "steps", 1) is not None)
-        for name in _given(options, *settled):
-            raise ValueError(f"--{name}: the generator {profile.generator} has its own, so leave the option out")
-    return profile
-
-
-def _image_journey(
-    source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
-) -> "Journey":
-    """Image → text → image with the profile's models."""
-    from dalleflamingo.reconstruct import ImageTextImage
-    from dalleflamingo.sources.models import class_of, load_models
-
-    captioner, generator, similarities = load_models(profile, options.scheduler)
-    if not class_of(profile.generator):
-        require_steps(generator, options, settings.steps)
-    similarities = similarities + _safety_checker(options, profile)
-    return ImageTextImage(captioner, generator, similarities, settings)
-
-
-def _text_journey(
-    source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
-) -> "Journey":
-    """Text → image → text. CIDEr takes the weights of n-grams from the first `_CORPUS` captions of the source."""
-    from dalleflamingo.evaluation.similarities import load_text_similarities
-    from dalleflamingo.reconstruct import TextImageText
-    from dalleflamingo.sources.models import class_of, load_captioner, load_generator
-
-    captioner, generator = load_captioner(profile), load_generator(profile, scheduler=options.scheduler)
-    if not class_of(profile.generator):
-        require_steps(generator, options, settings.steps)
-    corpus = {text.image_id: text.references for text in source[:_CORPUS]}
-    similarities = load_text_similarities(profile, corpus) + _safety_checker(options, profile)
-    return TextImageText(captioner, generator, similarities, settings)
-
-
-def _safety_checker(options: argparse.Namespace, profile: "Profile") -> list:
-    """The checker where the command line asks for it, which scores as a similarity does."""
-    if not options.safety_checker:
-        return []
-    from dalleflamingo.registry import source_of
-    from dalleflamingo.sources.models import class_of
-
-    name = "sd-v1-4-safety-checker"
-    return [class_of(name).from_pretrained(**source_of(name, profile.device))]
-
-
-def require_steps(generator: "Generator", options: argparse.Namespace, steps: int) -> None:
-    """Refuse fewer steps than the scheduler needs for images that match their captions, where the user chose them.
-
-    The profile `smoke` has fewer, to be quick.
-
-    Raises:
-        ValueError: they are too few, or as `denoising.spread_steps`.
-    """
-    from dalleflamingo.denoising import SCHEDULERS, short_name, spread_steps
-
-    spread_steps(generator.pipeline.scheduler, steps)
-    name = short_name(type(generator.pipeline.scheduler))
-    if (options.steps, options.scheduler) != (None, None) and steps < (least := SCHEDULERS[name]):
-        quick = [other for other, fewest in SCHEDULERS.items() if fewest <= steps]
-        remedy = f"or another scheduler: {', '.join(quick)}" if quick else "as no scheduler works with so few"
-        raise ValueError(f"steps = {steps}: {name} needs {least} or more; take {least}, {remedy}")
-
-
-def _print_best(table: "DataFrame", name: str, column: str) -> None:
-    """For each similarity of a journey's table, the best candidate of the first few images or captions.
-
-    Args:
-        table: of candidates.
-        name: the column that the user knows an image or caption by.
-        column: what to print of a candidate.
-    """
-    from dalleflamingo.course.gallery import similarities_among
-    from dalleflamingo.reconstruct import select
-    from dalleflamingo.runs import printable
-
-    for similarity in similarities_among(table):
-        best = select(table, by=similarity).head(_SHOWN)
-        print(f"best by {similarity}:")
-        for known, score, candidate in zip(best[name], best[similarity], best[column], strict=True):
-            print(f"  {printable(known):<24.24} {score:8.3f}  {candidate}")
-
-
-def cycle(arguments: list[str]) -> int:
-    """Finetune the profile's captioner and generator through each other, and export both.
-
-    The folder of the run gets log.jsonl with the losses, the last checkpoint, and in the end the folders captioner and
-    generator, which transformers and diffusers open.
-    """
-    parser = _parser("cycle", cycle)
-    parser.add_argument("--run", type=_path, required=True, help="folder of the run; a run that is there goes on")
-    parser.add_argument("--config", type=_path, help="JSON with fields of CycleConfig, in place of the profile's")
-    parser.add_argument("--tracker", default="tensorboard", help="of accelerate, or none; default: %(default)s")
-    parser.add_argument("--push-to-hub", metavar="OWNER", help="upload both models, as OWNER/RUN-captioner, -generator")
-    _add_shared(parser, steps="optimizer steps", batch_size="images with a caption at each step")
-    options = parser.parse_args(arguments)
-
-    from dalleflamingo import profiles
-    from dalleflamingo.cycle import CycleConfig, train_cycle
-    from dalleflamingo.evaluation.cycle_reporting import export, push, read_config, tracked, write_model_cards
-    from dalleflamingo.evaluation.cycle_validation import Validation, validation_set
-    from dalleflamingo.runs import hold
-    from dalleflamingo.sources.models import load_cycle
-
-    profile, validate = profiles.current(), None
-    config = read_config(options.config, profile) if options.config else CycleConfig.of(profile)
-    config = dataclasses.replace(config, **_given(options, "steps", "seed", "batch_size"))
-    accelerator = tracked(options.tracker, options.run, config)
-    with hold(options.run) if accelerator.is_main_process else contextlib.nullcontext():
-        models, batches, trainable = load_cycle(config, accelerator.device)
-        if config.validate_every:
-            size = dict(steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size)
-            validate = Validation(models, validation_set(config), options.run, **size)
-        train_cycle(config, models, batches, trainable, options.run, accelerator, validate)
-        accelerator.end_training()
-        if accelerator.is_main_process:
-            export(models, options.run)
-            write_model_cards(config, options.run)
-            print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
-            if options.push_to_hub:
-                print(*push(options.run, options.push_to_hub), sep="\n")
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    """With its text as it is written, and an error in one line."""
-
-    def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help says more\n")
-
-
-def _parser(name: str, command: Callable) -> argparse.ArgumentParser:
-    # no abbreviations: `main` has taken --profile away, and --prof would reach the command and be ignored
-    prog, about = f"python -m dalleflamingo {name}", inspect.cleandoc(command.__doc__)
-    return _Parser(prog=prog, description=about, epilog="Defaults come from the profile.", allow_abbrev=False)
-
-
-def _add_shared(parser: argparse.ArgumentParser, steps: str, batch_size: str) -> None:
-    """The options of every command that runs models."""
-    parser.add_argument("--steps", type=_positive, help=steps)
-    parser.add_argument("--batch-size", type=_positive, metavar="B", help=batch_size)
-    parser.add_argument("--seed", type=int, help="of all random numbers; default: 0")
-    _add_profile(parser)
-
-
-def _add_profile(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profile", metavar="NAME", help=PROFILE_HELP)
-
-
-def _path(text: str) -> Path:
-    if not text:  # which pathlib takes for the current folder, as where a shell's variable is not set
-        raise argparse.ArgumentTypeError("'': give a path; the current folder is .")
-    return Path(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
-    return int(text)
-
-
-def _given(options: argparse.Namespace, *names: str) -> dict[str, int | str]:
-    """Those of the options that the command line has."""
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 if __name__ == "__main__":

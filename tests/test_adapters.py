@@ -15,8 +15,8 @@ from dalleflamingo import reconstruct
 from dalleflamingo.adapters.captioners import ImageTextCaptioner, OneEnd
 from dalleflamingo.adapters.generators import LatentConsistency, PipelineGenerator, SdxlTurbo
 from dalleflamingo.adapters.safety import SafetyChecker
-from dalleflamingo.course.gallery import similarities_among
 from dalleflamingo.decoding import Nucleus, count_words
+from dalleflamingo.evaluation.similarities import similarities_among
 from dalleflamingo.generator import Generator
 from dalleflamingo.sources.models import class_of
 

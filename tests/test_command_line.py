@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from dalleflamingo import __main__ as command_line
 from dalleflamingo import cycle, profiles, reconstruct
+from dalleflamingo.commands import reconstruct as reconstruct_command
 from dalleflamingo.evaluation import similarities, workers
 from dalleflamingo.evaluation.similarities import PairSimilarity
 from dalleflamingo.registry import RegistryError
@@ -414,7 +415,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch):
     def closed(*_):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(command_line, "reconstruct", closed)
+    monkeypatch.setattr(reconstruct_command, "main", closed)
     assert command_line.main(["reconstruct"]) == 141
 
 

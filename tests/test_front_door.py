@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import dalleflamingo
-from dalleflamingo import __main__ as command_line
+from dalleflamingo.commands import reconstruct
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def imported_by_readers() -> set[str]:
     ]
     sources += re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     sources += re.findall(
-        r"^ *(from dalleflamingo import .*)", f"{dalleflamingo.__doc__}\n{command_line.reconstruct.__doc__}", re.M
+        r"^ *(from dalleflamingo import .*)", f"{dalleflamingo.__doc__}\n{reconstruct.main.__doc__}", re.M
     )
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "dalleflamingo"]

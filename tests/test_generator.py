@@ -18,8 +18,8 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
-from dalleflamingo import __main__ as command_line
 from dalleflamingo import profiles
+from dalleflamingo.commands.reconstruct import require_steps
 from dalleflamingo.denoising import SCHEDULERS
 from dalleflamingo.generator import Generator, add_noise
 
@@ -263,7 +263,7 @@ def test_a_models_own_scheduler_must_be_offered_too(folder, tmp_path):
 
 def test_every_offered_scheduler_refuses_fewer_steps_than_it_needs(folder):
     def check(generator: Generator, steps: int) -> None:
-        command_line.require_steps(generator, SimpleNamespace(steps=steps, scheduler=None), steps)
+        require_steps(generator, SimpleNamespace(steps=steps, scheduler=None), steps)
 
     for name, least in SCHEDULERS.items():
         generator = Generator.from_pretrained(folder, scheduler=name)

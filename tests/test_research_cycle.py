@@ -228,9 +228,9 @@ def test_the_claims_hold_of_the_papers_own_order_and_not_of_its_reverse():
 def test_images_are_better_where_they_are_nearer():
     [claim] = cycle_claims.claim_10(found({START: 40.4, "labels": 40.8, "cycle": 39.8}))
     assert claim.verdict == "holds" and claim.effect.value == pytest.approx(0.6, abs=0.01)  # the start is the rival
-    assert "than the start" in claim.text and claim.effect.n == 20
+    assert "than those of the start" in claim.text and claim.effect.n == 20
     [claim] = cycle_claims.claim_10(found({START: 40.4, "labels": 39.5, "cycle": 39.8}))
-    assert claim.verdict == "does not hold" and "than labels only" in claim.text
+    assert claim.verdict == "does not hold" and "than those of labels only" in claim.text
 
 
 def test_captions_are_evaluated_run_by_run(tmp_path):

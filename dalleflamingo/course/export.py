@@ -9,9 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from dalleflamingo.course.gallery import generated_image, similarities_among, write_gallery
+from dalleflamingo.commands.parsers import nonempty_path
+from dalleflamingo.course.gallery import generated_image, write_gallery
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.caption_results import write_results
+from dalleflamingo.evaluation.similarities import similarities_among
 from dalleflamingo.reconstruct import ImageTextImage, TextImageText, rank, select
 from dalleflamingo.runs import RunFolderError, printable
 from dalleflamingo.sources.inputs import read_source, recall
@@ -21,17 +23,17 @@ from dalleflamingo.sources.shards import write_shards
 def main(arguments: list[str]) -> int:
     """Make a page, COCO results or shards of a finished run."""
     parser = argparse.ArgumentParser(prog="python -m dalleflamingo export", description=main.__doc__)
-    parser.add_argument("run", type=_path, help="the run folder that was given to reconstruct as --out")
+    parser.add_argument("run", type=nonempty_path, help="the run folder that was given to reconstruct as --out")
     parser.add_argument("--by", metavar="SIMILARITY", help="that ranks the candidates; default: the run's first one")
     page = "new folder for a page of all inputs with their ranked candidates"
-    parser.add_argument("--gallery", type=_path, metavar="DIR", help=page)
+    parser.add_argument("--gallery", type=nonempty_path, metavar="DIR", help=page)
     results = "JSON of the caption ranked first for each image, as the servers of COCO and NoCaps take it"
-    parser.add_argument("--coco-results", type=_path, metavar="FILE", help=results)
+    parser.add_argument("--coco-results", type=nonempty_path, metavar="FILE", help=results)
     shards = "new folder for webdataset shards of all generated images"
-    parser.add_argument("--shards", type=_path, metavar="DIR", help=shards)
+    parser.add_argument("--shards", type=nonempty_path, metavar="DIR", help=shards)
     moved = "for the page: where the input images are now, if they were moved"
-    parser.add_argument("--source", type=_path, help=moved)
-    parser.add_argument("--image-folder", type=_path, metavar="DIR", help="of that source, as for reconstruct")
+    parser.add_argument("--source", type=nonempty_path, help=moved)
+    parser.add_argument("--image-folder", type=nonempty_path, metavar="DIR", help="of that source, as for reconstruct")
     options = parser.parse_args(arguments)
     if not (options.gallery or options.coco_results or options.shards):
         parser.error("name what to make: --gallery DIR, --coco-results FILE or --shards DIR")
@@ -71,12 +73,6 @@ def _skipped(run_folder: Path) -> list[dict]:
         raise RunFolderError(
             f"{printable(path)} is missing or damaged ({error}): give the command reconstruct again"
         ) from error
-
-
-def _path(text: str) -> Path:
-    if not text:  # which pathlib takes for the current folder, as where a shell's variable is not set
-        raise argparse.ArgumentTypeError("'': give a path; the current folder is .")
-    return Path(text)
 
 
 def read_run(run_folder: Path) -> pd.DataFrame:

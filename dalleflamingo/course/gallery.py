@@ -12,7 +12,7 @@ disk, a memory stick or any web server, and asks nothing of the network.
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from dalleflamingo.adapters.safety import SafetyChecker
 from dalleflamingo.course.show import label
 from dalleflamingo.datasets import Dataset, DatasetError, UnreadableImage, digest_of_file, open_image
-from dalleflamingo.reconstruct import ImageTextImage, TextImageText, rank
+from dalleflamingo.evaluation.similarities import similarities_among
+from dalleflamingo.reconstruct import rank
 from dalleflamingo.runs import printable
 from dalleflamingo.sources.shards import new_folder
 
@@ -95,12 +96,6 @@ def write_gallery(
             text = template.render(shared, page=page, items=reasons)
             (part / page_name("unread", 1)).write_text(text, encoding="utf-8")
     return Path(folder) / "index.html"
-
-
-def similarities_among(columns: Iterable[str]) -> list[str]:
-    """Those of a table's columns that are similarities: neither a journey, `reconstruct.rank` nor the checker's."""
-    others = ImageTextImage.columns.keys() | TextImageText.columns.keys() | {"rank", SafetyChecker.name}
-    return [name for name in columns if name not in others]
 
 
 def page_name(order: str, number: int) -> str:

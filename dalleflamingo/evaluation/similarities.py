@@ -4,7 +4,7 @@ Higher is more alike. CIDEr counts shared n-grams. Word Mover's Distance adds up
 those of the other. Image fidelity compares the features that FID compares.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
@@ -14,12 +14,14 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dalleflamingo import registry
+from dalleflamingo.adapters.safety import SafetyChecker
 from dalleflamingo.evaluation.caption_tokenizer import tokenize
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.ngrams import Cider
 from dalleflamingo.evaluation.text_encoders import ClipText, Sbert
 from dalleflamingo.evaluation.word_movers import WordVectors
 from dalleflamingo.profiles import Profile
+from dalleflamingo.reconstruct import ImageTextImage, TextImageText
 from dalleflamingo.runs import fingerprint
 from dalleflamingo.similarity import ClipImage, Dino, Similarity
 
@@ -146,3 +148,9 @@ def load_text_similarities(profile: Profile, corpus: Mapping[int, Sequence[str]]
         CiderSimilarity(Cider(corpus)),
         WordMoversSimilarity(WordVectors.at_hand()),
     ]
+
+
+def similarities_among(columns: Iterable[str]) -> list[str]:
+    """Those of a table's columns that are similarities: neither a journey, `reconstruct.rank` nor the checker's."""
+    others = ImageTextImage.columns.keys() | TextImageText.columns.keys() | {"rank", SafetyChecker.name}
+    return [name for name in columns if name not in others]

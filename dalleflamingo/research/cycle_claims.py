@@ -42,18 +42,20 @@ def claim_10(found: StudyResults) -> list[Claim]:
             continue
         in_domain, _, out = DOMAINS
         nearer = {
-            "than the start": runs.value("clip_distance", START, "cycle", out),
-            "than labels only": runs.value("clip_distance", "labels", "cycle", out),
+            "the start": runs.value("clip_distance", START, "cycle", out),
+            "labels only": runs.value("clip_distance", "labels", "cycle", out),
         }
         weaker = weakest_of(nearer)
-        secondary = {name: effect for name, effect in nearer.items() if name != weaker}
+        secondary = {f"nearer than those of {name}": effect for name, effect in nearer.items() if name != weaker}
         if runs.seeds(TABLE_3[1]):
-            secondary[f"than {ARMS[TABLE_3[1]].label}"] = runs.value("clip_distance", TABLE_3[1], "cycle", out)
-        secondary["labels only, than the start, out of domain"] = runs.value("clip_distance", START, "labels", out)
-        secondary["labels only, than the start, in domain"] = runs.value("clip_distance", START, "labels", in_domain)
+            longer = runs.value("clip_distance", TABLE_3[1], "cycle", out)
+            secondary[f"nearer than those of {ARMS[TABLE_3[1]].label}"] = longer
+        by_labels = "labels only: nearer than those of the start"
+        secondary[f"{by_labels}, out of domain"] = runs.value("clip_distance", START, "labels", out)
+        secondary[f"{by_labels}, in domain"] = runs.value("clip_distance", START, "labels", in_domain)
         text = (
-            f"trained with {ENTRIES[captioner].label}: SD's images are nearer to the real image out of domain "
-            f"{weaker}, CLIP distance × 100"
+            f"trained with {ENTRIES[captioner].label}: out of domain the cycle's images are nearer to the real ones "
+            f"than those of {weaker}, CLIP distance × 100"
         )
         seeds = runs.shared_seeds(["labels", "cycle"])
         claims.append(Claim(10, text, ALL, nearer[weaker], 2, secondary, seeds=seeds))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from dalleflamingo import profiles
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.course import cycle_figures, show
 from dalleflamingo.datasets import DOMAINS, Dataset, open_image
 from dalleflamingo.evaluation.intervals import Interval
@@ -50,7 +51,7 @@ from dalleflamingo.research.cycle_study import (
     test_sets,
 )
 from dalleflamingo.research.metrics import METRICS
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.ranking import ALL
 
 COMMAND = "python -m dalleflamingo research cycle-report"

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.cycle import CycleConfig, build_cycle, train_cycle
 from dalleflamingo.cycle_losses import Cycle
 from dalleflamingo.datasets import Dataset
@@ -30,7 +31,7 @@ from dalleflamingo.profiles import Profile
 from dalleflamingo.research.cycle_arms import START, Run, queue, trials
 from dalleflamingo.research.cycle_start import WEB, beginning_with, pretrained
 from dalleflamingo.research.image_ranking import distances
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.released import build_released_cycle
 from dalleflamingo.research.unlabelled import build_unlabelled_cycle
 from dalleflamingo.runs import write_whole

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles, registry
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.text_encoders import ClipText
@@ -23,7 +24,7 @@ from dalleflamingo.research import definition_effects as effects_of
 from dalleflamingo.research import pages
 from dalleflamingo.research.cycle_study import development_sets
 from dalleflamingo.research.definition_effects import CORPUS, STEPS, Effect
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.runs import write_whole
 from dalleflamingo.similarity import ClipImage
 from dalleflamingo.sources.models import load_models

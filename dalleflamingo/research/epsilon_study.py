@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from dalleflamingo import profiles
 from dalleflamingo.captioner import Captioner
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.cycle import CaptionedBatches, CycleConfig, TrainableParameters, build_cycle
 from dalleflamingo.cycle_losses import Cycle, generator_parameters
 from dalleflamingo.datasets import Dataset
@@ -34,7 +35,7 @@ from dalleflamingo.research.cycle_comparison import (
 from dalleflamingo.research.cycle_study import development_sets, train_and_evaluate
 from dalleflamingo.research.epsilon import AtTimestep, compare_timesteps, epsilon_form, pixel_differences
 from dalleflamingo.research.metrics import METRICS
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.repair import DAMAGE, damage
 from dalleflamingo.runs import write_whole
 from dalleflamingo.sources.models import load_cycle

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dalleflamingo import registry
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.intervals import Interval
@@ -28,7 +29,7 @@ from dalleflamingo.miniature.scene_graph import COLOURS, GROUNDS, KINDS, RELATIO
 from dalleflamingo.profiles import PROFILES
 from dalleflamingo.reconstruct import JourneySettings
 from dalleflamingo.research import caption_gates, encoder_gates, fresh, image_gates
-from dalleflamingo.research.options import RUNS, positive
+from dalleflamingo.research.options import RUNS
 from dalleflamingo.runs import write_whole
 from dalleflamingo.similarity import ClipImage, Dino, Similarity, load_clip
 from dalleflamingo.sources import registered

@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipConfig, BlipForConditionalGeneration
 
 from dalleflamingo import profiles
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.cycle import CycleConfig, step_losses
 from dalleflamingo.cycle_losses import LOSS_NAMES, TRAINABLE, add_lora, captioner_parameters, generator_parameters
 from dalleflamingo.evaluation.intervals import mean_interval
 from dalleflamingo.profiles import Profile
 from dalleflamingo.research import pages
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.runs import write_whole
 from dalleflamingo.sources.models import load_cycle
 

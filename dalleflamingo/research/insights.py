@@ -21,6 +21,7 @@ import pandas as pd
 
 from dalleflamingo import profiles, registry
 from dalleflamingo.captioner import Captioner
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import PAPER_SAMPLING
 from dalleflamingo.evaluation.caption_results import describe_dataset, read_results, write_results
@@ -48,7 +49,7 @@ from dalleflamingo.research.metrics import (
     pairs_of_claim,
     ranking_label,
 )
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.pages import current_commit
 from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import (

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from dalleflamingo import profiles
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.evaluation.intervals import Interval, mean_interval
 from dalleflamingo.evaluation.similarities import load_image_similarities
 from dalleflamingo.miniature.scene_graph import scene_graph_f1
 from dalleflamingo.reconstruct import JourneySettings, image_text_image
 from dalleflamingo.research import fresh
 from dalleflamingo.research.metrics import check_similarities
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.ranking import rows_of
 from dalleflamingo.runs import write_whole
 from dalleflamingo.sources.models import Models, load_captioner, load_generator

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dalleflamingo import profiles
+from dalleflamingo.commands.parsers import positive
 
 RUNS = Path("build/runs")
 
@@ -63,16 +64,3 @@ def _check_writable(parser: argparse.ArgumentParser, name: str, folder: Path) ->
     if not above.is_dir() or not os.access(above, os.W_OK):
         problem = "cannot be written to" if above.is_dir() else "is not a folder"
         parser.error(f"--{name} {folder}: {above} {problem}; give another folder")
-
-
-def positive(text: str) -> int:
-    """The type of an option that counts something.
-
-    Args:
-        text: what the user wrote.
-    Raises:
-        argparse.ArgumentTypeError: it is no whole number, or less than 1.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
-    return int(text)

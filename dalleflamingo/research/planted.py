@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dalleflamingo import profiles
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.course import show
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.intervals import Interval, proportion
@@ -28,7 +29,7 @@ from dalleflamingo.miniature.world import sample_scene
 from dalleflamingo.reconstruct import JourneySettings, run_journey
 from dalleflamingo.research import fresh, pages
 from dalleflamingo.research.metrics import check_similarities, ranking_label
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import rows_of, similarities
 from dalleflamingo.research.stability import FixedCaptions, RerenderJourney

@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.course import show
 from dalleflamingo.evaluation.intervals import Interval, resample
 from dalleflamingo.profiles import Profile
 from dalleflamingo.research import pages, repair
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.ranking import ALL
 from dalleflamingo.research.repair import ARMS, DAMAGE, DEVIATING, PATIENTS, SEED, SORTS, Arm, Sizes
 from dalleflamingo.research.resampling import bootstrap_of_runs

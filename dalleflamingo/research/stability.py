@@ -18,6 +18,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from dalleflamingo import profiles
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.intervals import Interval, mean_interval, within_group_spearman
 from dalleflamingo.generator import Generator
@@ -26,7 +27,7 @@ from dalleflamingo.research import pages, report
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.insights import RANKED
 from dalleflamingo.research.metrics import METRICS, check_similarities, ranking_label
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import ALL, RESAMPLES, EvaluatedCandidates, gains, measure
 from dalleflamingo.runs import RunFolder, derive_seed, write_whole

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from dalleflamingo import profiles, registry
 from dalleflamingo.captioner import Captioner
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.course import matrix, show
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.intervals import Interval, mean_interval
@@ -27,7 +28,7 @@ from dalleflamingo.generator import Generator
 from dalleflamingo.reconstruct import ImageTextImage, Journey, JourneySettings, TextImageText, run_journey
 from dalleflamingo.research import pages
 from dalleflamingo.research.metrics import check_similarities, ranking_label
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.runs import write_whole
 from dalleflamingo.similarity import Similarity
 from dalleflamingo.sources import registered

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from dalleflamingo import profiles
 from dalleflamingo.captioner import Captioner
+from dalleflamingo.commands.parsers import positive
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.decoding import PAPER_SAMPLING, Strategy, Temperature, TopK
 from dalleflamingo.evaluation.image_features import FeatureExtractor, ImageFiles
@@ -30,7 +31,7 @@ from dalleflamingo.research.claims import Claim, print_claims, scoreboard, secon
 from dalleflamingo.research.image_ranking import ImageEvaluators, evaluate_images
 from dalleflamingo.research.insights import RANKED, TABLE_2, difference
 from dalleflamingo.research.metrics import METRICS, check_similarities, ranking_label
-from dalleflamingo.research.options import parse, positive, study_parser
+from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.provenance import Provenance
 from dalleflamingo.research.ranking import (
     ALL,
