@@ -17,6 +17,7 @@ from dalleflamingo import repository
 from dalleflamingo.commands.parsers import PROFILE, Parser, add_profile
 
 DEBUG = "DALLEFLAMINGO_DEBUG"
+CLOSED = 141  # exit status of a process whose output nobody reads any more: 128 + SIGPIPE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +119,14 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: of the command line; None for those of this process.
     """
     prog = "python -m dalleflamingo"
-    parser = Parser(prog=prog, add_help=False, allow_abbrev=False)
+    parser = Parser(prog=prog, add_help=False)
     add_profile(parser)
     chosen, arguments = parser.parse_known_args(arguments)
     if chosen.profile is not None:
         try:
             from dalleflamingo.profiles import PROFILES
+        except KeyboardInterrupt:
+            return 130
         except Exception as error:
             return _report(prog, error)
         if chosen.profile not in PROFILES:
@@ -156,8 +159,8 @@ def _dispatch(commands: Mapping[str, Command], arguments: list[str], prog: str, 
     module, _, function = commands[name].function.partition(":")
     try:
         return getattr(importlib.import_module(module), function)(arguments[1:]) or 0
-    except BrokenPipeError:  # who read the output has seen enough, as `head` does
-        return 141
+    except BrokenPipeError:  # as `in_terminal`
+        return CLOSED
     except KeyboardInterrupt:
         if commands[name].interrupted:
             print(f"\nInterrupted: {commands[name].interrupted}.", file=sys.stderr)
@@ -216,7 +219,19 @@ def _fault(error: Exception) -> str:
     return f"this is a bug ({what}): give the command again with {DEBUG}=1 and {where}"
 
 
-if __name__ == "__main__":
-    # a terminal's encoding may lack a character of a file's name, or an arrow
+def in_terminal() -> int:
+    """As `main`, with the standard output of a process: its encoding, and a reader that has seen enough, as `head`."""
+    # an encoding may lack a character of a file's name, or an arrow
     sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main())
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return CLOSED
+
+
+if __name__ == "__main__":
+    sys.exit(in_terminal())

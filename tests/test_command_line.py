@@ -419,6 +419,25 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch):
     assert command_line.main(["reconstruct"]) == 141
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["reconstruct", "--help"], ["export", "--help"]], ids=" ".join)
+def test_a_closed_pipe_is_quiet_even_where_python_buffers(arguments):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    line = [sys.executable, "-m", "dalleflamingo", *arguments]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=buffered) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (141, b"")
+
+
+def test_ctrl_c_while_the_profiles_are_imported_is_no_traceback(monkeypatch):
+    class Slow:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "dalleflamingo.profiles", Slow())
+    assert command_line.main(["--profile", "mini", "research"]) == 130
+
+
 def test_more_steps_than_timesteps_are_refused(models, tmp_path, capsys):
     status, error = run("reconstruct", tmp_path / "mine", "--out", tmp_path / "run", "--steps", 2000, capsys=capsys)
     assert status == 2 and "steps = 2000: the model has 1000 timesteps: take 1000 or fewer" in error

@@ -391,8 +391,8 @@ def test_clip_score_of_its_authors_example_is_the_published_one(real_data, kind,
 
 def test_score_of_a_candidate_does_not_depend_on_the_other_candidates():
     cider = ngrams.Cider(REFERENCES)
-    ids = [7, 7, 9, "b", 7]
-    captions = ["a bird", "a red bird on a boat", "a kite", "two cats", "a boat"]
+    ids = [7, 7, 9, "b", 7, 9, 7]  # the last two: the same caption twice for one image, once for another
+    captions = ["a bird", "a red bird on a boat", "a kite", "two cats", "a boat", "a bird", "a bird"]
     together = cider.score(ids, captions)
     apart = [cider.score([i], [caption])[0] for i, caption in zip(ids, captions, strict=True)]
     assert together == pytest.approx(apart, abs=1e-12) and together[1] > together[0] > 0
@@ -442,6 +442,8 @@ def test_candidates_of_unknown_images_are_named():
         cider.score([7, 8, 8], ["a", "b", "c"])
     with pytest.raises(ValueError, match="2 image ids for 1 captions"):
         cider.score([7, 8], ["a"])
+    with pytest.raises(TypeError, match=r"a caption of 'candidates' is \['a'\] \(list\)"):
+        cider.score([7, 9], ["a", ["a"]])
     with pytest.raises(ValueError, match="no references: give"):
         ngrams.Cider({})
     with pytest.raises(ValueError, match="different images"):

@@ -263,7 +263,7 @@ def test_a_models_own_scheduler_must_be_offered_too(folder, tmp_path):
 
 def test_every_offered_scheduler_refuses_fewer_steps_than_it_needs(folder):
     def check(generator: Generator, steps: int) -> None:
-        require_steps(generator, SimpleNamespace(steps=steps, scheduler=None), steps)
+        require_steps(generator, steps, chosen=True)
 
     for name, least in SCHEDULERS.items():
         generator = Generator.from_pretrained(folder, scheduler=name)
@@ -276,6 +276,7 @@ def test_every_offered_scheduler_refuses_fewer_steps_than_it_needs(folder):
             check(generator, 1000)
         with pytest.raises(ValueError, match=rf"steps = {least - 1}: {name} needs {least} or more; take {least}"):
             check(generator, least - 1)
+        require_steps(generator, least - 1, chosen=False)
     quick = min(SCHEDULERS, key=SCHEDULERS.get)
     slow = Generator.from_pretrained(folder, scheduler=max(SCHEDULERS, key=SCHEDULERS.get))
     with pytest.raises(ValueError, match=f"or another scheduler: .*{quick}"):

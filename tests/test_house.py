@@ -159,7 +159,7 @@ def test_imports_run_one_way():
 
 
 # each imports itself and those before it
-LAYERS = ("core", "adapters", "sources", "evaluation", "miniature", "commands", "course", "research")
+LAYERS = ("core", "adapters", "sources", "evaluation", "commands", "miniature", "course", "research")
 CORE = (
     "settings profiles runs datasets registry tokens denoising generator similarity decoding vocabulary captioner "
     "bridge reconstruct cycle_losses cycle"

@@ -7,8 +7,6 @@ models. What a cell does with the miniature, it does with the shipped one.
 import dataclasses
 import itertools
 import json
-import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +54,7 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Iterator[dict[str, str]]:
+def folders(tmp_path_factory) -> dict[str, str]:
     """The variables that name COCO and NoCaps. Their photographs are eight small images, over and over."""
     root = tmp_path_factory.mktemp("data")
     variables = headers.write_headers(root, {split: count // 20 for split, count in headers.COCO.items()})
@@ -71,8 +69,8 @@ def folders(tmp_path_factory) -> Iterator[dict[str, str]]:
             for split in registry.ENTRIES[name].splits or (None,):
                 for example, path in zip(registered.load_dataset(name, split), itertools.cycle(small)):
                     example.path.unlink(missing_ok=True)
-                    os.link(path, example.path)
-        yield variables
+                    example.path.symlink_to(path)
+    return variables
 
 
 @pytest.fixture(params=["colab", "paper"])
@@ -112,8 +110,10 @@ def executed(notebook: str) -> dict[str, object]:
 @pytest.mark.parametrize("notebook", NAMES)
 def test_a_notebook_runs_to_its_end(notebook, profile):
     names = executed(notebook)
-    assert names.get("profile", profile) is profile  # notebook 02 needs none
+    assert notebook.startswith("02") or names["profile"] is profile  # which needs none
     if notebook == "06_cycle_finetuning":  # its losses by hand are those of a batch in parts, decoded smaller
         config = names["config"]
         assert config.accumulation == 8 and config.losses.decoded_size == 256 and config.checkpointing
         assert all(norm > 0 for norm in names["norms"]["(2) image → text → image"].values())
+    if notebook == "08_the_real_models":
+        assert set(names["cells"]["captioner"]) == {"BLIP (ViT-L)"}

@@ -238,7 +238,7 @@ def test_a_slice_a_filter_and_a_subset_are_those_of_a_data_set_in_memory(tmp_pat
 
 @pytest.fixture(scope="module")
 def own_process():
-    """A process with a single thread: of what tests leave behind, threads would be traced too."""
+    """A process of its own, because tracemalloc also counts what threads of other tests do."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         yield process
 

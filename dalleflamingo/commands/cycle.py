@@ -36,14 +36,14 @@ def main(arguments: list[str]) -> int:
     config = dataclasses.replace(config, **given(options, "steps", "seed", "batch_size"))
     accelerator = tracked(options.tracker, options.run, config)
     with hold(options.run) if accelerator.is_main_process else contextlib.nullcontext():
-        models, batches, trainable = load_cycle(config, accelerator.device)
+        cycle, batches, trainable = load_cycle(config, accelerator.device)
         if config.validate_every:
             size = dict(steps=profile.steps, guidance_scale=profile.guidance_scale, batch_size=profile.batch_size)
-            validate = Validation(models, validation_set(config), options.run, **size)
-        train_cycle(config, models, batches, trainable, options.run, accelerator, validate)
+            validate = Validation(cycle, validation_set(config), options.run, **size)
+        train_cycle(config, cycle, batches, trainable, options.run, accelerator, validate)
         accelerator.end_training()
         if accelerator.is_main_process:
-            export(models, options.run)
+            export(cycle, options.run)
             write_model_cards(config, options.run)
             print(f"{options.run}/captioner and {options.run}/generator, with {options.run}/log.jsonl")
             if options.push_to_hub:

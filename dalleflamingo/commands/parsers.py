@@ -12,29 +12,30 @@ paper run BLIP and Stable Diffusion on a GPU; default: ${PROFILE}, or mini where
 
 
 class Parser(argparse.ArgumentParser):
-    """With its text as it is written, and an error in one line."""
+    """With its texts as they are written, options in full only, and an error in one line."""
 
     def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        # no abbreviations: `__main__` has taken --profile away, and --prof would reach the command and be ignored
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help says more\n")
 
 
-def command_parser(name: str, about: str) -> Parser:
+def command_parser(name: str, about: str, epilog: str | None = None) -> Parser:
     """The parser of a command.
 
     Args:
-        name: of the command.
-        about: its docstring.
+        name: of the command, behind `python -m dalleflamingo`.
+        about: what it does, often its docstring.
+        epilog: below the options.
     """
-    # no abbreviations: `main` has taken --profile away, and --prof would reach the command and be ignored
-    prog, epilog = f"python -m dalleflamingo {name}", "Defaults come from the profile."
-    return Parser(prog=prog, description=inspect.cleandoc(about), epilog=epilog, allow_abbrev=False)
+    return Parser(prog=f"python -m dalleflamingo {name}", description=inspect.cleandoc(about), epilog=epilog)
 
 
 def add_shared(parser: argparse.ArgumentParser, steps: str, batch_size: str) -> None:
-    """The options of every command that runs models."""
+    """The options of the commands that run models."""
+    parser.epilog = "Defaults come from the profile."
     parser.add_argument("--steps", type=positive, help=steps)
     parser.add_argument("--batch-size", type=positive, metavar="B", help=batch_size)
     parser.add_argument("--seed", type=int, help="of all random numbers; default: 0")

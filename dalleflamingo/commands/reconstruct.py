@@ -76,6 +76,7 @@ def main(arguments: list[str]) -> int:
     from dalleflamingo.reconstruct import JourneySettings
     from dalleflamingo.runs import hold
     from dalleflamingo.sources.inputs import read_source, remember
+    from dalleflamingo.sources.models import class_of
 
     worker = Worker.named(options.worker).launched(os.environ)
     with in_turn(options.out, worker):
@@ -85,8 +86,14 @@ def main(arguments: list[str]) -> int:
     settings = JourneySettings.of(profile, **given(options, "candidates", "steps", "seed", "batch_size"))
     # before models are loaded, which may take minutes
     with hold(options.out) if worker.count == 1 else contextlib.nullcontext():
-        make_journey = _image_journey if start == "images" else _text_journey
-        table = run_together(make_journey(source, options, profile, settings), source, options.out, worker)
+        if start == "images":
+            journey = _image_journey(options, profile, settings)
+        else:
+            journey = _text_journey(source, options, profile, settings)
+        if not class_of(profile.generator):  # the others have schedulers of their own
+            chosen = options.steps is not None or options.scheduler is not None
+            require_steps(journey.generator, settings.steps, chosen)
+        table = run_together(journey, source, options.out, worker)
         if table is not None and start == "images":
             remember(options.out, options.source, options.image_folder)
             _print_best(table, "file", "caption")
@@ -112,22 +119,20 @@ def _chosen_profile(options: argparse.Namespace) -> "Profile":
     chosen |= {"image_size": options.size} if options.size else {}
     profile = dataclasses.replace(profiles.current(), **chosen)
     if other := class_of(profile.generator):
-        settled = ["scheduler", "size"] + ["steps"] * (getattr(other, "steps", 1) is not None)
+        settled = ["scheduler", "size"]
+        if getattr(other, "steps", 1) is not None:  # None: the profile's number of steps is taken
+            settled.append("steps")
         for name in given(options, *settled):
             raise ValueError(f"--{name}: the generator {profile.generator} has its own, so leave the option out")
     return profile
 
 
-def _image_journey(
-    source: "Dataset", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
-) -> "Journey":
+def _image_journey(options: argparse.Namespace, profile: "Profile", settings: "JourneySettings") -> "Journey":
     """Image → text → image with the profile's models."""
     from dalleflamingo.reconstruct import ImageTextImage
-    from dalleflamingo.sources.models import class_of, load_models
+    from dalleflamingo.sources.models import load_models
 
     captioner, generator, similarities = load_models(profile, options.scheduler)
-    if not class_of(profile.generator):
-        require_steps(generator, options, settings.steps)
     similarities = similarities + _safety_checker(options, profile)
     return ImageTextImage(captioner, generator, similarities, settings)
 
@@ -138,11 +143,9 @@ def _text_journey(
     """Text → image → text. CIDEr takes the weights of n-grams from the first `_CORPUS` captions of the source."""
     from dalleflamingo.evaluation.similarities import load_text_similarities
     from dalleflamingo.reconstruct import TextImageText
-    from dalleflamingo.sources.models import class_of, load_captioner, load_generator
+    from dalleflamingo.sources.models import load_captioner, load_generator
 
     captioner, generator = load_captioner(profile), load_generator(profile, scheduler=options.scheduler)
-    if not class_of(profile.generator):
-        require_steps(generator, options, settings.steps)
     corpus = {text.image_id: text.references for text in source[:_CORPUS]}
     similarities = load_text_similarities(profile, corpus) + _safety_checker(options, profile)
     return TextImageText(captioner, generator, similarities, settings)
@@ -159,11 +162,13 @@ def _safety_checker(options: argparse.Namespace, profile: "Profile") -> list:
     return [class_of(name).from_pretrained(**source_of(name, profile.device))]
 
 
-def require_steps(generator: "Generator", options: argparse.Namespace, steps: int) -> None:
-    """Refuse fewer steps than the scheduler needs for images that match their captions, where the user chose them.
+def require_steps(generator: "Generator", steps: int, chosen: bool) -> None:
+    """Refuse fewer steps than the scheduler needs for images that match their captions.
 
-    The profile `smoke` has fewer, to be quick.
-
+    Args:
+        generator: of diffusers' schedulers.
+        steps: of a rendering.
+        chosen: the user chose them, or the scheduler. The profile `smoke` has too few, to be quick.
     Raises:
         ValueError: they are too few, or as `denoising.spread_steps`.
     """
@@ -171,7 +176,7 @@ def require_steps(generator: "Generator", options: argparse.Namespace, steps: in
 
     spread_steps(generator.pipeline.scheduler, steps)
     name = short_name(type(generator.pipeline.scheduler))
-    if (options.steps, options.scheduler) != (None, None) and steps < (least := SCHEDULERS[name]):
+    if chosen and steps < (least := SCHEDULERS[name]):
         quick = [other for other, fewest in SCHEDULERS.items() if fewest <= steps]
         remedy = f"or another scheduler: {', '.join(quick)}" if quick else "as no scheduler works with so few"
         raise ValueError(f"steps = {steps}: {name} needs {least} or more; take {least}, {remedy}")

@@ -13,7 +13,6 @@ NOTEBOOK.2.json, …; an exercise that holds another answer than the saved one i
 that is gone stays in its file.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+from dalleflamingo.commands.parsers import command_parser
 from dalleflamingo.runs import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,7 +239,7 @@ def _write(path: Path, content: dict) -> None:
 
 def main(arguments: list[str]) -> int:
     """Keep what you wrote into the exercises while the course is updated."""
-    parser = argparse.ArgumentParser(prog="python -m dalleflamingo answers", description=main.__doc__)
+    parser = command_parser("answers", main.__doc__)
     parser.add_argument("action", choices=("save", "restore"), help="into answers/, or back into the notebooks")
     report = {"save": save, "restore": restore}[parser.parse_args(arguments).action](ROOT)
     for line in report.done:

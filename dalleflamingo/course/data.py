@@ -1,9 +1,9 @@
 """The command `data`: draws the images of the miniature, and fetches the photographs that the notebooks open."""
 
-import argparse
 from dataclasses import replace
 
 from dalleflamingo import profiles, registry
+from dalleflamingo.commands.parsers import command_parser
 from dalleflamingo.cycle import CaptionedBatches, CycleConfig
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.miniature import corpora
@@ -46,16 +46,15 @@ def cycle_images(dataset: Dataset, profile: Profile) -> set[int]:
 
 
 def main(arguments: list[str]) -> int:
-    """The command `python -m dalleflamingo data`; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dalleflamingo data",
-        description="Draw the images of the miniature that are not drawn yet. In the profiles colab and paper, fetch "
-        "the photographs of NoCaps and COCO that the notebooks open, too; without this command they are fetched when "
-        "they are opened. An interrupted command goes on where it was.",
-        epilog="`--write` and `--verify` are for the miniature alone, which lies in the repository's data/miniature, "
-        "or in the folder miniature of DALLEFLAMINGO_DATA.",
-        allow_abbrev=False,
-    )
+    """Draw the images of the miniature that are not drawn yet.
+
+    In the profiles colab and paper, fetch the photographs of NoCaps and COCO that the notebooks open, too; without this
+    command they are fetched when they are opened. An interrupted command goes on where it was.
+
+    `--write` and `--verify` are for the miniature alone, which lies in the repository's data/miniature, or in the
+    folder miniature of DALLEFLAMINGO_DATA.
+    """
+    parser = command_parser("data", main.__doc__)
     parser.add_argument("--dry-run", action="store_true", help="fetch annotations only, and say what else would come")
     parser.add_argument("--profile", metavar="NAME", help="smoke, mini, colab or paper; default: the current one")
     parser.add_argument("--write", action="store_true", help="first write the miniature's annotation files anew")

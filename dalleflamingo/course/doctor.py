@@ -3,7 +3,6 @@
 No check downloads anything, and none waits for a server longer than `registry.PATIENCE`.
 """
 
-import argparse
 import os
 import platform
 import re
@@ -16,6 +15,8 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from dalleflamingo.commands.parsers import command_parser
 
 if TYPE_CHECKING:  # each check imports what it needs, because packages may be what is missing
     from packaging.specifiers import SpecifierSet
@@ -358,8 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         its exit status: 0; 1 where something is missing that the current profile needs.
     """
-    description = "Say what this machine lacks for the current profile, and what to do about it."
-    argparse.ArgumentParser(prog="python -m dalleflamingo doctor", description=description).parse_args(arguments)
+    about = "Say what this machine lacks for the current profile, and what to do about it."
+    command_parser("doctor", about).parse_args(arguments)
     missing = 0
     for finding in findings():
         print(finding, flush=True)

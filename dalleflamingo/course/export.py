@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from dalleflamingo.commands.parsers import nonempty_path
+from dalleflamingo.commands.parsers import command_parser, nonempty_path
 from dalleflamingo.course.gallery import generated_image, write_gallery
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.caption_results import write_results
@@ -22,7 +22,7 @@ from dalleflamingo.sources.shards import write_shards
 
 def main(arguments: list[str]) -> int:
     """Make a page, COCO results or shards of a finished run."""
-    parser = argparse.ArgumentParser(prog="python -m dalleflamingo export", description=main.__doc__)
+    parser = command_parser("export", main.__doc__)
     parser.add_argument("run", type=nonempty_path, help="the run folder that was given to reconstruct as --out")
     parser.add_argument("--by", metavar="SIMILARITY", help="that ranks the candidates; default: the run's first one")
     page = "new folder for a page of all inputs with their ranked candidates"

@@ -16,7 +16,6 @@ file is written whole or not at all, so a killed run leaves no broken files; ano
 notebooks keeps the others that ran in the same profile.
 """
 
-import argparse
 import json
 import os
 import re
@@ -31,6 +30,7 @@ import psutil
 from tqdm import tqdm
 
 from dalleflamingo import profiles, registry, repository
+from dalleflamingo.commands.parsers import command_parser
 from dalleflamingo.course import colab, site
 from dalleflamingo.runs import write_whole
 
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         its exit status: 0, 1 if a notebook failed, 2 for a wrong argument, 130 if interrupted.
     """
-    parser = argparse.ArgumentParser(prog="python -m dalleflamingo course", description=__doc__.split(":")[0] + ".")
+    parser = command_parser("course", __doc__.split(":")[0] + ".")
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: every notebook of the course")
     default = os.environ.get(profiles.VARIABLE) or "mini"
     parser.add_argument("--profile", default=default, help=f"{', '.join(profiles.PROFILES)}; default: {default}")

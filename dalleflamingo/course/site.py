@@ -11,7 +11,6 @@
 The site opens from a disk or any web server and asks no other host for anything. A page holds its images and formulas.
 """
 
-import argparse
 import ast
 import html
 import json
@@ -29,6 +28,7 @@ from pygments import highlight
 from pygments.lexers import PythonLexer
 
 from dalleflamingo import __version__
+from dalleflamingo.commands.parsers import command_parser
 from dalleflamingo.course import paper_map, search
 from dalleflamingo.course.front_page import front_page, summaries
 from dalleflamingo.course.markdown import DARK, LIGHT, PageRenderer
@@ -342,7 +342,7 @@ def build(executed: Path, out: Path, others: Sequence[Path] = ()) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the site of the notebooks that `course` executed, and of the documents."""
-    parser = argparse.ArgumentParser(prog="python -m dalleflamingo site", description=main.__doc__)
+    parser = command_parser("site", main.__doc__)
     parser.add_argument(
         "--executed", type=Path, default=Path("build"), help="folder that `course` left; default: build"
     )

@@ -52,14 +52,22 @@ def tokenize(captions: Mapping[Hashable, Sequence[str]], tokenizer: str | None =
             captions belongs. RuntimeError: Java failed.
     """
     for key, texts in captions.items():
-        _check(key, texts)
+        check_captions(key, texts)
     # a line break of any kind inside a caption would shift all captions after it
     lines = [" ".join(text.split()) for texts in captions.values() for text in texts]
     split = iter((_ptb if (tokenizer or default_tokenizer()) == PTB else _imitation)(lines))
     return {key: [next(split) for _ in texts] for key, texts in captions.items()}
 
 
-def _check(key: Hashable, texts: Sequence[str]) -> None:
+def check_captions(key: Hashable, texts: Sequence[str]) -> None:
+    """Refuse what are no captions.
+
+    Args:
+        key: whose captions they are, for the message.
+        texts: the captions.
+    Raises:
+        ValueError, TypeError: as `tokenize`.
+    """
     if isinstance(texts, str):
         raise TypeError(f"the captions of {key!r} are one string, {texts!r}: give a list of strings, even for one")
     if len(texts) == 0:

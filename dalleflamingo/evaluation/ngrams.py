@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import numpy as np
 from scipy.sparse import csr_array
 
-from dalleflamingo.evaluation.caption_tokenizer import default_tokenizer, tokenize
+from dalleflamingo.evaluation.caption_tokenizer import check_captions, default_tokenizer, tokenize
 
 ORDERS = 4  # n-grams of 1 to 4 words
 SIGMA = 6.0  # of CIDEr's penalty on a difference in length, in words
@@ -80,21 +80,21 @@ class CiderTable:
         references = [caption for image in images for caption in scorer.references[image]]
         per_image = np.array([len(scorer.references[image]) for image in images])
         end = np.cumsum(per_image)  # of each image's references
-        image = np.array([number[image] for image, _ in distinct])  # (D,)
-        self.image = image[self._row]  # (N,)
-        self.count = per_image[image]  # (D,) how many references a candidate is compared with
-        self.candidate = np.repeat(np.arange(len(candidates)), self.count)  # (P,)
-        self.reference = np.concatenate([np.arange(end[i] - per_image[i], end[i]) for i in image])  # (P,)
+        image_of = np.array([number[image] for image, _ in distinct])  # (D,)
+        self._image = image_of[self._row]  # (N,)
+        self._count = per_image[image_of]  # (D,) how many references a candidate is compared with
+        self._candidate = np.repeat(np.arange(len(candidates)), self._count)  # (P,) among the distinct ones
+        self._reference = np.concatenate([np.arange(end[i] - per_image[i], end[i]) for i in image_of])  # (P,)
 
         columns = {gram: i for i, gram in enumerate(dict.fromkeys(_grams(candidates + references)))}
         self._own = _matrix((_product(caption, caption) for caption in candidates), columns)  # (4 D, V)
         self._gold = _matrix((_product(caption, caption) for caption in references), columns)  # (4 R, V)
-        compared = zip(self.candidate, self.reference, strict=True)
+        compared = zip(self._candidate, self._reference, strict=True)
         self._shared = _matrix((_product(candidates[i], references[j]) for i, j in compared), columns)  # (4 P, V)
         self._held = _matrix((dict.fromkeys(_grams(scorer.references[i]), 1) for i in images), columns)  # (4 I, V)
         self._idf = np.log(scorer.images) - np.log([max(1, scorer.frequency[gram]) for gram in columns])  # (V,)
-        words = np.array([_length(caption) for caption in candidates])[self.candidate]
-        gap = words - np.array([_length(caption) for caption in references])[self.reference]
+        words = np.array([_length(caption) for caption in candidates])[self._candidate]
+        gap = words - np.array([_length(caption) for caption in references])[self._reference]
         self._penalty = np.exp(-(gap**2) / (2 * SIGMA**2))  # (P,)
 
     def scores(self) -> np.ndarray:
@@ -112,11 +112,11 @@ class CiderTable:
         Raises:
             ValueError: if the corpora are not of the same images.
         """
-        image = self.image[rows]
+        image = self._image[rows]
         drawn = image.reshape(-1, image.shape[-1])[0]
         if not (image == drawn).all():
             raise ValueError("the corpora hold different images: each row of positions needs one candidate of each")
-        times = np.bincount(drawn, minlength=self.image.max() + 1)
+        times = np.bincount(drawn, minlength=self._image.max() + 1)
         frequency = self._held.T @ np.repeat(times, ORDERS)
         idf = np.log(len(drawn)) - np.log(np.maximum(1, frequency))
         return self._scores(idf)[rows].mean(axis=-1)
@@ -124,9 +124,9 @@ class CiderTable:
     def _scores(self, idf: np.ndarray) -> np.ndarray:
         weight = idf**2
         own, gold, shared = ((matrix @ weight).reshape(-1, ORDERS) for matrix in (self._own, self._gold, self._shared))
-        norms = np.sqrt(own[self.candidate] * gold[self.reference])  # (P, 4)
+        norms = np.sqrt(own[self._candidate] * gold[self._reference])  # (P, 4)
         cosine = np.divide(shared, norms, out=np.zeros_like(shared), where=norms > 0).mean(axis=1)
-        return (10 * np.bincount(self.candidate, cosine * self._penalty) / self.count)[self._row]
+        return (10 * np.bincount(self._candidate, cosine * self._penalty) / self._count)[self._row]
 
 
 class BleuTable:
@@ -210,6 +210,7 @@ def _check_candidates(
     if len(image_ids) != len(captions) or len(captions) == 0:
         raise ValueError(f"{len(image_ids)} image ids for {len(captions)} captions: give as many, and at least one")
     refuse_unknown(image_ids, references)
+    check_captions("candidates", captions)  # before equal ones are looked for, which must be hashable
 
 
 def _counted_candidates(captions: Sequence[str], tokenizer: str) -> list[Counter]:

@@ -5,7 +5,6 @@ how good it is, what it cannot do. The README.md beside them is the card of the 
 and the annotation files, all other text from `cards.toml`.
 """
 
-import argparse
 import json
 import tomllib
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import DatasetCardData, ModelCardData
 
+from dalleflamingo.commands.parsers import command_parser
 from dalleflamingo.miniature.corpora import annotation_files, data_folder
 from dalleflamingo.research import pages
 from dalleflamingo.research.gates import table
@@ -118,11 +118,8 @@ def _sizes(corpus: Mapping) -> tuple[str, ...]:
 
 
 def main(arguments: list[str]) -> int:
-    """The command `python -m dalleflamingo research cards`; returns its exit status."""
-    argparse.ArgumentParser(
-        prog="python -m dalleflamingo research cards",
-        description="Write the cards of the miniature's models and corpora: README.md in each folder.",
-    ).parse_args(arguments)
+    """Write the cards of the miniature's models and corpora: README.md in each folder."""
+    command_parser("research cards", main.__doc__).parse_args(arguments)
     texts = tomllib.loads(_TEXTS.read_text(encoding="utf-8"))
     manifest = json.loads((data_folder() / "MANIFEST.json").read_text())
     cards = {data_folder(): data_card(texts.pop("corpora"), annotation_files())}

@@ -7,7 +7,6 @@ these gates alone, before any finding is measured. MANIFEST.json and docs/miniat
     python -m dalleflamingo research gates --seed 7 --json gates.json      on fresh scenes only, written there only
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dalleflamingo import registry
-from dalleflamingo.commands.parsers import positive
+from dalleflamingo.commands.parsers import command_parser, positive
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.evaluation.intervals import Interval
@@ -367,12 +366,11 @@ def record(gates: Sequence[Gate], docs: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """The command `python -m dalleflamingo research gates`; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dalleflamingo research gates",
-        description="Measure how good the world's people and the shipped models are, and write it into MANIFEST.json "
-        "and docs/miniature.md; with --json into that file instead.",
-    )
+    """Measure how good the world's people and the shipped models are.
+
+    It is written into MANIFEST.json and docs/miniature.md; with --json into that file instead.
+    """
+    parser = command_parser("research gates", main.__doc__)
     parser.add_argument("models", nargs="*", help=f"which of {', '.join(MODELS)} (default: all)", metavar="MODEL")
     parser.add_argument("--seed", type=int, help="measure on fresh scenes of this seed only; needs --json")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the gates there, and nothing else")

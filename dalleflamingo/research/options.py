@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dalleflamingo import profiles
-from dalleflamingo.commands.parsers import positive
+from dalleflamingo.commands.parsers import command_parser, positive
 
 RUNS = Path("build/runs")
 
@@ -21,12 +21,8 @@ def study_parser(name: str, about: str, docs: bool = True) -> argparse.ArgumentP
         about: the study, in words.
         docs: it reads or writes the docs; else it has no --docs.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m dalleflamingo research {name}",
-        description=about,
-        epilog="An interrupted study goes on when the same command is given again.",
-        allow_abbrev=False,
-    )
+    epilog = "An interrupted study goes on when the same command is given again."
+    parser = command_parser(f"research {name}", about, epilog)
     parser.add_argument(
         "--runs", type=Path, default=RUNS, help="folder of the run folders of all studies; default: %(default)s"
     )

@@ -8,7 +8,6 @@ The image of `ranked.png` is the one of a small run whose candidates CLIP finds 
 are plays no part in the choice.
 """
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dalleflamingo import profiles
+from dalleflamingo.commands.parsers import command_parser
 from dalleflamingo.course import show
 from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.similarities import load_text_similarities
@@ -81,7 +81,7 @@ def write_ranked(dataset: Dataset, models: Models, texts: Sequence, settings: Jo
 
 def main(arguments: list[str]) -> int:
     """The figures of README and front page, with the miniature's models."""
-    parser = argparse.ArgumentParser(prog=front_gallery.COMMAND, description=main.__doc__)
+    parser = command_parser("research figures", main.__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/figures"), help="default: docs/figures")
     folder = parser.parse_args(arguments).folder
     profile = profiles.PROFILES[front_gallery.PROFILE]

@@ -5,12 +5,12 @@
 Verdicts and effects come from docs/results/claims.json. Reasons are prose, in scoreboard.toml.
 """
 
-import argparse
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dalleflamingo.commands.parsers import command_parser
 from dalleflamingo.research import pages
 from dalleflamingo.research.claims import RULE
 from dalleflamingo.research.metrics import ranking_label
@@ -57,11 +57,8 @@ def page(rows: Sequence[Mapping], texts: Mapping[str, Mapping[str, str]]) -> lis
 
 
 def main(arguments: list[str]) -> int:
-    """The command `python -m dalleflamingo research scoreboard`; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dalleflamingo research scoreboard",
-        description="Write docs/scoreboard.md from docs/results/claims.json: every verdict, and the reasons.",
-    )
+    """Write docs/scoreboard.md from docs/results/claims.json: every verdict, and the reasons."""
+    parser = command_parser("research scoreboard", main.__doc__)
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="has results/claims.json; default: docs")
     options = parser.parse_args(arguments)
     rows = json.loads((options.docs / "results" / "claims.json").read_text(encoding="utf-8"))["claims"]

@@ -26,6 +26,7 @@ from tqdm.auto import trange
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 from dalleflamingo import registry
+from dalleflamingo.commands.parsers import command_parser
 from dalleflamingo.evaluation.accelerators import new_accelerator
 from dalleflamingo.miniature.corpora import data_folder
 from dalleflamingo.miniature.training.base import Recipe
@@ -214,12 +215,9 @@ def main(arguments: list[str] | None = None) -> int:
 def argument_parser() -> argparse.ArgumentParser:
     """The options of the command."""
     summaries = [f"  {name:<15} {inspect.getdoc(recipe).splitlines()[0]}" for name, recipe in RECIPES.items()]
-    parser = argparse.ArgumentParser(
-        prog="python -m dalleflamingo train",
-        description="Train the models of the miniature. A run that is there goes on from its last checkpoint.",
-        epilog="models, in the order in which `all` trains them:\n" + "\n".join(summaries),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Train the models of the miniature. A run that is there goes on from its last checkpoint."
+    epilog = "models, in the order in which `all` trains them:\n" + "\n".join(summaries)
+    parser = command_parser("train", about, epilog)
     parser.add_argument("model", choices=[*RECIPES, "all"], metavar="MODEL", help="one of those below, or all")
     parser.add_argument("--steps", type=int, help="steps in all, those done before included (default: the recipe's)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
