@@ -22,6 +22,7 @@ from dalleflamingo.evaluation.intervals import paired_bootstrap
 from dalleflamingo.research import cycle_claims, cycle_comparison, cycle_report, cycle_start, cycle_study
 from dalleflamingo.research.cycle_arms import ARMS, START, TABLE_3, TABLE_9, Run, label_of, queue, run_of, trials
 from dalleflamingo.research.cycle_comparison import EvaluatedRuns, StudyResults
+from dalleflamingo.runs import RunFolderError
 from dalleflamingo.sources.models import load_captioner, load_cycle
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +114,56 @@ def test_a_run_is_trained_and_evaluated_once(few, tmp_path):
     again = cycle_study.train_and_evaluate(run, short(run), tmp_path, few, {}, profiles.PROFILES["smoke"])
     assert again == json.loads(json.dumps(first)) and (tmp_path / "result.json").stat().st_mtime_ns == before
     assert not list(tmp_path.glob("*.part"))
+
+
+def other_calls(config, few: dict[str, Dataset]):
+    """Calls that want the same folder for something else, by the line that tells it."""
+    smoke, three = profiles.PROFILES["smoke"], few | {"coco": few["coco"].subset(3)}
+    soft = dataclasses.replace(config, losses=dataclasses.replace(config.losses, mode="soft"))
+    return {
+        "profile: 'smoke' there, 'mini' now": (config, few, {}, MINI),
+        "config.steps: 2 there, 4 now": (dataclasses.replace(config, steps=4), few, {}, smoke),
+        "config.losses.mode: 'straight-through' there, 'soft' now": (soft, few, {}, smoke),
+        "described.coco: ['miniature/coco/test', 6] there, ['miniature/coco/test', 3] now": (config, three, {}, smoke),
+        "rendered.nocaps: None there, ['miniature/nocaps', 6] now": (config, few, {"nocaps": few["nocaps"]}, smoke),
+    }
+
+
+@pytest.mark.parametrize("left", ["result.json", "state.safetensors", "images"])
+def test_a_run_that_is_made_from_something_else_is_refused(few, tmp_path, left):
+    run = run_of(MINI, "cycle", BLIP)
+    config = short(run)
+    (tmp_path / left).write_text("{}")
+    with pytest.raises(RunFolderError, match="holds a run, but no run.json to say what it is made from"):
+        cycle_study.train_and_evaluate(run, config, tmp_path, few, {}, profiles.PROFILES["smoke"])
+    start = cycle_start.pretraining(BLIP, MINI)
+    made = {"start": start, "datasets": few, "generated": {}, "profile": profiles.PROFILES["smoke"]}
+    (tmp_path / "run.json").write_text(json.dumps(cycle_study.made_from(config, **made)))
+    for line, call in other_calls(config, few).items():
+        with pytest.raises(RunFolderError) as error:
+            cycle_study.train_and_evaluate(run, call[0], tmp_path, *call[1:])
+        assert f"{tmp_path}/run.json" in str(error.value) and "delete the folder" in str(error.value)
+        assert [told.strip() for told in str(error.value).splitlines()[1:-1]] == [line]
+
+
+def test_a_run_that_began_from_another_pretraining_is_refused(few, tmp_path, monkeypatch):
+    run, smoke = run_of(MINI, "cycle", BLIP), profiles.PROFILES["smoke"]
+    made = cycle_study.made_from(short(run), cycle_start.pretraining(BLIP, smoke), few, {}, smoke)
+    (tmp_path / "run.json").write_text(json.dumps(made))
+    (tmp_path / "result.json").write_text('{"captions": {}}')
+    cycle_study.train_and_evaluate(run, short(run), tmp_path, few, {}, smoke)
+    monkeypatch.setattr(cycle_start, "PRETRAINING", cycle_start.PRETRAINING | {"steps": 7})
+    with pytest.raises(RunFolderError, match=r"start\.steps: 120 there, 7 now"):
+        cycle_study.train_and_evaluate(run, short(run), tmp_path, few, {}, smoke)
+
+
+def test_each_profile_has_runs_of_its_own(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(cycle_study, "work", lambda wanted, folder, *others: given.append(folder.relative_to(tmp_path)))
+    for options in (["--profile", "smoke"], ["--profile", "mini"], ["--profile", "mini", "--trials"]):
+        monkeypatch.setenv(profiles.VARIABLE, "smoke")
+        cycle_study.main(["--runs", str(tmp_path), *options])
+    assert list(map(str, given)) == ["cycle-smoke", "cycle-mini", "cycle-mini/trials"]
 
 
 @pytest.mark.usefixtures("short_pretraining")
@@ -407,6 +458,21 @@ def test_every_arm_begins_with_the_queries_of_one_pretraining(tmp_path):
         for name, parameter in cycle.captioner.model.named_parameters():
             assert torch.equal(parameter, shipped[name]) == ("crossattention.self.query." not in name)
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_a_pretraining_with_other_settings_is_refused(tmp_path):
+    config = dataclasses.asdict(cycle_start.pretraining(BLIP, MINI)) | {"steps": 60}
+    (tmp_path / "blip").mkdir()
+    (tmp_path / "blip/done").touch()
+    for written, told in ((None, "dataset: None there"), (config, "steps: 60 there, 120 now")):
+        if written:
+            (tmp_path / "blip/config.json").write_text(json.dumps(written))
+        with pytest.raises(
+            RunFolderError, match=f"config.json is of a pretraining with other settings:\n(.*\n)*  {told}"
+        ):
+            cycle_start.pretrained(BLIP, MINI, tmp_path)
+    (tmp_path / "blip/config.json").write_text(json.dumps(config | {"steps": 120}))
+    assert cycle_start.pretrained(BLIP, MINI, tmp_path) == tmp_path / "blip/state.safetensors"
 
 
 def test_real_models_begin_as_they_were_published(tmp_path):

@@ -47,6 +47,7 @@ from dalleflamingo.research.cycle_study import (
     RENDERED,
     RENDERED_IN_TRIALS,
     development_sets,
+    folder_of,
     of_every_domain,
     test_sets,
 )
@@ -401,5 +402,5 @@ def main(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     profile = profiles.current()
     datasets = test_sets(profile, options.images)
-    print_claims(write(options.runs / "cycle", options.docs, profile, datasets))
+    print_claims(write(folder_of(options.runs, profile), options.docs, profile, datasets))
     return 0

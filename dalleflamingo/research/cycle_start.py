@@ -7,6 +7,7 @@ if the models had been published before they were finetuned. Real models begin a
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from dalleflamingo.evaluation.accelerators import make_accelerator
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
 from dalleflamingo.research.repair import damage
+from dalleflamingo.runs import RunFolderError, differences, read_settings
 from dalleflamingo.sources.models import load_cycle
 
 WEB = "miniature/web"
@@ -36,6 +38,17 @@ PRETRAINING = {  # fields of `CycleConfig`
 }
 
 
+def pretraining(captioner: str, profile: Profile) -> CycleConfig | None:
+    """The settings of a pretraining; None for real models, which need none.
+
+    Args:
+        captioner: name in the registry.
+        profile: names the generator.
+    """
+    shipped = registry.entry_of(captioner).shipped
+    return CycleConfig.of(profile, captioner=captioner, **PRETRAINING) if shipped else None
+
+
 def pretrained(captioner: str, profile: Profile, folder: Path) -> Path | None:
     """The checkpoint of a pretraining, made if it is missing; None for real models, which need none.
 
@@ -45,18 +58,32 @@ def pretrained(captioner: str, profile: Profile, folder: Path) -> Path | None:
         captioner: name in the registry.
         profile: names the generator.
         folder: of all starts.
+    Raises:
+        RunFolderError: the folder has a pretraining with other settings.
     """
-    if not registry.entry_of(captioner).shipped:
+    config = pretraining(captioner, profile)
+    if config is None:
         return None
     own = folder / captioner.rpartition("/")[2]
-    config = CycleConfig.of(profile, captioner=captioner, **PRETRAINING)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{own}.lock"):
-        if not (own / "done").exists():
+        if (own / "done").exists():
+            _require_made_from(config, own)
+        else:
             cycle, batches, trainable = load_cycle(config, torch.device(profile.device), _build_damaged)
             train_cycle(config, cycle, batches, trainable, own, make_accelerator(config))
             (own / "done").touch()
     return own / "state.safetensors"
+
+
+def _require_made_from(config: CycleConfig, folder: Path) -> None:
+    """Refuse a finished pretraining with other settings: `train_cycle` would let the number of steps differ."""
+    path = folder / "config.json"
+    if lines := differences(read_settings(path) or {}, asdict(config)):
+        raise RunFolderError(
+            f"{path} is of a pretraining with other settings:\n{lines}\nAll arms of a study begin with one: delete the "
+            "folder of the study to make its runs again, or give another --runs."
+        )
 
 
 def beginning_with(checkpoint: Path | None, build: Callable[..., tuple]) -> Callable[..., tuple]:

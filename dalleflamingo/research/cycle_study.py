@@ -3,12 +3,14 @@
     python -m dalleflamingo research cycle        the whole queue, going on where it was
 
 The same command in a second terminal takes the runs that no other process is working on, so that every core can have
-one. A run leaves `result.json` in its folder: the captions of every test image by the finetuned captioner, and how far
-each image that the finetuned generator renders is from the real one. `cycle_comparison.py` reads them.
+one. A run leaves two files in its folder: `run.json`, what it is made from, and `result.json`, the captions of every
+test image by the finetuned captioner, and how far each image that the finetuned generator renders is from the real one.
+`cycle_comparison.py` reads them.
 """
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -29,12 +31,12 @@ from dalleflamingo.evaluation.image_features import FeatureExtractor
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
 from dalleflamingo.research.cycle_arms import START, Run, queue, trials
-from dalleflamingo.research.cycle_start import WEB, beginning_with, pretrained
+from dalleflamingo.research.cycle_start import WEB, beginning_with, pretrained, pretraining
 from dalleflamingo.research.image_ranking import distances
 from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.released import build_released_cycle
 from dalleflamingo.research.unlabelled import build_unlabelled_cycle
-from dalleflamingo.runs import write_whole
+from dalleflamingo.runs import RunFolderError, differences, read_settings, write_whole
 from dalleflamingo.similarity import ClipImage, Encoder
 from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_cycle
@@ -111,6 +113,46 @@ def unlabelled_images(profile: Profile) -> tuple[str, str | None]:
     return (WEB, None) if registry.entry_of(profile.coco).shipped else (profile.coco, "train")
 
 
+def made_from(
+    config: CycleConfig,
+    start: CycleConfig | None,
+    datasets: Mapping[str, Dataset],
+    generated: Mapping[str, Dataset],
+    profile: Profile,
+) -> dict:
+    """What the result of a run depends on, in JSON values.
+
+    Args:
+        config: settings of the run.
+        start: those of the pretraining that it begins with, if it does.
+        datasets: as of `train_and_evaluate`.
+        generated: likewise.
+        profile: likewise.
+    """
+    described, rendered = (
+        {name: [dataset.name, len(dataset)] for name, dataset in part.items()} for part in (datasets, generated)
+    )
+    settings = {"config": asdict(config), "start": asdict(start) if start else None}
+    return {"profile": profile.name, **settings, "described": described, "rendered": rendered}
+
+
+def require_made_from(record: Mapping[str, object], folder: Path) -> None:
+    """Refuse a folder whose run, finished or not, is made from something else.
+
+    Args:
+        record: of `made_from`.
+        folder: of the run.
+    Raises:
+        RunFolderError: the record there differs, or is missing although there is a run.
+    """
+    path, remedy = folder / "run.json", "delete the folder to make the run again, or give another --runs"
+    there = read_settings(path)
+    if there is None and any((folder / name).exists() for name in ("result.json", "state.safetensors", "images")):
+        raise RunFolderError(f"{folder} holds a run, but no run.json to say what it is made from: {remedy}")
+    if there is not None and (lines := differences(there, record)):
+        raise RunFolderError(f"{path} is of a run that is made from something else:\n{lines}\nSo {remedy}.")
+
+
 def train_and_evaluate(
     run: Run,
     config: CycleConfig,
@@ -122,6 +164,8 @@ def train_and_evaluate(
 ) -> dict:
     """Train, going on where the folder's run was, evaluate, and write `result.json`; a run that is done is only read.
 
+    `run.json` is there before the training, so that whatever is found in the folder is known to be of this run.
+
     Args:
         run: what is trained.
         config: its settings.
@@ -130,19 +174,28 @@ def train_and_evaluate(
         generated: images whose captions the generator renders, likewise.
         profile: names the models that evaluate.
         build: makes the cycle of the models, as `cycle.build_cycle`; None: that of `builder_of`.
+    Raises:
+        RunFolderError: as `require_made_from` and `cycle.train_cycle`.
     """
-    result = folder / "result.json"
+    result, start = folder / "result.json", None if build else pretraining(run.captioner, profile)
+    record = made_from(config, start, datasets, generated, profile)
+    require_made_from(record, folder)
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))
     build = build or builder_of(run, profile, folder.parent / "starts")
     cycle, batches, trainable = load_cycle(config, torch.device(profile.device), build)
     folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "run.json", record)
     if run.arm != START:
         train_cycle(config, cycle, batches, trainable, folder, make_accelerator(config))
     found = {"arm": run.arm, "captioner": run.captioner, "seed": run.seed}
     found |= evaluate(cycle, folder, datasets, generated, profile)
-    write_whole(result, lambda path: path.write_text(json.dumps(found) + "\n", encoding="utf-8"))
+    _write_json(result, found)
     return found
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    write_whole(path, lambda part: part.write_text(json.dumps(content) + "\n", encoding="utf-8"))
 
 
 @torch.no_grad()
@@ -233,6 +286,11 @@ def work(
             train_and_evaluate(run, config, folder / run.name, datasets, generated if run.generates else {}, profile)
 
 
+def folder_of(runs: Path, profile: Profile) -> Path:
+    """The folder of the study's runs among those of all studies: another profile has other runs."""
+    return runs / f"cycle-{profile.name}"
+
+
 def main(arguments: list[str]) -> int:
     """Train and evaluate the runs of the cycle study that are not done yet.
 
@@ -249,7 +307,8 @@ def main(arguments: list[str]) -> int:
         "--trials", action="store_true", help="instead the runs that settings are chosen by, on development images"
     )
     options = parse(parser, arguments)
-    profile, folder = profiles.current(), options.runs / "cycle"
+    profile = profiles.current()
+    folder = folder_of(options.runs, profile)
     if options.trials:
         datasets, wanted, folder = development_sets(profile), trials(profile), folder / "trials"
         work(wanted, folder, datasets, profile, RENDERED_IN_TRIALS)
