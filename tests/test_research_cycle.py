@@ -248,12 +248,20 @@ def test_a_domain_is_its_own_images_and_seeds_that_one_arm_lacks_are_left_out():
     assert runs.seeds("cycle") == [0, 1] and runs.seeds("text") == []
 
 
-def found(levels: dict[str, float]) -> StudyResults:
-    runs = arms(levels)
-    captions = dataclasses.replace(runs, scores=runs.scores | {"f1": runs.scores["cider"]})
-    images = dataclasses.replace(runs, scores=dict.fromkeys(("clip_distance", "fid"), runs.scores["cider"]))
+def found(levels: dict[str, float], images: dict[str, float] | None = None) -> StudyResults:
+    """Levels of CIDEr, F1 a hundredth of it, and of the generated images' distances, where they are others."""
+    captions, by_generator = with_f1(arms(levels)), of_images(arms(images or levels))
     corpora = ("nocaps", "coco")
-    return StudyResults({name: {BLIP: captions} for name in corpora}, {name: {BLIP: images} for name in corpora})
+    return StudyResults({name: {BLIP: captions} for name in corpora}, {name: {BLIP: by_generator} for name in corpora})
+
+
+def with_f1(runs: EvaluatedRuns) -> EvaluatedRuns:
+    cider = runs.scores["cider"]
+    return dataclasses.replace(runs, scores={"cider": cider, "f1": lambda *which: cider(*which) / 100})
+
+
+def of_images(runs: EvaluatedRuns) -> EvaluatedRuns:
+    return dataclasses.replace(runs, scores=dict.fromkeys(("clip_distance", "fid"), runs.scores["cider"]))
 
 
 def claims_of_captions(study: StudyResults):
@@ -282,6 +290,74 @@ def test_images_are_better_where_they_are_nearer():
     assert "than those of the start" in claim.text and claim.effect.n == 20
     [claim] = cycle_claims.claim_10(found({START: 40.4, "labels": 39.5, "cycle": 39.8}))
     assert claim.verdict == "does not hold" and "than those of labels only" in claim.text
+
+
+def test_a_claim_names_the_seeds_of_the_comparison_that_decides():
+    def world(levels: dict[str, tuple[float, list[int]]]) -> EvaluatedRuns:
+        noise = np.random.default_rng(0).standard_normal(60)
+        return evaluated_runs({(arm, seed): noise + level for arm, (level, seeds) in levels.items() for seed in seeds})
+
+    runs = world({START: (0, [0]), "cycle": (5, [0, 1, 2]), "labels": (4, [0]), "reconstruction": (1, [0, 1, 4])})
+    [claim] = cycle_claims.claim_11(runs)
+    assert "without the reconstruction losses" in claim.text and claim.seeds == [0]
+    [claim] = cycle_claims.claim_11(
+        world({"cycle": (5, [0, 1, 2]), "labels": (1, [0]), "reconstruction": (4, [1, 2, 4])})
+    )
+    assert "without the labels" in claim.text and claim.seeds == [1, 2]
+    assert not cycle_claims.claim_11(world({"cycle": (5, [0]), "labels": (1, [0]), "reconstruction": (4, [1])}))
+    images = of_images(world({START: (3, [0]), "labels": (9, [0]), "cycle": (2, [0, 1])}))
+    [claim] = cycle_claims.claim_10(StudyResults({}, {"nocaps": {BLIP: images}}))
+    assert "than those of the start" in claim.text and claim.seeds == [0, 1]
+    seeds = {arm: (1.0 * i, list(range(5 - i))) for i, arm in enumerate(TABLE_9)}
+    [claim] = cycle_claims.claim_12(world(seeds))
+    assert claim.seeds == [0]
+    assert not cycle_claims.claim_12(world(seeds | {"labels": (1.0, [7])}))
+
+
+def unfinished(runs: list[Run]) -> StudyResults:
+    """What the tables and claims would be made of, were these the runs that are done."""
+
+    def of(captioner: str, own: list[Run]) -> EvaluatedRuns:
+        rng = np.random.default_rng(0)
+        values = {(run.arm, run.seed): rng.standard_normal(60) for run in own}
+        return dataclasses.replace(evaluated_runs(values), resamples=4, resamples_of_sets=2)
+
+    captions, images = {}, {}
+    for captioner in dict.fromkeys(run.captioner for run in runs):
+        own = [run for run in runs if run.captioner == captioner]
+        captions[captioner] = with_f1(of(captioner, own))
+        shared = [run for run in runs if run.captioner == BLIP and run.arm in (START, *TABLE_3[:2])]
+        own = [run for run in own if run.generates] + shared * (captioner != BLIP)
+        images |= {captioner: of_images(of(captioner, own))} if own else {}
+    return StudyResults(dict.fromkeys(("nocaps", "coco"), captions), {"nocaps": images})
+
+
+def test_an_unfinished_study_has_tables_and_claims(monkeypatch, tmp_path):
+    monkeypatch.setattr(cycle_report.pages, "current_commit", lambda: "0")
+    runs, sizes = list(queue(MINI)), {"nocaps": 60, "coco": 60, "rendered": 60}
+    stopped = [runs[:n] for n in range(1, len(runs) + 1)]
+    # several processes finish in any order: one run is missing, or every second arm or captioner has another seed
+    of_one_seed = [run for run in runs if run.seed == 0]
+    apart = [run for run in runs if run.arm == START or run.seed == list(ARMS).index(run.arm) % 2]
+    crossed = [run for run in runs if run.arm == START or run.seed == (run.captioner == BLIP)]
+    for done in [
+        *stopped,
+        apart,
+        crossed,
+        *([run for run in of_one_seed if run != missing] for missing in of_one_seed),
+    ]:
+        study = unfinished(done)
+        of_first = study.captions["nocaps"][BLIP]
+        claims = [*cycle_claims.claim_9(study), *cycle_claims.claim_10(study)]
+        claims += [*cycle_claims.claim_11(of_first), *cycle_claims.claim_12(of_first)]
+        tables = cycle_report.all_tables(study, MINI)
+        for name, table in tables.items():
+            table.to_csv(tmp_path / f"{name}.csv", index=False)
+            assert len(pd.read_csv(tmp_path / f"{name}.csv")) == len(table)
+        assert f"from {len(done)} of the study's {len(runs)} runs" in "\n".join(
+            cycle_report.page(tables, claims, MINI, sizes, len(done))
+        )
+    assert not [claim for done in stopped[:3] for claim in cycle_claims.claim_9(unfinished(done))]  # the starts alone
 
 
 def test_captions_are_evaluated_run_by_run(tmp_path):
@@ -350,6 +426,29 @@ def test_tables_have_a_row_an_arm_and_the_papers_values():
     fourth = cycle_report.table_4(study, MINI)
     assert fourth["trained by"].tolist()[:2] == ["start", label_of("labels")]
     assert fourth["the paper: NoCaps"].tolist()[:2] == ["40.39 / 21.19", "40.77 / 24.32"]
+
+
+def test_differences_in_the_tables_are_above_0_where_the_cycle_is_better_and_its_images_nearer():
+    study = found(PAPER, images={START: 40.4, "labels": 40.8, "labels-longer": 40.5, "cycle": 39.8})
+
+    def value(cell: str) -> float:
+        return float(cell.partition(" ")[0])
+
+    [row] = cycle_report.headline(study).to_dict("records")
+    assert value(row["captions, CIDEr × 100"]) == pytest.approx(2.8, abs=0.05)  # 111.8 − 109.0, longer from labels
+    assert value(row["F1"]) == pytest.approx(0.028, abs=0.001)
+    assert value(row["images nearer, CLIP distance × 100"]) == pytest.approx(0.7, abs=0.01)  # 40.5 − 39.8
+    ninth = cycle_report.table_9(study.captions["nocaps"][BLIP]).set_index("trained by")
+    assert (ninth.loc[label_of("cycle"), ["minus cycle", "F1 minus cycle"]] == "").all()
+    for arm in TABLE_9[1:]:
+        less = PAPER[arm] - PAPER["cycle"]  # -0.9, -1.6, -2.1, -9.5
+        assert value(ninth.loc[label_of(arm), "minus cycle"]) == pytest.approx(less, abs=0.05)
+        assert value(ninth.loc[label_of(arm), "F1 minus cycle"]) == pytest.approx(less / 100, abs=0.001)
+    explored = cycle_report.table_explored(study.captions["nocaps"][BLIP], ["reconstruction"])
+    assert value(explored["minus cycle"][0]) == pytest.approx(-9.5, abs=0.05)
+    assert value(explored["F1 minus cycle"][0]) == pytest.approx(-0.095, abs=0.001)
+    assert value(cycle_report.table_3(study)["all − start"].iloc[-1]) == pytest.approx(3.8, abs=0.05)
+    assert value(cycle_report.table_4(study, MINI)["all − start"].iloc[-1]) == pytest.approx(-0.6, abs=0.05)
 
 
 def test_photographs_have_spice_or_nothing_where_the_miniature_has_f1():

@@ -22,11 +22,13 @@ def claim_9(found: StudyResults) -> list[Claim]:
     """The cycle beats the captioner that it starts from, for three captioners; secondary: labels, and COCO."""
     claims = []
     for captioner, runs in found.captions["nocaps"].items():
-        if not runs.seeds("cycle"):
+        if not runs.shared_seeds(["cycle", START]):
             continue
         text = f"{ENTRIES[captioner].label}: the cycle's captions beat those of the start, CIDEr × 100, overall"
         secondary = {
-            f"minus {ARMS[arm].label}": runs.value("cider", "cycle", arm) for arm in TABLE_3[:2] if runs.seeds(arm)
+            f"minus {ARMS[arm].label}": runs.value("cider", "cycle", arm)
+            for arm in TABLE_3[:2]
+            if runs.shared_seeds(["cycle", arm])
         }
         secondary["on coco"] = found.captions["coco"][captioner].value("cider", "cycle", START)
         effect = runs.value("cider", "cycle", START)
@@ -36,18 +38,15 @@ def claim_9(found: StudyResults) -> list[Claim]:
 
 def claim_10(found: StudyResults) -> list[Claim]:
     """Out of domain the cycle's images are nearer than those of the start and of labels: the weaker of the two."""
-    claims = []
+    claims, rivals = [], {"the start": START, "labels only": "labels"}
     for captioner, runs in found.images["nocaps"].items():
-        if not (runs.seeds("cycle") and runs.seeds("labels")):
+        if not all(runs.shared_seeds(["cycle", arm]) for arm in rivals.values()):
             continue
         in_domain, _, out = DOMAINS
-        nearer = {
-            "the start": runs.value("clip_distance", START, "cycle", out),
-            "labels only": runs.value("clip_distance", "labels", "cycle", out),
-        }
+        nearer = {name: runs.value("clip_distance", arm, "cycle", out) for name, arm in rivals.items()}
         weaker = weakest_of(nearer)
         secondary = {f"nearer than those of {name}": effect for name, effect in nearer.items() if name != weaker}
-        if runs.seeds(TABLE_3[1]):
+        if runs.shared_seeds(["cycle", TABLE_3[1]]):
             longer = runs.value("clip_distance", TABLE_3[1], "cycle", out)
             secondary[f"nearer than those of {ARMS[TABLE_3[1]].label}"] = longer
         by_labels = "labels only: nearer than those of the start"
@@ -57,7 +56,7 @@ def claim_10(found: StudyResults) -> list[Claim]:
             f"trained with {ENTRIES[captioner].label}: out of domain the cycle's images are nearer to the real ones "
             f"than those of {weaker}, CLIP distance × 100"
         )
-        seeds = runs.shared_seeds(["labels", "cycle"])
+        seeds = runs.shared_seeds(["cycle", rivals[weaker]])
         claims.append(Claim(10, text, ALL, nearer[weaker], 2, secondary, seeds=seeds))
     return claims
 
@@ -69,13 +68,13 @@ def claim_11(runs: EvaluatedRuns) -> list[Claim]:
         runs: the captions of the first captioner on NoCaps.
     """
     without = {"the reconstruction losses": "labels", "the labels": "reconstruction"}
-    if not all(runs.seeds(arm) for arm in (*without.values(), "cycle")):
+    if not all(runs.shared_seeds(["cycle", arm]) for arm in without.values()):
         return []
     effects = {what: runs.value("cider", "cycle", arm) for what, arm in without.items()}
     weaker = weakest_of(effects)
     text = f"the cycle's captions beat those without {weaker}, CIDEr × 100, overall"
     secondary = {f"without {what}": effect for what, effect in effects.items() if what != weaker}
-    seeds = runs.shared_seeds(["cycle", *without.values()])
+    seeds = runs.shared_seeds(["cycle", without[weaker]])
     return [Claim(11, text, ALL, effects[weaker], 1, secondary, seeds=seeds)]
 
 
@@ -85,7 +84,7 @@ def claim_12(runs: EvaluatedRuns) -> list[Claim]:
     Args:
         runs: the captions of the first captioner on NoCaps.
     """
-    if not all(runs.seeds(arm) for arm in TABLE_9):
+    if not runs.shared_seeds(TABLE_9):
         return []
 
     def agreement(mean: Callable[[str], float]) -> float:

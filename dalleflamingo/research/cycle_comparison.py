@@ -53,7 +53,9 @@ class EvaluatedRuns:
         return sorted(seed for name, seed in self.runs if name == arm)
 
     def shared_seeds(self, arms: Sequence[str]) -> list[int]:
-        """The training seeds that all of these arms have; the models before training have any."""
+        """The training seeds that all of these arms have; the models before training, once evaluated, have any."""
+        if START in arms and not self.seeds(START):
+            return []
         trained = [set(self.seeds(arm)) for arm in arms if arm != START]
         return sorted(set.intersection(*trained)) if trained else [0]
 

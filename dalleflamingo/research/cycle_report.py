@@ -29,6 +29,7 @@ from dalleflamingo.research.cycle_arms import (
     label_of,
     queue,
     trial,
+    trials,
 )
 from dalleflamingo.research.cycle_claims import all_claims
 from dalleflamingo.research.cycle_comparison import (
@@ -70,17 +71,17 @@ def headline(found: StudyResults) -> pd.DataFrame:
     _, labels, *cycles = TABLE_3
     rows = []
     for captioner, runs in found.captions["nocaps"].items():
-        for arm in (arm for arm in cycles if runs.seeds(arm) and runs.seeds(labels)):
+        for arm in (arm for arm in cycles if runs.shared_seeds([arm, labels])):
             row = {"captioner": ENTRIES[captioner].label, "trained by": label_of(arm)}
             row["seeds"] = str(len(runs.shared_seeds([arm, labels])))
             for metric, column in (("cider", "captions, CIDEr × 100"), *_contents(runs)):
                 row |= _with_width(column, runs.value(metric, arm, labels), METRICS[metric].digits)
             images = found.images["nocaps"].get(captioner)
-            if images and images.seeds(arm) and images.seeds(labels):
+            if images and images.shared_seeds([arm, labels]):
                 nearer = images.value("clip_distance", labels, arm)
                 row |= _with_width("images nearer, CLIP distance × 100", nearer, METRICS["clip_distance"].digits)
             rows.append(row)
-    return pd.DataFrame(rows).fillna("")
+    return _frame(rows, "captioner").fillna("")
 
 
 def table_3(found: StudyResults) -> pd.DataFrame:
@@ -143,7 +144,7 @@ def table_9(runs: EvaluatedRuns) -> pd.DataFrame:
                     "the paper": str(published),
                 }
             )
-    return pd.DataFrame(rows)
+    return _frame(rows, "trained by")
 
 
 def table_explored(runs: EvaluatedRuns, arms: Sequence[str]) -> pd.DataFrame:
@@ -156,7 +157,7 @@ def table_explored(runs: EvaluatedRuns, arms: Sequence[str]) -> pd.DataFrame:
             "minus cycle": _difference(runs, "cider", arm, "cycle"),
         }
         rows.append(row | _content_minus_cycle(runs, arm))
-    return pd.DataFrame(rows, columns=None if rows else ["changed", "CIDEr × 100", "minus cycle"])
+    return _frame(rows, "changed")
 
 
 def tables_of_trials(folder: Path, profile: Profile) -> list[pd.DataFrame]:
@@ -197,6 +198,11 @@ def tables_of_trials(folder: Path, profile: Profile) -> list[pd.DataFrame]:
     return [pd.DataFrame(scores), pd.DataFrame(differences)]
 
 
+def _frame(rows: Sequence[Mapping[str, str]], first: str) -> pd.DataFrame:
+    """A table of these rows; without any it has the first column, so that its file can be read."""
+    return pd.DataFrame(rows, columns=None if rows else [first])
+
+
 def _by_domain(runs: EvaluatedRuns, metric: str, arm: str) -> dict[str, str]:
     cells = {name.partition("-")[0]: _cell(runs, metric, arm, name) for name in (*DOMAINS, ALL)}
     return cells | {"all − start": "" if arm == START else _difference(runs, metric, arm, START)}
@@ -231,10 +237,17 @@ def _cell(runs: EvaluatedRuns, metric: str, arm: str, domain: str = ALL) -> str:
 
 
 def _difference(runs: EvaluatedRuns, metric: str, arm: str, minus: str) -> str:
+    """Nothing where the two arms have no seed in common yet."""
+    if not runs.shared_seeds([arm, minus]):
+        return ""
     return pages.cell(runs.value(metric, arm, minus), METRICS[metric].digits, signed=True)
 
 
 # ── pages ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _table(frame: pd.DataFrame) -> str:
+    return "None of its runs is done." if frame.empty else pages.frame_table(frame)
 
 
 def page(
@@ -274,21 +287,21 @@ def page(
         "## What the cycle adds to labels",
         "The difference from labels alone, trained for about as much computing. The paper compares with the start "
         "instead; that comparison is in the tables below, and decides claims 9 and 10.",
-        pages.frame_table(tables["headline"]),
+        _table(tables["headline"]),
         "## Claims",
         "\n".join(lines),
         "## Captions (Table 3): CIDEr × 100",
-        pages.frame_table(tables["3"]),
+        _table(tables["3"]),
         "## Images (Table 4): CLIP distance × 100 to the real image and FID, lower is better",
-        pages.frame_table(tables["4"]),
+        _table(tables["4"]),
         "![The same captions rendered by the generator before training, trained by labels, trained by the cycle]"
         "(../figures/cycle_images.png)",
         "## What trains BLIP (Tables 5 and 9)",
-        pages.frame_table(tables["9"]),
+        _table(tables["9"]),
         "## As the authors' released code has it, one seed, exploratory",
-        pages.frame_table(tables["deviations"]),
+        _table(tables["deviations"]),
         "## Other settings, one seed, exploratory",
-        pages.frame_table(tables["modes"]),
+        _table(tables["modes"]),
     ]
 
 
@@ -385,7 +398,7 @@ def write(
     scoreboard(folder / "claims.json", claims, profile=profile.name, dataset=profile.dataset, seed=0)
     pages.write_page(folder / "cycle.md", page(tables, claims, profile, sizes, done))
     gallery(runs, generated["nocaps"], profile, docs / "figures" / "cycle_images.png")
-    if (runs / "trials").is_dir():
+    if all((runs / "trials" / run.name / "result.json").is_file() for run in trials(profile)):
         pages.write_page(folder / "cycle-trials.md", trials_page(runs / "trials", profile))
     return claims
 
