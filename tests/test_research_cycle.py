@@ -461,7 +461,10 @@ def test_photographs_have_spice_or_nothing_where_the_miniature_has_f1():
 def test_claim_14_is_what_the_counts_say(tmp_path):
     steps = [["at 512 px", 1.0, 9.0, 10.0, 30.0], ["at 256 px", 1.0, 9.0, 10.0, 14.0]]
     (tmp_path / "cycle-arithmetic.json").write_text(json.dumps({"steps": steps}))
-    seconds = dict(zip("abcde", ([1.0] * 9, [3.0] * 9, [4.0] * 9, [6.0] * 9, [9.0] * 9), strict=True))
+    spent = dict(
+        zip((*cycle_claims.BY_LABELS, *cycle_claims.BY_CYCLE, "joint"), (1.0, 3.0, 4.0, 6.0, 9.0), strict=True)
+    )
+    seconds = {name: [spent[name]] * 9 for name in sorted(spent)}  # their order says nothing
     entries = [{"captioner": name, "setting": "x", "seconds": seconds} for name in (BLIP, "another")]
     (tmp_path / "cycle-cost.json").write_text(json.dumps({"found": entries}))
     [claim] = cycle_claims.claim_14(tmp_path, BLIP)
@@ -470,32 +473,54 @@ def test_claim_14_is_what_the_counts_say(tmp_path):
     assert spared == pytest.approx({"at 256 px": 0.2, "the miniature, timed (5th to 95th percentile), x": 1.4 - 1.25})
 
 
-def test_everything_is_written_from_the_runs_that_are_done(tmp_path):
-    few = cycle_study.test_sets(MINI, 9)
-    rng, runs, docs = np.random.default_rng(0), tmp_path / "runs", tmp_path / "docs"
-    for folder in (docs / "results", docs / "figures"):
-        folder.mkdir(parents=True)
-    for name in ("cycle-arithmetic.json", "cycle-cost.json"):
-        (docs / "results" / name).write_text((ROOT / "docs/results" / name).read_text())
+@pytest.fixture
+def docs(tmp_path):
+    """A folder for results, with what claim 14 is made of."""
+    for name in ("results", "figures"):
+        (tmp_path / "docs" / name).mkdir(parents=True)
+    for name in (cycle_claims.COUNTED, cycle_claims.TIMED):
+        (tmp_path / "docs/results" / name).write_text((ROOT / "docs/results" / name).read_text())
+    return tmp_path / "docs"
+
+
+@pytest.fixture(scope="module")
+def nine():
+    """Nine images of each test set."""
+    return cycle_study.test_sets(MINI, 9)
+
+
+def finish(run: Run, folder: Path, datasets: dict[str, Dataset], rng: np.random.Generator) -> None:
+    """Leave what a run does that is done: as captions what somebody wrote, and some images."""
+    captions = {name: {one.image_id: one.references[run.seed] for one in part} for name, part in datasets.items()}
+    result = {"arm": run.arm, "captioner": run.captioner, "seed": run.seed, "captions": captions, "images": {}}
+    (folder / "images/nocaps").mkdir(parents=True)
+    if run.generates:
+        result["images"]["nocaps"] = {
+            "image_id": [one.image_id for one in datasets["nocaps"]],
+            "clip_distance": [20 + run.seed] * 9,
+            "features": rng.random((9, 64)).astype(np.float16).tolist(),
+        }
+        for one, image in zip(datasets["nocaps"], tiny.pictures(9), strict=True):
+            image.save(folder / f"images/nocaps/{one.image_id}.png")
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+RESAMPLES = {"resamples": 20, "resamples_of_sets": 5}
+
+
+def test_everything_is_written_from_the_runs_that_are_done(nine, docs, tmp_path):
+    rng, runs = np.random.default_rng(0), tmp_path / "runs"
     for run in list(queue(MINI))[:20]:
-        captions = {corpus: {one.image_id: one.references[run.seed] for one in few[corpus]} for corpus in few}
-        result = {"arm": run.arm, "captioner": run.captioner, "seed": run.seed, "captions": captions, "images": {}}
-        (runs / run.name / "images/nocaps").mkdir(parents=True)
-        if run.generates:
-            result["images"]["nocaps"] = {
-                "image_id": [one.image_id for one in few["nocaps"]],
-                "clip_distance": [20 + run.seed] * 9,
-                "features": rng.random((9, 64)).astype(np.float16).tolist(),
-            }
-            for one, image in zip(few["nocaps"], tiny.pictures(9), strict=True):
-                image.save(runs / run.name / f"images/nocaps/{one.image_id}.png")
-        (runs / run.name / "result.json").write_text(json.dumps(result))
-    claims = cycle_report.write(runs, docs, MINI, few, resamples=20, resamples_of_sets=5)
+        finish(run, runs / run.name, nine, rng)
+    tried = next(iter(trials(MINI)))
+    finish(tried, runs / "trials" / tried.name, nine, rng)
+    claims = cycle_report.write(runs, docs, MINI, nine, **RESAMPLES)
     assert [claim.number for claim in claims] == [9, 9, 9, 10, 10, 11, 12, 14]
     page = (docs / "results/cycle.md").read_text(encoding="utf-8")
     assert [page.count(f"Claim {n}: ") for n in (9, 10, 14)] == [3, 2, 1]
     assert "| larger BLIP | cycle: (1) to (4) | 1 |" in page
     assert "from 20 of the study's 71 runs" in page
+    assert not (docs / "results/cycle-trials.md").exists()  # of twelve trials one is done
     board = json.loads((docs / "results/claims.json").read_text())["claims"]
     assert {row["claim"]: row["seeds"] for row in board if row["claim"] == 12} == {12: [0]}
     assert (docs / "figures/cycle_images.png").stat().st_size > 10_000
@@ -504,9 +529,56 @@ def test_everything_is_written_from_the_runs_that_are_done(tmp_path):
     assert fourth.loc[fourth["trained with"] == "BLIP", "the paper: NoCaps"].tolist()[0] == "40.39 / 21.19"
     names = [f"results/cycle-table-{name}.csv" for name in ("headline", "3", "4", "9", "deviations")]
     before = [(docs / name).read_text() for name in names]
-    again = cycle_report.write(tmp_path / "none", docs, MINI, few, resamples=20, resamples_of_sets=5)
+    shipped = {path: path.stat().st_mtime_ns for path in (docs / "results").glob("*.parquet")}
+    again = cycle_report.write(tmp_path / "none", docs, MINI, nine, **RESAMPLES)
     assert [(docs / name).read_text() for name in names] == before
     assert [claim.effect for claim in again] == [claim.effect for claim in claims]
+    assert len(shipped) == 2 and all(path.stat().st_mtime_ns == at for path, at in shipped.items())
+
+
+@pytest.mark.parametrize("done", [1, 4])
+def test_a_report_can_be_written_as_soon_as_the_first_run_is_done(nine, docs, tmp_path, done):
+    for run in list(queue(MINI))[:done]:
+        finish(run, tmp_path / "runs" / run.name, nine, np.random.default_rng(0))
+    claims = cycle_report.write(tmp_path / "runs", docs, MINI, nine, **RESAMPLES)
+    assert [claim.number for claim in claims] == [14]
+    assert "None of its runs is done." in (docs / "results/cycle.md").read_text(encoding="utf-8")
+
+
+def test_what_a_report_lacks_is_told_before_the_bootstraps(nine, docs, tmp_path, monkeypatch):
+    runs, results = list(queue(MINI))[:4], docs / "results"
+    for run in runs:
+        finish(run, tmp_path / "all" / run.name, nine, np.random.default_rng(0))
+    for run in runs[:3]:
+        finish(run, tmp_path / "fewer" / run.name, nine, np.random.default_rng(0))
+    cycle_comparison.write_tables(*cycle_comparison.read_runs(tmp_path / "all"), results)
+    before = (results / cycle_comparison.CAPTIONS).read_bytes()
+    monkeypatch.setattr(cycle_report, "evaluate_runs", lambda *given, **resamples: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=r"of 4 runs, and only 3 are done here: finish .* or .* another --docs"):
+        cycle_report.write(tmp_path / "fewer", docs, MINI, nine, **RESAMPLES)
+    assert (results / cycle_comparison.CAPTIONS).read_bytes() == before
+    (results / cycle_claims.TIMED).unlink()
+    for folder in ("all", "none"):
+        with pytest.raises(FileNotFoundError, match="lacks cycle-cost.json, of claim 14: .*benchmarks/cycle.py"):
+            cycle_report.write(tmp_path / folder, docs, MINI, nine, **RESAMPLES)
+
+
+def test_a_table_that_cannot_be_written_leaves_the_earlier_one(nine, docs, tmp_path, monkeypatch):
+    [run] = list(queue(MINI))[:1]
+    finish(run, tmp_path / "runs" / run.name, nine, np.random.default_rng(0))
+    cycle_report.write(tmp_path / "runs", docs, MINI, nine, **RESAMPLES)
+    before = {path: path.read_bytes() for path in (docs / "results").glob("cycle-*.[cp]*")}
+    assert len(before) == 8
+
+    def full(table, path, **how):
+        Path(path).write_bytes(b"half of")
+        raise OSError("the disk is full")
+
+    for written in ("to_parquet", "to_csv"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+            patch.setattr(pd.DataFrame, written, full)
+            cycle_report.write(tmp_path / "runs", docs, MINI, nine, **RESAMPLES)
+        assert {path: path.read_bytes() for path in before} == before
 
 
 def test_without_a_run_it_says_what_makes_them(tmp_path):

@@ -1,7 +1,7 @@
 """Claims 9 to 12, from the runs of the cycle study, and claim 14, from what a step costs."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -16,6 +16,13 @@ from dalleflamingo.research.claims import Claim, weakest_of
 from dalleflamingo.research.cycle_arms import ARMS, START, TABLE_3, TABLE_9
 from dalleflamingo.research.cycle_comparison import EvaluatedRuns, StudyResults
 from dalleflamingo.research.ranking import ALL
+
+COUNTED, TIMED = (
+    "cycle-arithmetic.json",
+    "cycle-cost.json",
+)  # what a step costs, by benchmarks/full_size.py and cycle.py
+BY_LABELS = ("label → captioner (1)", "label → generator (3)")  # the steps that `TIMED` has the seconds of
+BY_CYCLE = ("image → text → image (1) + (2)", "text → image → text (3) + (4)")
 
 
 def claim_9(found: StudyResults) -> list[Claim]:
@@ -99,6 +106,31 @@ def claim_12(runs: EvaluatedRuns) -> list[Claim]:
     return [Claim(12, text, ALL, effect, 1, secondary, seeds=runs.shared_seeds(TABLE_9))]
 
 
+def require_costs(folder: Path) -> None:
+    """Refuse a folder without what claim 14 is made of.
+
+    Args:
+        folder: of the results.
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+    """
+    if missing := [name for name in (COUNTED, TIMED) if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {' and '.join(missing)}, of claim 14: `python benchmarks/full_size.py` and `python "
+            "benchmarks/cycle.py` write both into docs/results; copy them where --docs is another folder"
+        )
+
+
+def cost_of_cycle(seconds: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """(rounds,) what a step of the cycle, mean of both halves, costs over one of each model from labels.
+
+    Args:
+        seconds: kind of step -> its seconds in each round.
+    """
+    labels, cycle = (sum(np.array(seconds[name]) for name in names) for names in (BY_LABELS, BY_CYCLE))
+    return cycle / 2 / labels
+
+
 def claim_14(folder: Path, captioner: str) -> list[Claim]:
     """The cycle costs at most 1.4 × plain finetuning, at full size: 1.4 minus the ratio, counted, without an interval.
 
@@ -107,14 +139,13 @@ def claim_14(folder: Path, captioner: str) -> list[Claim]:
         captioner: whose timed steps are reported beside it.
     """
     limit = paper.COST_OF_CYCLE
-    steps = json.loads((folder / "cycle-arithmetic.json").read_text(encoding="utf-8"))["steps"]
+    steps = json.loads((folder / COUNTED).read_text(encoding="utf-8"))["steps"]
     spared = {name: limit - (image + text) / 2 / (caption + generate) for name, caption, generate, image, text in steps}
     first, *others = spared
     secondary = {name: Interval(spared[name], spared[name], spared[name], 1, None) for name in others}
-    cost = json.loads((folder / "cycle-cost.json").read_text(encoding="utf-8"))
+    cost = json.loads((folder / TIMED).read_text(encoding="utf-8"))
     for entry in (entry for entry in cost["found"] if entry["captioner"] == captioner):
-        labels_1, labels_3, image, text, _ = (np.array(seconds) for seconds in entry["seconds"].values())
-        saved = limit - (image + text) / 2 / (labels_1 + labels_3)
+        saved = limit - cost_of_cycle(entry["seconds"])
         bounds = (float(value) for value in np.quantile(saved, (0.5, 0.05, 0.95)))
         what = f"the miniature, timed (5th to 95th percentile), {entry['setting']}"
         secondary[what] = Interval(*bounds, len(saved), None)

@@ -7,6 +7,7 @@ computed again on every resample, once for all comparisons.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from dalleflamingo.research.cycle_arms import START, TABLE_3
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.ranking import ALL
 from dalleflamingo.research.resampling import bootstrap_of_runs
+from dalleflamingo.runs import write_whole
 
 RESAMPLES, RESAMPLES_OF_SETS = 1000, 300  # FID, a metric of a set, takes its time
 _RUN = ["arm", "seed"]
@@ -194,8 +196,32 @@ def write_tables(captions: pd.DataFrame, images: pd.DataFrame, results: Path) ->
         results: folder of the tables.
     """
     features = [np.float16(row) for row in images["features"]]
-    captions.to_parquet(results / CAPTIONS, index=False)
-    images.round(4).assign(features=features).to_parquet(results / IMAGES, index=False)
+    for name, table in ((CAPTIONS, captions), (IMAGES, images.round(4).assign(features=features))):
+        write_whole(results / name, partial(table.to_parquet, index=False))
+
+
+def count_runs(captions: pd.DataFrame) -> int:
+    """How many runs a table of captions is of."""
+    return len(captions[["captioner", *_RUN]].drop_duplicates())
+
+
+def require_no_fewer(captions: pd.DataFrame, results: Path) -> None:
+    """Refuse to replace the tables of a study by those of one that is less complete.
+
+    Args:
+        captions: of `read_runs`.
+        results: folder of the tables, if there are some.
+    Raises:
+        ValueError: the tables there are of more runs.
+    """
+    if not (results / CAPTIONS).exists():
+        return
+    there, now = count_runs(pd.read_parquet(results / CAPTIONS, columns=["captioner", *_RUN])), count_runs(captions)
+    if now < there:
+        raise ValueError(
+            f"{results / CAPTIONS} is of {there} runs, and only {now} are done here: finish them (`python -m "
+            "dalleflamingo research cycle`), give their --runs, or write this report elsewhere with another --docs"
+        )
 
 
 def read_tables(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

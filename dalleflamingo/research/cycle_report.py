@@ -4,6 +4,7 @@ python -m dalleflamingo research cycle-report      after the study; writes docs/
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -31,16 +32,18 @@ from dalleflamingo.research.cycle_arms import (
     trial,
     trials,
 )
-from dalleflamingo.research.cycle_claims import all_claims
+from dalleflamingo.research.cycle_claims import all_claims, require_costs
 from dalleflamingo.research.cycle_comparison import (
     EvaluatedRuns,
     StudyResults,
+    count_runs,
     evaluate_runs,
     evaluated_captions,
     evaluated_images,
     read_runs,
     read_tables,
     real_features,
+    require_no_fewer,
     write_tables,
 )
 from dalleflamingo.research.cycle_start import PRETRAINING, WEB
@@ -55,6 +58,7 @@ from dalleflamingo.research.cycle_study import (
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.ranking import ALL
+from dalleflamingo.runs import write_whole
 
 COMMAND = "python -m dalleflamingo research cycle-report"
 GALLERY = {START: START, "labels only": "labels", "cycle": "cycle"}  # heading -> arm
@@ -377,26 +381,30 @@ def write(
     """Write the page, its tables, its figure and the claims; returns these.
 
     Args:
-        runs: folder of all runs; without any, what an earlier report kept of them in `results` is evaluated again.
+        runs: folder of all runs; without any, what an earlier report kept of them in `results` is evaluated again, and
+            stays as it is.
         docs: gets `results` and `figures`.
         profile: of the runs.
         datasets: described test images by name.
         resamples: as of `EvaluatedRuns`.
     Raises:
-        FileNotFoundError: no run is done.
+        FileNotFoundError: no run is done, or as `require_costs`.
+        ValueError: as `require_no_fewer`.
     """
-    folder = docs / "results"
-    captions, images = read_runs(runs) if any(runs.glob("*/result.json")) else read_tables(folder)
+    folder, is_new = docs / "results", any(runs.glob("*/result.json"))
+    captions, images = read_runs(runs) if is_new else read_tables(folder)
+    require_costs(folder)  # both before the bootstraps, which take minutes
+    require_no_fewer(captions, folder)
     generated = {"nocaps": of_every_domain(datasets["nocaps"], min(RENDERED, len(datasets["nocaps"])))}
     found = evaluate_runs(captions, images, datasets, generated, profile, **resamples)
     claims, tables = all_claims(found, profile, folder), all_tables(found, profile)
-    write_tables(captions, images, folder)
+    if is_new:
+        write_tables(captions, images, folder)
     for name, frame in tables.items():
-        frame.to_csv(folder / f"cycle-table-{name}.csv", index=False)
-    done = len(captions[["captioner", "arm", "seed"]].drop_duplicates())
+        write_whole(folder / f"cycle-table-{name}.csv", partial(frame.to_csv, index=False))
     sizes = {name: len(one) for name, one in datasets.items()} | {"rendered": len(generated["nocaps"])}
     scoreboard(folder / "claims.json", claims, profile=profile.name, dataset=profile.dataset, seed=0)
-    pages.write_page(folder / "cycle.md", page(tables, claims, profile, sizes, done))
+    pages.write_page(folder / "cycle.md", page(tables, claims, profile, sizes, count_runs(captions)))
     gallery(runs, generated["nocaps"], profile, docs / "figures" / "cycle_images.png")
     if all((runs / "trials" / run.name / "result.json").is_file() for run in trials(profile)):
         pages.write_page(folder / "cycle-trials.md", trials_page(runs / "trials", profile))
