@@ -175,22 +175,10 @@ def read_settings(path: Path, settings_of: Callable = dict) -> dict | None:
         ) from error
 
 
-def differences(there: Mapping[str, object], now: Mapping[str, object], within: str = "") -> str:
-    """A line for each setting in which two runs differ; nothing where they agree.
-
-    Args:
-        there: of the run on disk.
-        now: of the call.
-        within: stands before every name, as "losses." for settings that are part of another.
-    """
-    lines = []
-    for key in (key for key in now | there if now.get(key) != there.get(key)):
-        old, new = there.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines.append(differences(old, new, f"{within}{key}."))
-        else:
-            lines.append(f"  {within}{key}: {old!r} there, {new!r} now")
-    return "\n".join(lines)
+def differences(there: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """A line for each setting in which two runs differ; nothing where they agree."""
+    differing = [key for key in now | there if now.get(key) != there.get(key)]
+    return "\n".join(f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing)
 
 
 def fingerprint(

@@ -20,8 +20,9 @@ from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.evaluation.cycle_reporting import read_log
 from dalleflamingo.evaluation.intervals import paired_bootstrap
 from dalleflamingo.research import cycle_claims, cycle_comparison, cycle_report, cycle_start, cycle_study
-from dalleflamingo.research.cycle_arms import ARMS, START, TABLE_3, TABLE_9, Run, label_of, queue, run_of, trials
+from dalleflamingo.research.cycle_arms import ARMS, START, TABLE_3, TABLE_9, Run, label_of, queue, run_of, trial, trials
 from dalleflamingo.research.cycle_comparison import EvaluatedRuns, StudyResults
+from dalleflamingo.research.released import DEVIATIONS
 from dalleflamingo.runs import RunFolderError
 from dalleflamingo.sources.models import load_captioner, load_cycle
 
@@ -79,9 +80,24 @@ def test_settings_are_chosen_on_images_that_the_test_has_not():
     )
     tried = trials(MINI)
     assert len({run.name for run in tried}) == len(tried)
-    assert sum(run.unlabelled for run in tried) == 2 and {config.images for config in tried.values()} == {25, 100, 2000}
+    assert sum(run.kind.unlabelled for run in tried) == 2 and {config.images for config in tried.values()} == {
+        25,
+        100,
+        2000,
+    }
     with pytest.raises(ValueError, match="set apart for choosing settings: use a profile of the miniature"):
         cycle_study.development_sets(profiles.PROFILES["paper"])
+
+
+def test_a_run_has_the_kind_of_cycle_of_its_arm_and_keeps_the_name_of_its_folder(tmp_path):
+    tried = Run(trial("released", 25, {"mode": "soft"}), BLIP, key="released")
+    assert tried.kind.deviations == frozenset(DEVIATIONS) and tried.name == "blip-released, 25 images, mode soft-0"
+    assert {run.key for run in trials(MINI)} == {None, "labels", "cycle", "unlabelled"}
+    assert all(run.kind is ARMS[run.arm] for run in queue(MINI) if run.arm != START)
+    names = [run.name for run in (*queue(MINI), *trials(MINI))]
+    assert {"blip-start", "blip2-labels-longer-2", "blip-unlabelled, 25 images, mode soft-0"} <= set(names)
+    with pytest.raises(ValueError, match="blip-released, 25 images-0 names no arm of ARMS: give its key"):
+        cycle_study.builder_of(Run(trial("released", 25), BLIP), MINI, tmp_path)
 
 
 @pytest.fixture
@@ -112,7 +128,7 @@ def test_a_run_is_trained_and_evaluated_once(few, tmp_path):
         assert first["captions"][name].keys() == {example.image_id for example in dataset}
     before = (tmp_path / "result.json").stat().st_mtime_ns
     again = cycle_study.train_and_evaluate(run, short(run), tmp_path, few, {}, profiles.PROFILES["smoke"])
-    assert again == json.loads(json.dumps(first)) and (tmp_path / "result.json").stat().st_mtime_ns == before
+    assert again == first and (tmp_path / "result.json").stat().st_mtime_ns == before
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -177,35 +193,62 @@ def test_what_another_process_works_on_is_left_to_it(few, tmp_path):
     assert len(list(tmp_path.glob("*/result.json"))) == 2
 
 
-def test_generated_images_are_kept_and_compared_with_the_image_whose_caption_they_have(tmp_path):
+class Copies:
+    """Renders "caption 0" and "caption 1" as images 0 and 1, and "caption 2" as image 0; is killed at some call."""
+
+    def __init__(self, dataset: Dataset, killed_at: int | None = None):
+        self.dataset, self.killed_at, self.rendered = dataset, killed_at, []
+
+    def render(self, captions, seeds, steps, guidance_scale, batch_size):
+        assert captions == [f"caption {seed}" for seed in seeds] and len(seeds) <= 2
+        assert (steps, guidance_scale) == (MINI.steps // 2, MINI.guidance_scale)
+        if len(self.rendered) == self.killed_at:
+            raise KeyboardInterrupt
+        self.rendered.append(list(seeds))
+        return [self.dataset.open(self.dataset.examples[(0, 1, 0)[seed]]) for seed in seeds]
+
+
+def embed(images):
+    return torch.stack([torch.from_numpy(np.asarray(image, dtype=np.float32)).flatten() for image in images])
+
+
+def evaluated_copies(generator: Copies, folder: Path) -> dict[str, list]:
+    def extract(images):
+        return SimpleNamespace(features=torch.arange(len(images))[:, None].float())
+
+    models = SimpleNamespace(embed=embed), SimpleNamespace(extract=extract)
+    return cycle_study.evaluate_generator(
+        generator, generator.dataset, folder, dataclasses.replace(MINI, batch_size=2), *models
+    )
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three images, and a caption of each."""
     for i, image in enumerate(tiny.pictures(3)):
         image.save(tmp_path / f"{i}.png")
-    dataset = Dataset("some", tuple(Example(i, tmp_path / f"{i}.png", (f"caption {i}",)) for i in range(3)))
+    return Dataset("some", tuple(Example(i, tmp_path / f"{i}.png", (f"caption {i}",)) for i in range(3)))
 
-    class Copies:
-        """Renders "caption 0" and "caption 1" as images 0 and 1, and "caption 2" as image 0."""
 
-        def render(self, captions, seeds, steps, guidance_scale, batch_size):
-            assert captions == ["caption 0", "caption 1", "caption 2"] and seeds == [0, 1, 2]
-            assert (steps, guidance_scale, batch_size) == (MINI.steps // 2, MINI.guidance_scale, 2)
-            return [dataset.open(dataset.examples[i]) for i in (0, 1, 0)]
-
-    def embed(images):
-        return torch.stack([torch.from_numpy(np.asarray(image, dtype=np.float32)).flatten() for image in images])
-
-    clip = SimpleNamespace(embed=embed)
-    inception = SimpleNamespace(
-        extract=lambda images: SimpleNamespace(features=torch.arange(len(images))[:, None].float())
-    )
-    profile = dataclasses.replace(MINI, batch_size=2)
-    found = cycle_study.evaluate_generator(Copies(), dataset, tmp_path / "generated", profile, clip, inception)
-    first, _, third = embed([dataset.open(example) for example in dataset])
+def test_generated_images_are_kept_and_compared_with_the_image_whose_caption_they_have(three, tmp_path):
+    found = evaluated_copies(Copies(three), tmp_path / "generated")
+    first, _, third = embed([three.open(example) for example in three])
     other = 100 * (1 - torch.cosine_similarity(first, third, dim=0).item())
     assert found["clip_distance"] == pytest.approx([0, 0, other], abs=1e-3) and other > 1
     assert found["image_id"] == [0, 1, 2] and found["features"] == [[0.0], [1.0], [2.0]]
     for i, copied in enumerate((0, 1, 0)):
         kept, original = tmp_path / f"generated/{i}.png", tmp_path / f"{copied}.png"
         assert np.array_equal(Image.open(kept), Image.open(original))
+
+
+def test_an_evaluation_that_was_killed_renders_only_what_is_missing(three, tmp_path):
+    whole = evaluated_copies(Copies(three), tmp_path / "whole")
+    killed, again = Copies(three, killed_at=1), Copies(three)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated_copies(killed, tmp_path / "killed")
+    assert evaluated_copies(again, tmp_path / "killed") == whole
+    assert (killed.rendered, again.rendered) == ([[0, 1]], [[2]])
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["0.png", "1.png", "2.png"]
 
 
 # ── what is made of the runs ─────────────────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,6 @@ Arms are compared seed by seed on the same images. The bootstrap draws seeds ane
 computed again on every resample, once for all comparisons.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from dalleflamingo.evaluation.intervals import Interval, resample
 from dalleflamingo.profiles import Profile
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.cycle_arms import START, TABLE_3
+from dalleflamingo.research.cycle_study import read_result
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.ranking import ALL
 from dalleflamingo.research.resampling import bootstrap_of_runs
@@ -172,7 +172,7 @@ def read_runs(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises:
         FileNotFoundError: no run with images is done.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/result.json"))]
+    found = [read_result(path) for path in sorted(folder.glob("*/result.json"))]
     if not any(run.get("images") for run in found):
         raise FileNotFoundError(
             f"{folder} has no run that is done: `python -m dalleflamingo research cycle` makes them"
@@ -181,7 +181,7 @@ def read_runs(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     for run in found:
         names = {name: run[name] for name in ("captioner", "arm", "seed")}
         for corpus, by_id in run["captions"].items():
-            captions += [names | {"corpus": corpus, "image_id": int(i), "caption": text} for i, text in by_id.items()]
+            captions += [names | {"corpus": corpus, "image_id": i, "caption": text} for i, text in by_id.items()]
         for corpus, columns in run.get("images", {}).items():
             images.append(pd.DataFrame(columns).assign(corpus=corpus, **names))
     return pd.DataFrame(captions), pd.concat(images, ignore_index=True)

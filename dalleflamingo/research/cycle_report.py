@@ -26,9 +26,9 @@ from dalleflamingo.research.cycle_arms import (
     START,
     TABLE_3,
     TABLE_9,
-    Run,
     label_of,
     queue,
+    run_of,
     trial,
     trials,
 )
@@ -275,7 +275,7 @@ def page(
         lines.append(verdict_line(claim))
         for what, effect in claim.secondary.items():
             lines.append(f"  * {what}: {pages.cell(effect, claim.digits, signed=True)}")
-    config = Run("cycle", profile.captioners[0]).config(profile)
+    config = run_of(profile, "cycle", profile.captioners[0]).config(profile)
     return [
         "# Cycle finetuning",
         pages.measured_on(profile.dataset, pages.BESIDE_THE_PAPER),
@@ -348,27 +348,26 @@ def trials_page(folder: Path, profile: Profile) -> list[str]:
     ]
 
 
-def gallery(runs: Path, dataset: Dataset, profile: Profile, path: Path) -> bool:
+def gallery(runs: Path, dataset: Dataset, profile: Profile, path: Path) -> None:
     """Write what three generators render of the same captions from the same noise, two captions of each domain.
+
+    Where one of the three runs is not done, an earlier figure stays.
 
     Args:
         runs: folder of all runs.
         dataset: the test images of NoCaps.
         profile: names the first captioner.
         path: of the figure.
-    Returns:
-        False where one of the three runs is not done.
     """
-    folders = {name: runs / Run(arm, profile.captioners[0]).name for name, arm in GALLERY.items()}
+    folders = {name: runs / run_of(profile, arm, profile.captioners[0]).name for name, arm in GALLERY.items()}
     if not all((folder / "result.json").is_file() for folder in folders.values()):
-        return False
+        return
     examples = [example for part in dataset.by_domain().values() for example in part[:2]]
     images = {"real": [open_image(example.path) for example in examples]}
     for name, folder in folders.items():
         images[name] = [open_image(folder / f"images/nocaps/{example.image_id}.png") for example in examples]
     prompts = [example.sample_reference(seed=0) for example in examples]
     show.write_png(cycle_figures.rendered_by(images, prompts), path)
-    return True
 
 
 def write(

@@ -6,7 +6,7 @@ images of the web, whose alt-texts are often wrong. That is the miniature's pret
 if the models had been published before they were finetuned. Real models begin as they were published.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def pretraining(captioner: str, profile: Profile) -> CycleConfig | None:
 def pretrained(captioner: str, profile: Profile, folder: Path) -> Path | None:
     """The checkpoint of a pretraining, made if it is missing; None for real models, which need none.
 
-    Another process that is making it is waited for.
+    Another process that is making it is waited for; the lock is the kernel's, and ends with that process.
 
     Args:
         captioner: name in the registry.
@@ -66,7 +66,7 @@ def pretrained(captioner: str, profile: Profile, folder: Path) -> Path | None:
         return None
     own = folder / captioner.rpartition("/")[2]
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{own}.lock"):
+    with FileLock(f"{own}.lock", fallback_to_soft=False):
         if (own / "done").exists():
             _require_made_from(config, own)
         else:
@@ -79,11 +79,24 @@ def pretrained(captioner: str, profile: Profile, folder: Path) -> Path | None:
 def _require_made_from(config: CycleConfig, folder: Path) -> None:
     """Refuse a finished pretraining with other settings: `train_cycle` would let the number of steps differ."""
     path = folder / "config.json"
-    if lines := differences(read_settings(path) or {}, asdict(config)):
+    if lines := differences(flat(read_settings(path) or {}), flat(asdict(config))):
         raise RunFolderError(
             f"{path} is of a pretraining with other settings:\n{lines}\nAll arms of a study begin with one: delete the "
             "folder of the study to make its runs again, or give another --runs."
         )
+
+
+def flat(settings: Mapping[str, object], within: str = "") -> dict[str, object]:
+    """Settings that hold settings as one mapping, such as "losses.mode" -> "soft".
+
+    Args:
+        settings: of a run.
+        within: stands before every name.
+    """
+    found = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{within}{name}.") if isinstance(value, Mapping) else {f"{within}{name}": value}
+    return found
 
 
 def beginning_with(checkpoint: Path | None, build: Callable[..., tuple]) -> Callable[..., tuple]:

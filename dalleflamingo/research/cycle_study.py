@@ -27,11 +27,11 @@ from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.accelerators import make_accelerator
 from dalleflamingo.evaluation.caption_results import describe_dataset
 from dalleflamingo.evaluation.cycle_validation import render_captions
-from dalleflamingo.evaluation.image_features import FeatureExtractor
+from dalleflamingo.evaluation.image_features import FeatureExtractor, ImageFiles
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
 from dalleflamingo.research.cycle_arms import START, Run, queue, trials
-from dalleflamingo.research.cycle_start import WEB, beginning_with, pretrained, pretraining
+from dalleflamingo.research.cycle_start import WEB, beginning_with, flat, pretrained, pretraining
 from dalleflamingo.research.image_ranking import distances
 from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.released import build_released_cycle
@@ -94,10 +94,12 @@ def builder_of(run: Run, profile: Profile, starts: Path) -> Callable[..., tuple]
         run: of the study.
         profile: names the generator, and the data set whose images stay without captions, where the run needs some.
         starts: folder of the models that arms begin with; what is missing there is trained.
+    Raises:
+        ValueError: the run does not say which kind of cycle it has.
     """
-    if run.deviations:
-        build = partial(build_released_cycle, deviations=run.deviations)
-    elif run.unlabelled:
+    if run.kind.deviations:
+        build = partial(build_released_cycle, deviations=run.kind.deviations)
+    elif run.kind.unlabelled:
         build = partial(build_unlabelled_cycle, images=registered.load_dataset(*unlabelled_images(profile)))
     else:
         build = build_cycle
@@ -149,7 +151,7 @@ def require_made_from(record: Mapping[str, object], folder: Path) -> None:
     there = read_settings(path)
     if there is None and any((folder / name).exists() for name in ("result.json", "state.safetensors", "images")):
         raise RunFolderError(f"{folder} holds a run, but no run.json to say what it is made from: {remedy}")
-    if there is not None and (lines := differences(there, record)):
+    if there is not None and (lines := differences(flat(there), flat(record))):
         raise RunFolderError(f"{path} is of a run that is made from something else:\n{lines}\nSo {remedy}.")
 
 
@@ -181,7 +183,7 @@ def train_and_evaluate(
     record = made_from(config, start, datasets, generated, profile)
     require_made_from(record, folder)
     if result.exists():
-        return json.loads(result.read_text(encoding="utf-8"))
+        return read_result(result)
     build = build or builder_of(run, profile, folder.parent / "starts")
     cycle, batches, trainable = load_cycle(config, torch.device(profile.device), build)
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,6 +194,13 @@ def train_and_evaluate(
     found |= evaluate(cycle, folder, datasets, generated, profile)
     _write_json(result, found)
     return found
+
+
+def read_result(path: Path) -> dict:
+    """What `train_and_evaluate` returned when it wrote the file; in JSON, keys such as image ids are texts."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    captions = {name: {int(i): text for i, text in by_id.items()} for name, by_id in found["captions"].items()}
+    return found | {"captions": captions}
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -235,6 +244,8 @@ def evaluate_generator(
 ) -> dict[str, list]:
     """Render a human caption of every image, save the generated images, and compare them with the real ones.
 
+    An image that is there is not rendered again: `train_and_evaluate` sees to it that it is this run's.
+
     Args:
         generator: renders.
         dataset: real images with captions.
@@ -245,16 +256,20 @@ def evaluate_generator(
     Returns:
         image_id; clip_distance × 100 of each generated image to its real one; its features: a list each.
     """
-    examples = list(dataset)
-    images = render_captions(generator, examples, profile.steps // 2, profile.guidance_scale, profile.batch_size)
+    examples, folder = list(dataset), Path(folder)
+    paths = [folder / f"{example.image_id}.png" for example in examples]
     folder.mkdir(parents=True, exist_ok=True)
-    for example, image in zip(examples, images, strict=True):
-        image.save(folder / f"{example.image_id}.png")
-    real = [dataset.open(example) for example in examples]
+    missing = [(example, path) for example, path in zip(examples, paths, strict=True) if not path.exists()]
+    for start in range(0, len(missing), profile.batch_size):
+        part, of_part = zip(*missing[start : start + profile.batch_size], strict=True)
+        images = render_captions(generator, part, profile.steps // 2, profile.guidance_scale, len(part))
+        for path, image in zip(of_part, images, strict=True):
+            write_whole(path, partial(image.save, format="PNG"))
+    real, generated = [dataset.open(example) for example in examples], ImageFiles(paths)
     return {
         "image_id": [example.image_id for example in examples],
-        "clip_distance": distances(clip, real, images, np.arange(len(real))).tolist(),
-        "features": inception.extract(images).features.half().tolist(),
+        "clip_distance": distances(clip, real, generated, np.arange(len(real))).tolist(),
+        "features": inception.extract(generated).features.half().tolist(),
     }
 
 

@@ -440,7 +440,9 @@ def training_effects(profile: Profile, dataset: Dataset, folder: Path, steps: in
         "sampled-latents": ("sampled-latents",),
     }
     rows = []
-    runs = [(Run(arm, profile.captioner, seed), how) for seed in range(seeds) for arm, how in changed.items()]
+    runs = [
+        (Run(arm, profile.captioner, seed, key="cycle"), how) for seed in range(seeds) for arm, how in changed.items()
+    ]
     for run, how in tqdm(runs, desc="cycle finetuning", unit="run"):
         losses = {"label_smoothing": 0.1} if run.arm == "label-smoothing" else {}
         config = CycleConfig.of(profile, seed=run.seed, steps=steps, losses=losses)
@@ -448,7 +450,7 @@ def training_effects(profile: Profile, dataset: Dataset, folder: Path, steps: in
         build = partial(build_released_cycle, deviations=how) if how else None
         found = train_and_evaluate(run, config, folder / run.name, {CORPUS: dataset}, {}, profile, build)
         names = {"arm": run.arm, "seed": run.seed}
-        rows += [names | {"image_id": int(i), "caption": text} for i, text in found["captions"][CORPUS].items()]
+        rows += [names | {"image_id": i, "caption": text} for i, text in found["captions"][CORPUS].items()]
     evaluated = evaluated_captions(pd.DataFrame(rows), dataset)
     effects = []
     for arm in list(changed)[1:]:
