@@ -9,16 +9,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import tiny_cycle
 import torch
+from accelerate import Accelerator
 from filelock import FileLock
 from PIL import Image
+from tiny_cycle import SMALL
 
 from dalleflamingo import profiles, registry
+from dalleflamingo.captioner import Captioner
 from dalleflamingo.course import cycle_figures
-from dalleflamingo.cycle_losses import LOSS_NAMES
+from dalleflamingo.cycle import build_cycle, train_cycle
+from dalleflamingo.cycle_losses import LOSS_NAMES, generator_parameters
 from dalleflamingo.datasets import Dataset, Example
 from dalleflamingo.evaluation.cycle_reporting import read_log
 from dalleflamingo.evaluation.intervals import paired_bootstrap
+from dalleflamingo.generator import Generator
 from dalleflamingo.research import cycle_claims, cycle_comparison, cycle_report, cycle_start, cycle_study
 from dalleflamingo.research.cycle_arms import ARMS, START, TABLE_3, TABLE_9, Run, label_of, queue, run_of, trial, trials
 from dalleflamingo.research.cycle_comparison import EvaluatedRuns, StudyResults
@@ -48,6 +54,17 @@ def test_arms_are_the_losses_that_they_say():
         assert config.steps == (980 if arm == "labels-longer" else 450)
     assert ARMS["joint"].config(MINI, BLIP, 0).steps == 225
     assert ARMS["cycle"].config(profiles.PROFILES["paper"], "blip-large", 0).steps == 70_804
+
+
+def test_labels_only_for_longer_take_about_nine_tenths_of_the_cycles_computing():
+    timed = json.loads((ROOT / "docs/results" / cycle_claims.TIMED).read_text(encoding="utf-8"))["found"]
+    as_trained = [entry for entry in timed if entry["setting"] == "x̂ of the earliest 40 % of timesteps"]
+    assert ARMS["cycle"].config(MINI, BLIP, 0).losses.max_timestep == 0.4
+    assert [entry["captioner"] for entry in as_trained] == list(MINI.captioners)
+    for entry in as_trained:
+        ratio = np.median(cycle_claims.cost_of_cycle(entry["seconds"]))
+        assert 1.16 <= round(ratio, 2) <= 1.25
+        assert ARMS["labels-longer"].steps / (2 * ratio) == pytest.approx(0.9, abs=0.05)  # a step is of one model
 
 
 @pytest.mark.parametrize("name", ["mini", "paper"])
@@ -579,6 +596,21 @@ def test_everything_is_written_from_the_runs_that_are_done(nine, docs, tmp_path)
     assert len(shipped) == 2 and all(path.stat().st_mtime_ns == at for path, at in shipped.items())
 
 
+def test_the_page_of_the_trials_has_the_sizes_that_made_them(nine, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(cycle_report, "development_sets", lambda profile: nine)
+    monkeypatch.setattr(cycle_report, "RENDERED_IN_TRIALS", 9)
+    monkeypatch.setattr(cycle_report, "trials", lambda profile: {run: at_7 for run in trials(profile)})
+    at_7 = dataclasses.replace(ARMS["cycle"].config(MINI, BLIP, 0), steps=7)
+    for run in trials(MINI):
+        finish(run, tmp_path / run.name, nine, rng)
+    _, about, *others = cycle_report.trials_page(tmp_path, MINI)
+    assert about.startswith(
+        "One seed, 7 steps, captions of 9 images of nocaps-dev and of 9 of coco's val split, generated images of 9 of "
+    )
+    assert others[-1].count("\n") == 6  # a row for each pair
+
+
 @pytest.mark.parametrize("done", [1, 4])
 def test_a_report_can_be_written_as_soon_as_the_first_run_is_done(nine, docs, tmp_path, done):
     for run in list(queue(MINI))[:done]:
@@ -687,6 +719,33 @@ def test_a_pretraining_with_other_settings_is_refused(tmp_path):
             cycle_start.pretrained(BLIP, MINI, tmp_path)
     (tmp_path / "blip/config.json").write_text(json.dumps(config | {"steps": 120}))
     assert cycle_start.pretrained(BLIP, MINI, tmp_path) == tmp_path / "blip/state.safetensors"
+
+
+# ── what the captioners' runs share ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_labels_teach_the_generator_no_captioner_changes(tmp_path):
+    folder = tiny_cycle.save_models(tmp_path)
+    (folder / "blip2").mkdir()
+    captioners = [folder / "blip", tiny.blip2(folder / "blip2")]
+
+    def taught(captioner: Path, schedule: str = "alternating", **losses: float) -> torch.Tensor:
+        """The generator's queries after two steps of each model; AdamW's first one has no scale."""
+        settings = dict(steps=4, schedule=schedule, max_grad_norm=0.01)
+        config = dataclasses.replace(SMALL, losses=dataclasses.replace(SMALL.losses, **losses), **settings)
+        models = Captioner.from_pretrained(str(captioner)), Generator.from_pretrained(str(folder / "sd"))
+        cycle, batches, trainable = build_cycle(config, *models, tiny_cycle.dataset(folder))
+        run = tmp_path / f"{captioner.name}-{schedule}-{len(losses)}"
+        train_cycle(config, cycle, batches, trainable, run, Accelerator(cpu=True))
+        return torch.cat([one.detach().flatten() for one in trainable.modules["generator"].parameters()])
+
+    labels = ARMS["labels"].losses
+    one, other = (taught(captioner, **labels) for captioner in captioners)
+    before = generator_parameters(Generator.from_pretrained(str(folder / "sd"))).values()
+    assert torch.equal(one, other) and not torch.equal(one, torch.cat([part.detach().flatten() for part in before]))
+    # with the cycle, or where a step trains both models within one bound on the gradient's norm, it does
+    assert not torch.equal(*(taught(captioner) for captioner in captioners))
+    assert not torch.equal(*(taught(captioner, "joint", **labels) for captioner in captioners))
 
 
 def test_real_models_begin_as_they_were_published(tmp_path):

@@ -2,7 +2,7 @@
 
 The models, the data and the settings that all arms share are the profile's. The paper compares a finetuned captioner
 with the published one; "labels" and "labels-longer" are ours: the same finetuning without the cycle, and that with
-about as much computing as the cycle takes.
+about nine tenths of the computing that the cycle takes.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,10 @@ from dalleflamingo.research.released import DEVIATIONS
 
 SCHEDULER = "DPMSolverMultistep"  # of the images that are evaluated: as good as the profile's in half of its steps
 STEPS = 450  # at least so many; a notebook trains live for fewer
-AS_LONG = 980 / 450  # times the steps, from labels only, that take about as much computing as the cycle
+# Times the steps, from labels only. A step of the cycle costs 1.16 to 1.25 times one of each model from labels (the
+# "alternating" of docs/results/cycle-cost.json, (4) below 40 % of the timesteps), so 2.3 to 2.5 times one from labels:
+# the arm takes about nine tenths of the cycle's computing.
+AS_LONG = 980 / 450
 START = "start"  # the two models as they are
 SEEDS_OF_FIRST, SEEDS = 5, 3  # training seeds, of the profile's first captioner and of the others
 

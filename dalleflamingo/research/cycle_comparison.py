@@ -276,7 +276,11 @@ def evaluate_runs(
 
 
 def _by_captioner(images: pd.DataFrame, first: str) -> dict[str, pd.DataFrame]:
-    """Captioner -> rows; what labels teach the generator no captioner changes, so all share these rows of the first."""
+    """Captioner -> rows; what labels teach the generator no captioner changes, so all share these rows of the first.
+
+    Loss (3) reads images and human captions alone, through the generator's own text encoder. With the alternating
+    schedule no step trains both models, and so neither the bound on the gradient's norm nor AdamW couples them.
+    """
     of_first = images[images["captioner"] == first]
     shared = of_first[of_first["arm"].isin((START, *TABLE_3[:2]))]
     others = images[images["captioner"] != first].groupby("captioner")
