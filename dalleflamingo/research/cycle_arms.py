@@ -80,6 +80,9 @@ ARMS = {
     "all-timesteps": Arm("no bound on timesteps", {"max_timestep": 1.0}),
     "soft": Arm("soft bridge", {"mode": "soft"}),
     "gumbel": Arm("bridge that samples (Gumbel)", {"mode": "gumbel"}),
+    # Of `definition_effects.training_effects`, not of the study.
+    "train-mode": Arm("the captioner in train mode", deviations=frozenset({"train-mode"})),
+    "sampled-latents": Arm("latents sampled", deviations=frozenset({"sampled-latents"})),
 }
 TABLE_3 = ("labels", "labels-longer", "cycle", "unlabelled")
 TABLE_9 = ("cycle", "image", "text", "labels", "reconstruction")  # in the order of `paper.TABLE_9`
