@@ -419,8 +419,8 @@ def main(arguments: list[str]) -> int:
     """Write docs/results/cycle.md, its tables, its figure and claims 9 to 12 and 14, from the runs that are done.
 
     The runs are those of `python -m dalleflamingo research cycle`, with the same profile. Where there are none, the
-    captions and scores in docs/results are evaluated again, and the figure stays. What a step costs is measured by
-    benchmarks/cycle.py and benchmarks/full_size.py.
+    captions and scores in docs/results are evaluated again, and the figure stays; they are not replaced by those of
+    fewer runs. What a step costs is measured by benchmarks/cycle.py and benchmarks/full_size.py.
     """
     parser = study_parser("cycle-report", main.__doc__)
     parser.add_argument("--images", type=positive, help="test images of the runs; default: all")
