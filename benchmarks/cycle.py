@@ -18,15 +18,18 @@ import torch
 from dalleflamingo import profiles
 from dalleflamingo.cycle import CycleConfig
 from dalleflamingo.cycle_losses import LOSS_NAMES, Batch, Cycle, Losses, total_loss
+from dalleflamingo.research.cycle_claims import BY_CYCLE, BY_LABELS, TIMED, cost_of_cycle
 from dalleflamingo.research.pages import SHIPPED, current_commit, table, write_page
+from dalleflamingo.runs import write_whole
 from dalleflamingo.sources.models import load_cycle
 
+JOINT = "joint (1) + (2) + (3) + (4)"
 STEPS = {  # kind of step -> its halves, its losses
-    "label → captioner (1)": (("image",), LOSS_NAMES[:1]),
-    "label → generator (3)": (("text",), LOSS_NAMES[2:3]),
-    "image → text → image (1) + (2)": (("image",), LOSS_NAMES[:2]),
-    "text → image → text (3) + (4)": (("text",), LOSS_NAMES[2:]),
-    "joint (1) + (2) + (3) + (4)": (("image", "text"), LOSS_NAMES),
+    BY_LABELS[0]: (("image",), LOSS_NAMES[:1]),
+    BY_LABELS[1]: (("text",), LOSS_NAMES[2:3]),
+    BY_CYCLE[0]: (("image",), LOSS_NAMES[:2]),
+    BY_CYCLE[1]: (("text",), LOSS_NAMES[2:]),
+    JOINT: (("image", "text"), LOSS_NAMES),
 }
 SETTINGS = {
     "x̂ of every timestep": Losses(),
@@ -48,7 +51,8 @@ def main() -> None:
         config = replace(config, images=2 * config.batch_size, losses=SETTINGS[setting])
         found.append({"captioner": captioner, "setting": setting, "seconds": seconds(config, arguments.rounds)})
     result = {"commit": commit, "threads": torch.get_num_threads(), "rounds": arguments.rounds, "found": found}
-    (SHIPPED / "cycle-cost.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    write_whole(SHIPPED / TIMED, lambda path: path.write_text(text, encoding="utf-8"))
     write_page(SHIPPED / "cycle-cost.md", page(result))
     print(*page(result), sep="\n\n")
 
@@ -82,11 +86,11 @@ def page(result: dict) -> list[str]:
     """The parts of the page in Markdown."""
     rows, ratios = [], []
     for entry in result["found"]:
-        labels_1, labels_3, image, text, joint = (np.array(seconds) for seconds in entry["seconds"].values())
-        names = [entry["captioner"], entry["setting"]]
-        for kind, spent in entry["seconds"].items():
-            rows.append([*names, kind, f"{1000 * np.median(spent):.0f} ms"])
-        ratios.append([*names, *(ratio(cost, labels_1 + labels_3) for cost in ((image + text) / 2, joint))])
+        names, spent = [entry["captioner"], entry["setting"]], entry["seconds"]
+        for kind in STEPS:
+            rows.append([*names, kind, f"{1000 * np.median(spent[kind]):.0f} ms"])
+        joint = np.array(spent[JOINT]) / sum(np.array(spent[kind]) for kind in BY_LABELS)
+        ratios.append([*names, ratio(cost_of_cycle(spent)), ratio(joint)])
     return [
         "# What the cycle costs",
         f"Made by `python benchmarks/cycle.py` at commit `{result['commit']}`, on {result['threads']} CPU threads: "
@@ -99,8 +103,8 @@ def page(result: dict) -> list[str]:
     ]
 
 
-def ratio(cost: np.ndarray, labels: np.ndarray) -> str:
-    low, middle, high = np.quantile(cost / labels, (0.05, 0.5, 0.95))
+def ratio(cost: np.ndarray) -> str:
+    low, middle, high = np.quantile(cost, (0.05, 0.5, 0.95))
     return f"{middle:.2f} × [{low:.2f}, {high:.2f}]"
 
 

@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalleflamingo import cycle_losses
 from dalleflamingo.bridge import replaced_token_embeddings
 from dalleflamingo.research.architectures import CAPTIONED, GENERATED, blip, text_encoder, unet, vae
+from dalleflamingo.research.cycle_claims import COUNTED
 from dalleflamingo.research.pages import SHIPPED, current_commit, table
+from dalleflamingo.runs import write_whole
 
 TOKENS = 20  # of a caption
 REDUCED = 256  # pixels a side of an x̂ that is decoded smaller
@@ -125,8 +127,9 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     counts = parts()
     result = {"commit": current_commit(), "parts": counts, "steps": list(steps(counts))}
-    (SHIPPED / "cycle-arithmetic.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    (SHIPPED / "cycle-arithmetic.md").write_text(page(result), encoding="utf-8")
+    texts = {COUNTED: json.dumps(result, indent=1, ensure_ascii=False) + "\n", "cycle-arithmetic.md": page(result)}
+    for name, text in texts.items():
+        write_whole(SHIPPED / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     print(page(result))
 
 

@@ -188,6 +188,18 @@ def test_a_module_imports_only_what_comes_before_it(path):
             assert ".training" in own, f"{own} imports {name}, which is for the command line and tests only"
 
 
+def test_a_lock_is_the_kernels_and_ends_with_its_process():
+    """Where the drive has no locks, filelock would take a file for one, which stays when the process is killed."""
+    calls = [
+        (path.name, {argument.arg: argument.value for argument in node.keywords})
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "FileLock"
+    ]
+    soft = [name for name, given in calls if getattr(given.get("fallback_to_soft"), "value", True)]
+    assert len(calls) >= 6 and soft == []
+
+
 def test_the_core_is_small():
     core = [path for path in MODULES if path.parent.name == "dalleflamingo" and not path.name.startswith("__")]
     assert sorted(path.stem for path in core) == sorted(CORE) and len(core) <= 16

@@ -2,7 +2,7 @@
 
 The models, the data and the settings that all arms share are the profile's. The paper compares a finetuned captioner
 with the published one; "labels" and "labels-longer" are ours: the same finetuning without the cycle, and that with
-about as much computing as the cycle takes.
+about nine tenths of the computing that the cycle takes.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,10 @@ from dalleflamingo.research.released import DEVIATIONS
 
 SCHEDULER = "DPMSolverMultistep"  # of the images that are evaluated: as good as the profile's in half of its steps
 STEPS = 450  # at least so many; a notebook trains live for fewer
-AS_LONG = 980 / 450  # times the steps, from labels only, that take about as much computing as the cycle
+# Times the steps, from labels only. A step of the cycle costs 1.16 to 1.25 times one of each model from labels (the
+# "alternating" of docs/results/cycle-cost.json, (4) below 40 % of the timesteps), so 2.3 to 2.5 times one from labels:
+# the arm takes about nine tenths of the cycle's computing.
+AS_LONG = 980 / 450
 START = "start"  # the two models as they are
 SEEDS_OF_FIRST, SEEDS = 5, 3  # training seeds, of the profile's first captioner and of the others
 
@@ -77,6 +80,9 @@ ARMS = {
     "all-timesteps": Arm("no bound on timesteps", {"max_timestep": 1.0}),
     "soft": Arm("soft bridge", {"mode": "soft"}),
     "gumbel": Arm("bridge that samples (Gumbel)", {"mode": "gumbel"}),
+    # Of `definition_effects.training_effects`, not of the study.
+    "train-mode": Arm("the captioner in train mode", deviations=frozenset({"train-mode"})),
+    "sampled-latents": Arm("latents sampled", deviations=frozenset({"sampled-latents"})),
 }
 TABLE_3 = ("labels", "labels-longer", "cycle", "unlabelled")
 TABLE_9 = ("cycle", "image", "text", "labels", "reconstruction")  # in the order of `paper.TABLE_9`
@@ -94,15 +100,17 @@ class Run:
     """One training and its evaluation.
 
     Attributes:
-        arm: a key of `ARMS`, `START`, or another name that comes with a configuration.
+        arm: what its folder and the tables call it: a key of `ARMS`, `START`, or a name of its own, as of a trial.
         captioner: name in the registry. seed: of training.
         generates: the generator is evaluated too.
+        key: of `ARMS`, says what kind of cycle is trained; None where the caller brings what builds the cycle.
     """
 
     arm: str
     captioner: str
     seed: int = 0
     generates: bool = False
+    key: str | None = None
 
     @property
     def name(self) -> str:
@@ -110,19 +118,21 @@ class Run:
         return f"{self.captioner.rpartition('/')[2]}-{self.arm}" + f"-{self.seed}" * (self.arm != START)
 
     @property
-    def deviations(self) -> frozenset[str]:
-        """Of the released code, that the run has."""
-        return ARMS[self.arm].deviations if self.arm in ARMS else frozenset()
+    def kind(self) -> Arm:
+        """The arm of `ARMS` that is trained, or that of the models before training.
 
-    @property
-    def unlabelled(self) -> bool:
-        """Loss (2) is of images without captions."""
-        kind = self.arm.partition(",")[0]  # of a trial, whose settings follow
-        return kind in ARMS and ARMS[kind].unlabelled
+        Raises:
+            ValueError: the run has no key.
+        """
+        if self.arm == START:
+            return Arm(START)
+        if self.key is None:
+            raise ValueError(f"the run {self.name} names no arm of ARMS: give its key, or what builds its cycle")
+        return ARMS[self.key]
 
     def config(self, profile: Profile) -> CycleConfig:
-        """The settings of an arm of `ARMS`, or of the models before training."""
-        return (Arm(START) if self.arm == START else ARMS[self.arm]).config(profile, self.captioner, self.seed)
+        """The settings of its arm; those of a trial differ."""
+        return self.kind.config(profile, self.captioner, self.seed)
 
 
 def run_of(profile: Profile, arm: str, captioner: str, seed: int = 0) -> Run:
@@ -141,7 +151,7 @@ def run_of(profile: Profile, arm: str, captioner: str, seed: int = 0) -> Run:
         generates = arm == START or ARMS[arm].generates
     else:
         generates = arm == "cycle" and f"cycle, {registry.entry_of(captioner).counterpart}" in paper.TABLE_4
-    return Run(arm, captioner, seed, generates)
+    return Run(arm, captioner, seed, generates, key=None if arm == START else arm)
 
 
 def queue(profile: Profile) -> dict[Run, CycleConfig]:
@@ -167,7 +177,7 @@ FEW, MANY, RATE = 25, 2000, 1e-3  # labelled images of the trials, and their lea
 
 
 def trial(arm: str, images: int, losses: Mapping[str, object] = MappingProxyType({})) -> str:
-    """The name of a run on development images.
+    """What tables and folders call a run on development images.
 
     Args:
         arm: a key of `ARMS`.
@@ -195,5 +205,5 @@ def trials(profile: Profile) -> dict[Run, CycleConfig]:
     for arm, images, losses in wanted:
         config = ARMS[arm].config(profile, first, 0)
         config = replace(config, images=images, learning_rate=RATE, losses=replace(config.losses, **losses))
-        found[Run(trial(arm, images, losses), first, generates=True)] = config
+        found[Run(trial(arm, images, losses), first, generates=True, key=arm)] = config
     return found

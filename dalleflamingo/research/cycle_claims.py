@@ -1,7 +1,7 @@
 """Claims 9 to 12, from the runs of the cycle study, and claim 14, from what a step costs."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -17,16 +17,25 @@ from dalleflamingo.research.cycle_arms import ARMS, START, TABLE_3, TABLE_9
 from dalleflamingo.research.cycle_comparison import EvaluatedRuns, StudyResults
 from dalleflamingo.research.ranking import ALL
 
+COUNTED, TIMED = (
+    "cycle-arithmetic.json",
+    "cycle-cost.json",
+)  # what a step costs, by benchmarks/full_size.py and cycle.py
+BY_LABELS = ("label → captioner (1)", "label → generator (3)")  # the steps that `TIMED` has the seconds of
+BY_CYCLE = ("image → text → image (1) + (2)", "text → image → text (3) + (4)")
+
 
 def claim_9(found: StudyResults) -> list[Claim]:
     """The cycle beats the captioner that it starts from, for three captioners; secondary: labels, and COCO."""
     claims = []
     for captioner, runs in found.captions["nocaps"].items():
-        if not runs.seeds("cycle"):
+        if not runs.shared_seeds(["cycle", START]):
             continue
         text = f"{ENTRIES[captioner].label}: the cycle's captions beat those of the start, CIDEr × 100, overall"
         secondary = {
-            f"minus {ARMS[arm].label}": runs.value("cider", "cycle", arm) for arm in TABLE_3[:2] if runs.seeds(arm)
+            f"minus {ARMS[arm].label}": runs.value("cider", "cycle", arm)
+            for arm in TABLE_3[:2]
+            if runs.shared_seeds(["cycle", arm])
         }
         secondary["on coco"] = found.captions["coco"][captioner].value("cider", "cycle", START)
         effect = runs.value("cider", "cycle", START)
@@ -36,18 +45,15 @@ def claim_9(found: StudyResults) -> list[Claim]:
 
 def claim_10(found: StudyResults) -> list[Claim]:
     """Out of domain the cycle's images are nearer than those of the start and of labels: the weaker of the two."""
-    claims = []
+    claims, rivals = [], {"the start": START, "labels only": "labels"}
     for captioner, runs in found.images["nocaps"].items():
-        if not (runs.seeds("cycle") and runs.seeds("labels")):
+        if not all(runs.shared_seeds(["cycle", arm]) for arm in rivals.values()):
             continue
         in_domain, _, out = DOMAINS
-        nearer = {
-            "the start": runs.value("clip_distance", START, "cycle", out),
-            "labels only": runs.value("clip_distance", "labels", "cycle", out),
-        }
+        nearer = {name: runs.value("clip_distance", arm, "cycle", out) for name, arm in rivals.items()}
         weaker = weakest_of(nearer)
         secondary = {f"nearer than those of {name}": effect for name, effect in nearer.items() if name != weaker}
-        if runs.seeds(TABLE_3[1]):
+        if runs.shared_seeds(["cycle", TABLE_3[1]]):
             longer = runs.value("clip_distance", TABLE_3[1], "cycle", out)
             secondary[f"nearer than those of {ARMS[TABLE_3[1]].label}"] = longer
         by_labels = "labels only: nearer than those of the start"
@@ -57,7 +63,7 @@ def claim_10(found: StudyResults) -> list[Claim]:
             f"trained with {ENTRIES[captioner].label}: out of domain the cycle's images are nearer to the real ones "
             f"than those of {weaker}, CLIP distance × 100"
         )
-        seeds = runs.shared_seeds(["labels", "cycle"])
+        seeds = runs.shared_seeds(["cycle", rivals[weaker]])
         claims.append(Claim(10, text, ALL, nearer[weaker], 2, secondary, seeds=seeds))
     return claims
 
@@ -69,13 +75,13 @@ def claim_11(runs: EvaluatedRuns) -> list[Claim]:
         runs: the captions of the first captioner on NoCaps.
     """
     without = {"the reconstruction losses": "labels", "the labels": "reconstruction"}
-    if not all(runs.seeds(arm) for arm in (*without.values(), "cycle")):
+    if not all(runs.shared_seeds(["cycle", arm]) for arm in without.values()):
         return []
     effects = {what: runs.value("cider", "cycle", arm) for what, arm in without.items()}
     weaker = weakest_of(effects)
     text = f"the cycle's captions beat those without {weaker}, CIDEr × 100, overall"
     secondary = {f"without {what}": effect for what, effect in effects.items() if what != weaker}
-    seeds = runs.shared_seeds(["cycle", *without.values()])
+    seeds = runs.shared_seeds(["cycle", without[weaker]])
     return [Claim(11, text, ALL, effects[weaker], 1, secondary, seeds=seeds)]
 
 
@@ -85,7 +91,7 @@ def claim_12(runs: EvaluatedRuns) -> list[Claim]:
     Args:
         runs: the captions of the first captioner on NoCaps.
     """
-    if not all(runs.seeds(arm) for arm in TABLE_9):
+    if not runs.shared_seeds(TABLE_9):
         return []
 
     def agreement(mean: Callable[[str], float]) -> float:
@@ -100,6 +106,31 @@ def claim_12(runs: EvaluatedRuns) -> list[Claim]:
     return [Claim(12, text, ALL, effect, 1, secondary, seeds=runs.shared_seeds(TABLE_9))]
 
 
+def require_costs(folder: Path) -> None:
+    """Refuse a folder without what claim 14 is made of.
+
+    Args:
+        folder: of the results.
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+    """
+    if missing := [name for name in (COUNTED, TIMED) if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {' and '.join(missing)}, of claim 14: `python benchmarks/full_size.py` and `python "
+            "benchmarks/cycle.py` write both into docs/results; copy them where --docs is another folder"
+        )
+
+
+def cost_of_cycle(seconds: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """(rounds,) what a step of the cycle, mean of both halves, costs over one of each model from labels.
+
+    Args:
+        seconds: kind of step -> its seconds in each round.
+    """
+    labels, cycle = (sum(np.array(seconds[name]) for name in names) for names in (BY_LABELS, BY_CYCLE))
+    return cycle / 2 / labels
+
+
 def claim_14(folder: Path, captioner: str) -> list[Claim]:
     """The cycle costs at most 1.4 × plain finetuning, at full size: 1.4 minus the ratio, counted, without an interval.
 
@@ -108,14 +139,13 @@ def claim_14(folder: Path, captioner: str) -> list[Claim]:
         captioner: whose timed steps are reported beside it.
     """
     limit = paper.COST_OF_CYCLE
-    steps = json.loads((folder / "cycle-arithmetic.json").read_text(encoding="utf-8"))["steps"]
+    steps = json.loads((folder / COUNTED).read_text(encoding="utf-8"))["steps"]
     spared = {name: limit - (image + text) / 2 / (caption + generate) for name, caption, generate, image, text in steps}
     first, *others = spared
     secondary = {name: Interval(spared[name], spared[name], spared[name], 1, None) for name in others}
-    cost = json.loads((folder / "cycle-cost.json").read_text(encoding="utf-8"))
+    cost = json.loads((folder / TIMED).read_text(encoding="utf-8"))
     for entry in (entry for entry in cost["found"] if entry["captioner"] == captioner):
-        labels_1, labels_3, image, text, _ = (np.array(seconds) for seconds in entry["seconds"].values())
-        saved = limit - (image + text) / 2 / (labels_1 + labels_3)
+        saved = limit - cost_of_cycle(entry["seconds"])
         bounds = (float(value) for value in np.quantile(saved, (0.5, 0.05, 0.95)))
         what = f"the miniature, timed (5th to 95th percentile), {entry['setting']}"
         secondary[what] = Interval(*bounds, len(saved), None)

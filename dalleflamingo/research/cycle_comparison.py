@@ -4,9 +4,9 @@ Arms are compared seed by seed on the same images. The bootstrap draws seeds ane
 computed again on every resample, once for all comparisons.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,11 @@ from dalleflamingo.evaluation.intervals import Interval, resample
 from dalleflamingo.profiles import Profile
 from dalleflamingo.research.caption_ranking import evaluate_captions
 from dalleflamingo.research.cycle_arms import START, TABLE_3
+from dalleflamingo.research.cycle_study import read_result
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.ranking import ALL
 from dalleflamingo.research.resampling import bootstrap_of_runs
+from dalleflamingo.runs import write_whole
 
 RESAMPLES, RESAMPLES_OF_SETS = 1000, 300  # FID, a metric of a set, takes its time
 _RUN = ["arm", "seed"]
@@ -53,7 +55,9 @@ class EvaluatedRuns:
         return sorted(seed for name, seed in self.runs if name == arm)
 
     def shared_seeds(self, arms: Sequence[str]) -> list[int]:
-        """The training seeds that all of these arms have; the models before training have any."""
+        """The training seeds that all of these arms have; the models before training, once evaluated, have any."""
+        if START in arms and not self.seeds(START):
+            return []
         trained = [set(self.seeds(arm)) for arm in arms if arm != START]
         return sorted(set.intersection(*trained)) if trained else [0]
 
@@ -168,7 +172,7 @@ def read_runs(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises:
         FileNotFoundError: no run with images is done.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/result.json"))]
+    found = [read_result(path) for path in sorted(folder.glob("*/result.json"))]
     if not any(run.get("images") for run in found):
         raise FileNotFoundError(
             f"{folder} has no run that is done: `python -m dalleflamingo research cycle` makes them"
@@ -177,7 +181,7 @@ def read_runs(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     for run in found:
         names = {name: run[name] for name in ("captioner", "arm", "seed")}
         for corpus, by_id in run["captions"].items():
-            captions += [names | {"corpus": corpus, "image_id": int(i), "caption": text} for i, text in by_id.items()]
+            captions += [names | {"corpus": corpus, "image_id": i, "caption": text} for i, text in by_id.items()]
         for corpus, columns in run.get("images", {}).items():
             images.append(pd.DataFrame(columns).assign(corpus=corpus, **names))
     return pd.DataFrame(captions), pd.concat(images, ignore_index=True)
@@ -192,8 +196,32 @@ def write_tables(captions: pd.DataFrame, images: pd.DataFrame, results: Path) ->
         results: folder of the tables.
     """
     features = [np.float16(row) for row in images["features"]]
-    captions.to_parquet(results / CAPTIONS, index=False)
-    images.round(4).assign(features=features).to_parquet(results / IMAGES, index=False)
+    for name, table in ((CAPTIONS, captions), (IMAGES, images.round(4).assign(features=features))):
+        write_whole(results / name, partial(table.to_parquet, index=False))
+
+
+def count_runs(captions: pd.DataFrame) -> int:
+    """How many runs a table of captions is of."""
+    return len(captions[["captioner", *_RUN]].drop_duplicates())
+
+
+def require_no_fewer(captions: pd.DataFrame, results: Path) -> None:
+    """Refuse to replace the tables of a study by those of one that is less complete.
+
+    Args:
+        captions: of `read_runs`.
+        results: folder of the tables, if there are some.
+    Raises:
+        ValueError: the tables there are of more runs.
+    """
+    if not (results / CAPTIONS).exists():
+        return
+    there, now = count_runs(pd.read_parquet(results / CAPTIONS, columns=["captioner", *_RUN])), count_runs(captions)
+    if now < there:
+        raise ValueError(
+            f"{results / CAPTIONS} is of {there} runs, and only {now} are done here: finish them (`python -m "
+            "dalleflamingo research cycle`), give their --runs, or write this report elsewhere with another --docs"
+        )
 
 
 def read_tables(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -248,7 +276,11 @@ def evaluate_runs(
 
 
 def _by_captioner(images: pd.DataFrame, first: str) -> dict[str, pd.DataFrame]:
-    """Captioner -> rows; what labels teach the generator no captioner changes, so all share these rows of the first."""
+    """Captioner -> rows; what labels teach the generator no captioner changes, so all share these rows of the first.
+
+    Loss (3) reads images and human captions alone, through the generator's own text encoder. With the alternating
+    schedule no step trains both models, and so neither the bound on the gradient's norm nor AdamW couples them.
+    """
     of_first = images[images["captioner"] == first]
     shared = of_first[of_first["arm"].isin((START, *TABLE_3[:2]))]
     others = images[images["captioner"] != first].groupby("captioner")

@@ -4,6 +4,7 @@ python -m dalleflamingo research cycle-report      after the study; writes docs/
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -25,21 +26,24 @@ from dalleflamingo.research.cycle_arms import (
     START,
     TABLE_3,
     TABLE_9,
-    Run,
     label_of,
     queue,
+    run_of,
     trial,
+    trials,
 )
-from dalleflamingo.research.cycle_claims import all_claims
+from dalleflamingo.research.cycle_claims import all_claims, require_costs
 from dalleflamingo.research.cycle_comparison import (
     EvaluatedRuns,
     StudyResults,
+    count_runs,
     evaluate_runs,
     evaluated_captions,
     evaluated_images,
     read_runs,
     read_tables,
     real_features,
+    require_no_fewer,
     write_tables,
 )
 from dalleflamingo.research.cycle_start import PRETRAINING, WEB
@@ -47,12 +51,14 @@ from dalleflamingo.research.cycle_study import (
     RENDERED,
     RENDERED_IN_TRIALS,
     development_sets,
+    folder_of,
     of_every_domain,
     test_sets,
 )
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.ranking import ALL
+from dalleflamingo.runs import write_whole
 
 COMMAND = "python -m dalleflamingo research cycle-report"
 GALLERY = {START: START, "labels only": "labels", "cycle": "cycle"}  # heading -> arm
@@ -62,24 +68,24 @@ GALLERY = {START: START, "labels only": "labels", "cycle": "cycle"}  # heading -
 
 
 def headline(found: StudyResults) -> pd.DataFrame:
-    """What either cycle adds to labels alone, trained for about as much computing: a row for each captioner and arm.
+    """What either cycle adds to labels alone with nine tenths of its computing: a row for each captioner and arm.
 
     "±" is half the width of the interval before it.
     """
     _, labels, *cycles = TABLE_3
     rows = []
     for captioner, runs in found.captions["nocaps"].items():
-        for arm in (arm for arm in cycles if runs.seeds(arm) and runs.seeds(labels)):
+        for arm in (arm for arm in cycles if runs.shared_seeds([arm, labels])):
             row = {"captioner": ENTRIES[captioner].label, "trained by": label_of(arm)}
             row["seeds"] = str(len(runs.shared_seeds([arm, labels])))
             for metric, column in (("cider", "captions, CIDEr × 100"), *_contents(runs)):
                 row |= _with_width(column, runs.value(metric, arm, labels), METRICS[metric].digits)
             images = found.images["nocaps"].get(captioner)
-            if images and images.seeds(arm) and images.seeds(labels):
+            if images and images.shared_seeds([arm, labels]):
                 nearer = images.value("clip_distance", labels, arm)
                 row |= _with_width("images nearer, CLIP distance × 100", nearer, METRICS["clip_distance"].digits)
             rows.append(row)
-    return pd.DataFrame(rows).fillna("")
+    return _frame(rows, "captioner").fillna("")
 
 
 def table_3(found: StudyResults) -> pd.DataFrame:
@@ -142,7 +148,7 @@ def table_9(runs: EvaluatedRuns) -> pd.DataFrame:
                     "the paper": str(published),
                 }
             )
-    return pd.DataFrame(rows)
+    return _frame(rows, "trained by")
 
 
 def table_explored(runs: EvaluatedRuns, arms: Sequence[str]) -> pd.DataFrame:
@@ -155,7 +161,7 @@ def table_explored(runs: EvaluatedRuns, arms: Sequence[str]) -> pd.DataFrame:
             "minus cycle": _difference(runs, "cider", arm, "cycle"),
         }
         rows.append(row | _content_minus_cycle(runs, arm))
-    return pd.DataFrame(rows, columns=None if rows else ["changed", "CIDEr × 100", "minus cycle"])
+    return _frame(rows, "changed")
 
 
 def tables_of_trials(folder: Path, profile: Profile) -> list[pd.DataFrame]:
@@ -196,6 +202,11 @@ def tables_of_trials(folder: Path, profile: Profile) -> list[pd.DataFrame]:
     return [pd.DataFrame(scores), pd.DataFrame(differences)]
 
 
+def _frame(rows: Sequence[Mapping[str, str]], first: str) -> pd.DataFrame:
+    """A table of these rows; without any it has the first column, so that its file can be read."""
+    return pd.DataFrame(rows, columns=None if rows else [first])
+
+
 def _by_domain(runs: EvaluatedRuns, metric: str, arm: str) -> dict[str, str]:
     cells = {name.partition("-")[0]: _cell(runs, metric, arm, name) for name in (*DOMAINS, ALL)}
     return cells | {"all − start": "" if arm == START else _difference(runs, metric, arm, START)}
@@ -230,10 +241,17 @@ def _cell(runs: EvaluatedRuns, metric: str, arm: str, domain: str = ALL) -> str:
 
 
 def _difference(runs: EvaluatedRuns, metric: str, arm: str, minus: str) -> str:
+    """Nothing where the two arms have no seed in common yet."""
+    if not runs.shared_seeds([arm, minus]):
+        return ""
     return pages.cell(runs.value(metric, arm, minus), METRICS[metric].digits, signed=True)
 
 
 # ── pages ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _table(frame: pd.DataFrame) -> str:
+    return "None of its runs is done." if frame.empty else pages.frame_table(frame)
 
 
 def page(
@@ -257,7 +275,7 @@ def page(
         lines.append(verdict_line(claim))
         for what, effect in claim.secondary.items():
             lines.append(f"  * {what}: {pages.cell(effect, claim.digits, signed=True)}")
-    config = Run("cycle", profile.captioners[0]).config(profile)
+    config = run_of(profile, "cycle", profile.captioners[0]).config(profile)
     return [
         "# Cycle finetuning",
         pages.measured_on(profile.dataset, pages.BESIDE_THE_PAPER),
@@ -271,23 +289,26 @@ def page(
         f"pairs, {config.schedule}, learning rate {config.learning_rate:g}, (4) below {config.losses.max_timestep:.0%} "
         "of the timesteps; chosen on other images of the same sort, by [these trials](cycle-trials.md).",
         "## What the cycle adds to labels",
-        "The difference from labels alone, trained for about as much computing. The paper compares with the start "
-        "instead; that comparison is in the tables below, and decides claims 9 and 10.",
-        pages.frame_table(tables["headline"]),
+        "The difference from labels alone, trained with about nine tenths of the cycle's computing, by [the "
+        "miniature's timings](cycle-cost.md). The paper compares with the start instead; that comparison is in the "
+        "tables below, and decides claims 9 and 10.",
+        _table(tables["headline"]),
+        f"*{label_of('unlabelled')}* costs more than the plain cycle: the captioner also describes those images, "
+        "greedily, and reads its own descriptions in one more teacher-forced pass.",
         "## Claims",
         "\n".join(lines),
         "## Captions (Table 3): CIDEr × 100",
-        pages.frame_table(tables["3"]),
+        _table(tables["3"]),
         "## Images (Table 4): CLIP distance × 100 to the real image and FID, lower is better",
-        pages.frame_table(tables["4"]),
+        _table(tables["4"]),
         "![The same captions rendered by the generator before training, trained by labels, trained by the cycle]"
         "(../figures/cycle_images.png)",
         "## What trains BLIP (Tables 5 and 9)",
-        pages.frame_table(tables["9"]),
+        _table(tables["9"]),
         "## As the authors' released code has it, one seed, exploratory",
-        pages.frame_table(tables["deviations"]),
+        _table(tables["deviations"]),
         "## Other settings, one seed, exploratory",
-        pages.frame_table(tables["modes"]),
+        _table(tables["modes"]),
     ]
 
 
@@ -317,11 +338,13 @@ def trials_page(folder: Path, profile: Profile) -> list[str]:
         profile: of the runs.
     """
     scores, differences = tables_of_trials(folder, profile)
+    datasets, steps = development_sets(profile), {config.steps for config in trials(profile).values()}
     return [
         "# What was tried",
-        "One seed, 450 steps, captions of 600 images of nocaps-dev and of 500 of coco's val split, generated images of "
-        f"{RENDERED_IN_TRIALS} of nocaps-dev, none of them in the test. Made by `python -m dalleflamingo research "
-        f"cycle --trials` at commit `{pages.current_commit()}`.",
+        f"One seed, {' or '.join(map(str, sorted(steps)))} steps, captions of {len(datasets['nocaps']):,} images of "
+        f"nocaps-dev and of {len(datasets['coco']):,} of coco's val split, generated images of {RENDERED_IN_TRIALS:,} "
+        "of nocaps-dev, none of them in the test. Made by `python -m dalleflamingo research cycle --trials` at commit "
+        f"`{pages.current_commit()}`.",
         "The positive control: labels alone, of many images, show how much there is to learn beyond the start. Few "
         "labels leave room for what the cycle could add.",
         pages.frame_table(scores),
@@ -330,27 +353,26 @@ def trials_page(folder: Path, profile: Profile) -> list[str]:
     ]
 
 
-def gallery(runs: Path, dataset: Dataset, profile: Profile, path: Path) -> bool:
+def gallery(runs: Path, dataset: Dataset, profile: Profile, path: Path) -> None:
     """Write what three generators render of the same captions from the same noise, two captions of each domain.
+
+    Where one of the three runs is not done, an earlier figure stays.
 
     Args:
         runs: folder of all runs.
         dataset: the test images of NoCaps.
         profile: names the first captioner.
         path: of the figure.
-    Returns:
-        False where one of the three runs is not done.
     """
-    folders = {name: runs / Run(arm, profile.captioners[0]).name for name, arm in GALLERY.items()}
+    folders = {name: runs / run_of(profile, arm, profile.captioners[0]).name for name, arm in GALLERY.items()}
     if not all((folder / "result.json").is_file() for folder in folders.values()):
-        return False
+        return
     examples = [example for part in dataset.by_domain().values() for example in part[:2]]
     images = {"real": [open_image(example.path) for example in examples]}
     for name, folder in folders.items():
         images[name] = [open_image(folder / f"images/nocaps/{example.image_id}.png") for example in examples]
     prompts = [example.sample_reference(seed=0) for example in examples]
     show.write_png(cycle_figures.rendered_by(images, prompts), path)
-    return True
 
 
 def write(
@@ -363,28 +385,32 @@ def write(
     """Write the page, its tables, its figure and the claims; returns these.
 
     Args:
-        runs: folder of all runs; without any, what an earlier report kept of them in `results` is evaluated again.
+        runs: folder of all runs; without any, what an earlier report kept of them in `results` is evaluated again, and
+            stays as it is.
         docs: gets `results` and `figures`.
         profile: of the runs.
         datasets: described test images by name.
         resamples: as of `EvaluatedRuns`.
     Raises:
-        FileNotFoundError: no run is done.
+        FileNotFoundError: no run is done, or as `require_costs`.
+        ValueError: as `require_no_fewer`.
     """
-    folder = docs / "results"
-    captions, images = read_runs(runs) if any(runs.glob("*/result.json")) else read_tables(folder)
+    folder, is_new = docs / "results", any(runs.glob("*/result.json"))
+    captions, images = read_runs(runs) if is_new else read_tables(folder)
+    require_costs(folder)  # both before the bootstraps, which take minutes
+    require_no_fewer(captions, folder)
     generated = {"nocaps": of_every_domain(datasets["nocaps"], min(RENDERED, len(datasets["nocaps"])))}
     found = evaluate_runs(captions, images, datasets, generated, profile, **resamples)
     claims, tables = all_claims(found, profile, folder), all_tables(found, profile)
-    write_tables(captions, images, folder)
+    if is_new:
+        write_tables(captions, images, folder)
     for name, frame in tables.items():
-        frame.to_csv(folder / f"cycle-table-{name}.csv", index=False)
-    done = len(captions[["captioner", "arm", "seed"]].drop_duplicates())
+        write_whole(folder / f"cycle-table-{name}.csv", partial(frame.to_csv, index=False))
     sizes = {name: len(one) for name, one in datasets.items()} | {"rendered": len(generated["nocaps"])}
     scoreboard(folder / "claims.json", claims, profile=profile.name, dataset=profile.dataset, seed=0)
-    pages.write_page(folder / "cycle.md", page(tables, claims, profile, sizes, done))
+    pages.write_page(folder / "cycle.md", page(tables, claims, profile, sizes, count_runs(captions)))
     gallery(runs, generated["nocaps"], profile, docs / "figures" / "cycle_images.png")
-    if (runs / "trials").is_dir():
+    if all((runs / "trials" / run.name / "result.json").is_file() for run in trials(profile)):
         pages.write_page(folder / "cycle-trials.md", trials_page(runs / "trials", profile))
     return claims
 
@@ -393,13 +419,13 @@ def main(arguments: list[str]) -> int:
     """Write docs/results/cycle.md, its tables, its figure and claims 9 to 12 and 14, from the runs that are done.
 
     The runs are those of `python -m dalleflamingo research cycle`, with the same profile. Where there are none, the
-    captions and scores in docs/results are evaluated again, and the figure stays. What a step costs is measured by
-    benchmarks/cycle.py and benchmarks/full_size.py.
+    captions and scores in docs/results are evaluated again, and the figure stays; they are not replaced by those of
+    fewer runs. What a step costs is measured by benchmarks/cycle.py and benchmarks/full_size.py.
     """
     parser = study_parser("cycle-report", main.__doc__)
     parser.add_argument("--images", type=positive, help="test images of the runs; default: all")
     options = parse(parser, arguments)
     profile = profiles.current()
     datasets = test_sets(profile, options.images)
-    print_claims(write(options.runs / "cycle", options.docs, profile, datasets))
+    print_claims(write(folder_of(options.runs, profile), options.docs, profile, datasets))
     return 0

@@ -6,7 +6,8 @@ images of the web, whose alt-texts are often wrong. That is the miniature's pret
 if the models had been published before they were finetuned. Real models begin as they were published.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from dalleflamingo.evaluation.accelerators import make_accelerator
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
 from dalleflamingo.research.repair import damage
+from dalleflamingo.runs import RunFolderError, differences, read_settings
 from dalleflamingo.sources.models import load_cycle
 
 WEB = "miniature/web"
@@ -36,27 +38,65 @@ PRETRAINING = {  # fields of `CycleConfig`
 }
 
 
+def pretraining(captioner: str, profile: Profile) -> CycleConfig | None:
+    """The settings of a pretraining; None for real models, which need none.
+
+    Args:
+        captioner: name in the registry.
+        profile: names the generator.
+    """
+    shipped = registry.entry_of(captioner).shipped
+    return CycleConfig.of(profile, captioner=captioner, **PRETRAINING) if shipped else None
+
+
 def pretrained(captioner: str, profile: Profile, folder: Path) -> Path | None:
     """The checkpoint of a pretraining, made if it is missing; None for real models, which need none.
 
-    Another process that is making it is waited for.
+    Another process that is making it is waited for; the lock is the kernel's, and ends with that process.
 
     Args:
         captioner: name in the registry.
         profile: names the generator.
         folder: of all starts.
+    Raises:
+        RunFolderError: the folder has a pretraining with other settings.
     """
-    if not registry.entry_of(captioner).shipped:
+    config = pretraining(captioner, profile)
+    if config is None:
         return None
     own = folder / captioner.rpartition("/")[2]
-    config = CycleConfig.of(profile, captioner=captioner, **PRETRAINING)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{own}.lock"):
-        if not (own / "done").exists():
+    with FileLock(f"{own}.lock", fallback_to_soft=False):
+        if (own / "done").exists():
+            _require_made_from(config, own)
+        else:
             cycle, batches, trainable = load_cycle(config, torch.device(profile.device), _build_damaged)
             train_cycle(config, cycle, batches, trainable, own, make_accelerator(config))
             (own / "done").touch()
     return own / "state.safetensors"
+
+
+def _require_made_from(config: CycleConfig, folder: Path) -> None:
+    """Refuse a finished pretraining with other settings: `train_cycle` would let the number of steps differ."""
+    path = folder / "config.json"
+    if lines := differences(flat(read_settings(path) or {}), flat(asdict(config))):
+        raise RunFolderError(
+            f"{path} is of a pretraining with other settings:\n{lines}\nAll arms of a study begin with one: delete the "
+            "folder of the study to make its runs again, or give another --runs."
+        )
+
+
+def flat(settings: Mapping[str, object], within: str = "") -> dict[str, object]:
+    """Settings that hold settings as one mapping, such as "losses.mode" -> "soft".
+
+    Args:
+        settings: of a run.
+        within: stands before every name.
+    """
+    found = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{within}{name}.") if isinstance(value, Mapping) else {f"{within}{name}": value}
+    return found
 
 
 def beginning_with(checkpoint: Path | None, build: Callable[..., tuple]) -> Callable[..., tuple]:

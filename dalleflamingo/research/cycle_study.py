@@ -3,12 +3,14 @@
     python -m dalleflamingo research cycle        the whole queue, going on where it was
 
 The same command in a second terminal takes the runs that no other process is working on, so that every core can have
-one. A run leaves `result.json` in its folder: the captions of every test image by the finetuned captioner, and how far
-each image that the finetuned generator renders is from the real one. `cycle_comparison.py` reads them.
+one. A run leaves two files in its folder: `run.json`, what it is made from, and `result.json`, the captions of every
+test image by the finetuned captioner, and how far each image that the finetuned generator renders is from the real one.
+`cycle_comparison.py` reads them.
 """
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -25,16 +27,16 @@ from dalleflamingo.datasets import Dataset
 from dalleflamingo.evaluation.accelerators import make_accelerator
 from dalleflamingo.evaluation.caption_results import describe_dataset
 from dalleflamingo.evaluation.cycle_validation import render_captions
-from dalleflamingo.evaluation.image_features import FeatureExtractor
+from dalleflamingo.evaluation.image_features import FeatureExtractor, ImageFiles
 from dalleflamingo.generator import Generator
 from dalleflamingo.profiles import Profile
 from dalleflamingo.research.cycle_arms import START, Run, queue, trials
-from dalleflamingo.research.cycle_start import WEB, beginning_with, pretrained
+from dalleflamingo.research.cycle_start import WEB, beginning_with, flat, pretrained, pretraining
 from dalleflamingo.research.image_ranking import distances
 from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.released import build_released_cycle
 from dalleflamingo.research.unlabelled import build_unlabelled_cycle
-from dalleflamingo.runs import write_whole
+from dalleflamingo.runs import RunFolderError, differences, read_settings, write_whole
 from dalleflamingo.similarity import ClipImage, Encoder
 from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_cycle
@@ -92,10 +94,12 @@ def builder_of(run: Run, profile: Profile, starts: Path) -> Callable[..., tuple]
         run: of the study.
         profile: names the generator, and the data set whose images stay without captions, where the run needs some.
         starts: folder of the models that arms begin with; what is missing there is trained.
+    Raises:
+        ValueError: the run does not say which kind of cycle it has.
     """
-    if run.deviations:
-        build = partial(build_released_cycle, deviations=run.deviations)
-    elif run.unlabelled:
+    if run.kind.deviations:
+        build = partial(build_released_cycle, deviations=run.kind.deviations)
+    elif run.kind.unlabelled:
         build = partial(build_unlabelled_cycle, images=registered.load_dataset(*unlabelled_images(profile)))
     else:
         build = build_cycle
@@ -111,6 +115,46 @@ def unlabelled_images(profile: Profile) -> tuple[str, str | None]:
     return (WEB, None) if registry.entry_of(profile.coco).shipped else (profile.coco, "train")
 
 
+def made_from(
+    config: CycleConfig,
+    start: CycleConfig | None,
+    datasets: Mapping[str, Dataset],
+    generated: Mapping[str, Dataset],
+    profile: Profile,
+) -> dict:
+    """What the result of a run depends on, in JSON values.
+
+    Args:
+        config: settings of the run.
+        start: those of the pretraining that it begins with, if it does.
+        datasets: as of `train_and_evaluate`.
+        generated: likewise.
+        profile: likewise.
+    """
+    described, rendered = (
+        {name: [dataset.name, len(dataset)] for name, dataset in part.items()} for part in (datasets, generated)
+    )
+    settings = {"config": asdict(config), "start": asdict(start) if start else None}
+    return {"profile": profile.name, **settings, "described": described, "rendered": rendered}
+
+
+def require_made_from(record: Mapping[str, object], folder: Path) -> None:
+    """Refuse a folder whose run, finished or not, is made from something else.
+
+    Args:
+        record: of `made_from`.
+        folder: of the run.
+    Raises:
+        RunFolderError: the record there differs, or is missing although there is a run.
+    """
+    path, remedy = folder / "run.json", "delete the folder to make the run again, or give another --runs"
+    there = read_settings(path)
+    if there is None and any((folder / name).exists() for name in ("result.json", "state.safetensors", "images")):
+        raise RunFolderError(f"{folder} holds a run, but no run.json to say what it is made from: {remedy}")
+    if there is not None and (lines := differences(flat(there), flat(record))):
+        raise RunFolderError(f"{path} is of a run that is made from something else:\n{lines}\nSo {remedy}.")
+
+
 def train_and_evaluate(
     run: Run,
     config: CycleConfig,
@@ -122,6 +166,8 @@ def train_and_evaluate(
 ) -> dict:
     """Train, going on where the folder's run was, evaluate, and write `result.json`; a run that is done is only read.
 
+    `run.json` is there before the training, so that whatever is found in the folder is known to be of this run.
+
     Args:
         run: what is trained.
         config: its settings.
@@ -130,19 +176,35 @@ def train_and_evaluate(
         generated: images whose captions the generator renders, likewise.
         profile: names the models that evaluate.
         build: makes the cycle of the models, as `cycle.build_cycle`; None: that of `builder_of`.
+    Raises:
+        RunFolderError: as `require_made_from` and `cycle.train_cycle`.
     """
-    result = folder / "result.json"
+    result, start = folder / "result.json", None if build else pretraining(run.captioner, profile)
+    record = made_from(config, start, datasets, generated, profile)
+    require_made_from(record, folder)
     if result.exists():
-        return json.loads(result.read_text(encoding="utf-8"))
+        return read_result(result)
     build = build or builder_of(run, profile, folder.parent / "starts")
     cycle, batches, trainable = load_cycle(config, torch.device(profile.device), build)
     folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "run.json", record)
     if run.arm != START:
         train_cycle(config, cycle, batches, trainable, folder, make_accelerator(config))
     found = {"arm": run.arm, "captioner": run.captioner, "seed": run.seed}
     found |= evaluate(cycle, folder, datasets, generated, profile)
-    write_whole(result, lambda path: path.write_text(json.dumps(found) + "\n", encoding="utf-8"))
+    _write_json(result, found)
     return found
+
+
+def read_result(path: Path) -> dict:
+    """What `train_and_evaluate` returned when it wrote the file; in JSON, keys such as image ids are texts."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    captions = {name: {int(i): text for i, text in by_id.items()} for name, by_id in found["captions"].items()}
+    return found | {"captions": captions}
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    write_whole(path, lambda part: part.write_text(json.dumps(content) + "\n", encoding="utf-8"))
 
 
 @torch.no_grad()
@@ -182,6 +244,8 @@ def evaluate_generator(
 ) -> dict[str, list]:
     """Render a human caption of every image, save the generated images, and compare them with the real ones.
 
+    An image that is there is not rendered again: `train_and_evaluate` sees to it that it is this run's.
+
     Args:
         generator: renders.
         dataset: real images with captions.
@@ -192,16 +256,20 @@ def evaluate_generator(
     Returns:
         image_id; clip_distance × 100 of each generated image to its real one; its features: a list each.
     """
-    examples = list(dataset)
-    images = render_captions(generator, examples, profile.steps // 2, profile.guidance_scale, profile.batch_size)
+    examples, folder = list(dataset), Path(folder)
+    paths = [folder / f"{example.image_id}.png" for example in examples]
     folder.mkdir(parents=True, exist_ok=True)
-    for example, image in zip(examples, images, strict=True):
-        image.save(folder / f"{example.image_id}.png")
-    real = [dataset.open(example) for example in examples]
+    missing = [(example, path) for example, path in zip(examples, paths, strict=True) if not path.exists()]
+    for start in range(0, len(missing), profile.batch_size):
+        part, of_part = zip(*missing[start : start + profile.batch_size], strict=True)
+        images = render_captions(generator, part, profile.steps // 2, profile.guidance_scale, len(part))
+        for path, image in zip(of_part, images, strict=True):
+            write_whole(path, partial(image.save, format="PNG"))
+    real, generated = [dataset.open(example) for example in examples], ImageFiles(paths)
     return {
         "image_id": [example.image_id for example in examples],
-        "clip_distance": distances(clip, real, images, np.arange(len(real))).tolist(),
-        "features": inception.extract(images).features.half().tolist(),
+        "clip_distance": distances(clip, real, generated, np.arange(len(real))).tolist(),
+        "features": inception.extract(generated).features.half().tolist(),
     }
 
 
@@ -233,6 +301,11 @@ def work(
             train_and_evaluate(run, config, folder / run.name, datasets, generated if run.generates else {}, profile)
 
 
+def folder_of(runs: Path, profile: Profile) -> Path:
+    """The folder of the study's runs among those of all studies: another profile has other runs."""
+    return runs / f"cycle-{profile.name}"
+
+
 def main(arguments: list[str]) -> int:
     """Train and evaluate the runs of the cycle study that are not done yet.
 
@@ -249,7 +322,8 @@ def main(arguments: list[str]) -> int:
         "--trials", action="store_true", help="instead the runs that settings are chosen by, on development images"
     )
     options = parse(parser, arguments)
-    profile, folder = profiles.current(), options.runs / "cycle"
+    profile = profiles.current()
+    folder = folder_of(options.runs, profile)
     if options.trials:
         datasets, wanted, folder = development_sets(profile), trials(profile), folder / "trials"
         work(wanted, folder, datasets, profile, RENDERED_IN_TRIALS)

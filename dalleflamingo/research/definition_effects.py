@@ -38,7 +38,7 @@ from dalleflamingo.research.cycle_study import train_and_evaluate
 from dalleflamingo.research.image_ranking import distances
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.ranking import EvaluatedCandidates
-from dalleflamingo.research.released import ANY_WORDS, ReleasedSampling, build_released_cycle, sample_latents
+from dalleflamingo.research.released import ANY_WORDS, IN_TRAINING, ReleasedSampling, sample_latents
 from dalleflamingo.runs import derive_seed
 from dalleflamingo.similarity import ClipImage, Encoder
 from dalleflamingo.sources.models import Models
@@ -433,22 +433,15 @@ def training_effects(profile: Profile, dataset: Dataset, folder: Path, steps: in
         steps: of training.
         seeds: of training.
     """
-    changed = {
-        "cycle": (),
-        "label-smoothing": (),
-        "train-mode": ("train-mode",),
-        "sampled-latents": ("sampled-latents",),
-    }
+    changed = {"cycle": "cycle", "label-smoothing": "cycle"} | {name: name for name in IN_TRAINING}  # -> key of `ARMS`
     rows = []
-    runs = [(Run(arm, profile.captioner, seed), how) for seed in range(seeds) for arm, how in changed.items()]
-    for run, how in tqdm(runs, desc="cycle finetuning", unit="run"):
+    runs = [Run(arm, profile.captioner, seed, key=key) for seed in range(seeds) for arm, key in changed.items()]
+    for run in tqdm(runs, desc="cycle finetuning", unit="run"):
         losses = {"label_smoothing": 0.1} if run.arm == "label-smoothing" else {}
         config = CycleConfig.of(profile, seed=run.seed, steps=steps, losses=losses)
-        # the released cycle without any deviation of x̂ is ours
-        build = partial(build_released_cycle, deviations=how) if how else None
-        found = train_and_evaluate(run, config, folder / run.name, {CORPUS: dataset}, {}, profile, build)
+        found = train_and_evaluate(run, config, folder / run.name, {CORPUS: dataset}, {}, profile)
         names = {"arm": run.arm, "seed": run.seed}
-        rows += [names | {"image_id": int(i), "caption": text} for i, text in found["captions"][CORPUS].items()]
+        rows += [names | {"image_id": i, "caption": text} for i, text in found["captions"][CORPUS].items()]
     evaluated = evaluated_captions(pd.DataFrame(rows), dataset)
     effects = []
     for arm in list(changed)[1:]:

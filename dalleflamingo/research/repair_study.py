@@ -65,7 +65,7 @@ def run_all(profile: Profile, folder: Path, seeds: int, steps: int, sizes: Sizes
     for arm, seed, count in tqdm(wanted, desc="repair", unit="run"):
         own = folder / f"{arm.name}-{seed}"
         try:
-            with FileLock(f"{own}.lock", timeout=0):
+            with FileLock(f"{own}.lock", timeout=0, fallback_to_soft=False):
                 if not (own / "result.parquet").exists():
                     config = arm.config(profile, seed=seed, steps=count, validate_every=every)
                     _keep(repair.repair(arm, config, sizes, profile, own), own)
