@@ -231,6 +231,10 @@ def test_there_is_one_command_line():
     assert not lines_with(r"-m dalleflamingo\.", files_under_git())
 
 
+def test_no_merge_left_its_marks():
+    assert not lines_with(r"^(<{7}|>{7}) ", files_under_git())
+
+
 def test_only_the_registry_knows_the_miniature_by_its_name():
     assert not lines_with(r"startswith\(.miniature/", [path for path in MODULES if path.name != "registry.py"])
 
