@@ -228,9 +228,11 @@ def in_terminal() -> int:
             return main()
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:  # of the flush: `main` has answered all others
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        return CLOSED
+        if isinstance(error, BrokenPipeError):
+            return CLOSED
+        return _report("python -m dalleflamingo", error)
 
 
 if __name__ == "__main__":

@@ -419,14 +419,26 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch):
     assert command_line.main(["reconstruct"]) == 141
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["reconstruct", "--help"], ["export", "--help"]], ids=" ".join)
-def test_a_closed_pipe_is_quiet_even_where_python_buffers(arguments):
+def into(output, *arguments: str) -> subprocess.Popen:
+    """The command in a process of its own, whose Python buffers what it prints."""
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     line = [sys.executable, "-m", "dalleflamingo", *arguments]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=buffered) as process:
+    return subprocess.Popen(line, stdout=output, stderr=subprocess.PIPE, cwd=ROOT, env=buffered, text=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["reconstruct", "--help"], ["export", "--help"]], ids=" ".join)
+def test_a_closed_pipe_is_quiet(arguments):
+    with into(subprocess.PIPE, *arguments) as process:
         process.stdout.close()
         error = process.stderr.read()
-    assert (process.returncode, error) == (141, b"")
+    assert (process.returncode, error) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_behind_the_output_is_told_in_one_line():
+    with open("/dev/full", "w") as full, into(full, "--help") as process:
+        error = process.stderr.read()
+    assert process.returncode == 2 and "the disk is full" in error and len(error.splitlines()) == 1
 
 
 def test_ctrl_c_while_the_profiles_are_imported_is_no_traceback(monkeypatch):

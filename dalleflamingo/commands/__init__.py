@@ -1,1 +1,1 @@
-"""The commands that run models, `reconstruct` and `cycle`, and the parsers that all commands share."""
+"""The commands `reconstruct` and `cycle`, and the parser of every command."""

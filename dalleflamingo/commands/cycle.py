@@ -12,7 +12,7 @@ def main(arguments: list[str]) -> int:
     The folder of the run gets log.jsonl with the losses, the last checkpoint, and in the end the folders captioner and
     generator, which transformers and diffusers open.
     """
-    parser = command_parser("cycle", main.__doc__)
+    parser = command_parser("cycle", main.__doc__, "Defaults come from the profile.")
     parser.add_argument(
         "--run", type=nonempty_path, required=True, help="folder of the run; a run that is there goes on"
     )

@@ -1,4 +1,4 @@
-"""The parsers and the options that commands share. Nothing here imports torch, so that `--help` answers at once."""
+"""The parser of every command, and options that several have. Nothing here imports torch: `--help` answers at once."""
 
 import argparse
 import inspect
@@ -34,8 +34,7 @@ def command_parser(name: str, about: str, epilog: str | None = None) -> Parser:
 
 
 def add_shared(parser: argparse.ArgumentParser, steps: str, batch_size: str) -> None:
-    """The options of the commands that run models."""
-    parser.epilog = "Defaults come from the profile."
+    """The options of `reconstruct` and `cycle`."""
     parser.add_argument("--steps", type=positive, help=steps)
     parser.add_argument("--batch-size", type=positive, metavar="B", help=batch_size)
     parser.add_argument("--seed", type=int, help="of all random numbers; default: 0")

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         from dalleflamingo import rank
         ranked = rank(pandas.read_parquet("OUT/candidates.parquet"), by="clip")
     """
-    parser = command_parser("reconstruct", main.__doc__)
+    parser = command_parser("reconstruct", main.__doc__, "Defaults come from the profile.")
     parser.add_argument(
         "source", type=nonempty_path, help="a folder of images, a file of captions or of both, or shards"
     )
@@ -76,7 +76,6 @@ def main(arguments: list[str]) -> int:
     from dalleflamingo.reconstruct import JourneySettings
     from dalleflamingo.runs import hold
     from dalleflamingo.sources.inputs import read_source, remember
-    from dalleflamingo.sources.models import class_of
 
     worker = Worker.named(options.worker).launched(os.environ)
     with in_turn(options.out, worker):
@@ -90,9 +89,6 @@ def main(arguments: list[str]) -> int:
             journey = _image_journey(options, profile, settings)
         else:
             journey = _text_journey(source, options, profile, settings)
-        if not class_of(profile.generator):  # the others have schedulers of their own
-            chosen = options.steps is not None or options.scheduler is not None
-            require_steps(journey.generator, settings.steps, chosen)
         table = run_together(journey, source, options.out, worker)
         if table is not None and start == "images":
             remember(options.out, options.source, options.image_folder)
@@ -133,6 +129,7 @@ def _image_journey(options: argparse.Namespace, profile: "Profile", settings: "J
     from dalleflamingo.sources.models import load_models
 
     captioner, generator, similarities = load_models(profile, options.scheduler)
+    _require_steps(generator, options, profile, settings)
     similarities = similarities + _safety_checker(options, profile)
     return ImageTextImage(captioner, generator, similarities, settings)
 
@@ -146,6 +143,7 @@ def _text_journey(
     from dalleflamingo.sources.models import load_captioner, load_generator
 
     captioner, generator = load_captioner(profile), load_generator(profile, scheduler=options.scheduler)
+    _require_steps(generator, options, profile, settings)
     corpus = {text.image_id: text.references for text in source[:_CORPUS]}
     similarities = load_text_similarities(profile, corpus) + _safety_checker(options, profile)
     return TextImageText(captioner, generator, similarities, settings)
@@ -160,6 +158,15 @@ def _safety_checker(options: argparse.Namespace, profile: "Profile") -> list:
 
     name = "sd-v1-4-safety-checker"
     return [class_of(name).from_pretrained(**source_of(name, profile.device))]
+
+
+def _require_steps(
+    generator: "Generator", options: argparse.Namespace, profile: "Profile", settings: "JourneySettings"
+) -> None:
+    from dalleflamingo.sources.models import class_of
+
+    if not class_of(profile.generator):  # the others have schedulers of their own
+        require_steps(generator, settings.steps, chosen=bool(given(options, "steps", "scheduler")))
 
 
 def require_steps(generator: "Generator", steps: int, chosen: bool) -> None:

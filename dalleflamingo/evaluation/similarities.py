@@ -1,7 +1,8 @@
 """Similarities made of metrics: CIDEr and Word Mover's Distance of texts, fidelity of images (§3.1, App. A.1).
 
-Higher is more alike. CIDEr counts shared n-grams. Word Mover's Distance adds up how far the words of one text are from
-those of the other. Image fidelity compares the features that FID compares.
+`similarities_among` finds the columns of all similarities in a run's table. Higher is more alike. CIDEr counts shared
+n-grams. Word Mover's Distance adds up how far the words of one text are from those of the other. Image fidelity
+compares the features that FID compares.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -17,9 +17,8 @@ from dalleflamingo.research.released import DEVIATIONS
 
 SCHEDULER = "DPMSolverMultistep"  # of the images that are evaluated: as good as the profile's in half of its steps
 STEPS = 450  # at least so many; a notebook trains live for fewer
-# Times the steps, from labels only. A step of the cycle costs 1.16 to 1.25 times one of each model from labels (the
-# "alternating" of docs/results/cycle-cost.json, (4) below 40 % of the timesteps), so 2.3 to 2.5 times one from labels:
-# the arm takes about nine tenths of the cycle's computing.
+# Times the steps, from labels only: about nine tenths of the cycle's computing by docs/results/cycle-cost.json. Its
+# "alternating" compares with a step of each model from labels, and here a step is of one.
 AS_LONG = 980 / 450
 START = "start"  # the two models as they are
 SEEDS_OF_FIRST, SEEDS = 5, 3  # training seeds, of the profile's first captioner and of the others
@@ -33,7 +32,7 @@ class Arm:
         label: what tables call it.
         losses: fields of `Losses`. schedule: of `CycleConfig`.
         steps: times the profile's.
-        deviations: of the authors' released code, names of `released.DEVIATIONS`.
+        deviations: of the authors' released code, names of `released.DEVIATIONS` or `IN_TRAINING`.
         generates: the generator is evaluated too.
         unlabelled: (2) is of images without captions, see `unlabelled.py`.
     """
@@ -68,7 +67,7 @@ ARMS = {
     "unlabelled": Arm("cycle, (2) on images without captions", generates=True, unlabelled=True),
     "image": Arm("labels and image reconstruction: (1) to (3)", {"caption_reconstruction": 0.0}),
     "text": Arm("labels and caption reconstruction: (1), (3), (4)", {"image_reconstruction": 0.0}),
-    # One seed each, exploratory. The first six are as the authors' released code has it.
+    # One seed each, exploratory: Equation 5 as it stands, the released code's deviations, other settings.
     "joint": Arm("all four losses at every step, half as many steps", schedule="joint", steps=0.5),
     "released-map": Arm("the released kind of map", deviations=frozenset({"released-map"})),
     "ends-kept": Arm(
@@ -76,7 +75,9 @@ ARMS = {
     ),
     "previous-sample": Arm("x̂ from the scheduler's step on clean latents", deviations=frozenset({"previous-sample"})),
     "unnormalised": Arm("x̂ without the captioner's normalisation", deviations=frozenset({"unnormalised"})),
-    "released": Arm("all of these, and no bound on timesteps", {"max_timestep": 1.0}, deviations=frozenset(DEVIATIONS)),
+    "released": Arm(
+        "all four deviations, and no bound on timesteps", {"max_timestep": 1.0}, deviations=frozenset(DEVIATIONS)
+    ),
     "all-timesteps": Arm("no bound on timesteps", {"max_timestep": 1.0}),
     "soft": Arm("soft bridge", {"mode": "soft"}),
     "gumbel": Arm("bridge that samples (Gumbel)", {"mode": "gumbel"}),

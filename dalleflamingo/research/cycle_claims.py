@@ -17,10 +17,8 @@ from dalleflamingo.research.cycle_arms import ARMS, START, TABLE_3, TABLE_9
 from dalleflamingo.research.cycle_comparison import EvaluatedRuns, StudyResults
 from dalleflamingo.research.ranking import ALL
 
-COUNTED, TIMED = (
-    "cycle-arithmetic.json",
-    "cycle-cost.json",
-)  # what a step costs, by benchmarks/full_size.py and cycle.py
+COUNTED = "cycle-arithmetic.json"  # what a step costs at full size, by benchmarks/full_size.py
+TIMED = "cycle-cost.json"  # and in the miniature, by benchmarks/cycle.py
 BY_LABELS = ("label → captioner (1)", "label → generator (3)")  # the steps that `TIMED` has the seconds of
 BY_CYCLE = ("image → text → image (1) + (2)", "text → image → text (3) + (4)")
 

@@ -212,15 +212,16 @@ def require_no_fewer(captions: pd.DataFrame, results: Path) -> None:
         captions: of `read_runs`.
         results: folder of the tables, if there are some.
     Raises:
-        ValueError: the tables there are of more runs.
+        ValueError: the tables there are of more runs, or have more captions.
     """
     if not (results / CAPTIONS).exists():
         return
-    there, now = count_runs(pd.read_parquet(results / CAPTIONS, columns=["captioner", *_RUN])), count_runs(captions)
-    if now < there:
+    before = pd.read_parquet(results / CAPTIONS, columns=["captioner", *_RUN])
+    if len(captions) < len(before) or count_runs(captions) < count_runs(before):
+        there, now = (f"{count_runs(table)} runs with {len(table):,} captions" for table in (before, captions))
         raise ValueError(
-            f"{results / CAPTIONS} is of {there} runs, and only {now} are done here: finish them (`python -m "
-            "dalleflamingo research cycle`), give their --runs, or write this report elsewhere with another --docs"
+            f"{results / CAPTIONS} is of {there}, and here are {now}: finish the runs (`python -m dalleflamingo "
+            "research cycle`), give their --runs, or write this report elsewhere with another --docs"
         )
 
 

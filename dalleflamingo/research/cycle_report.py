@@ -58,7 +58,7 @@ from dalleflamingo.research.cycle_study import (
 from dalleflamingo.research.metrics import METRICS
 from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.ranking import ALL
-from dalleflamingo.runs import write_whole
+from dalleflamingo.runs import read_settings, write_whole
 
 COMMAND = "python -m dalleflamingo research cycle-report"
 GALLERY = {START: START, "labels only": "labels", "cycle": "cycle"}  # heading -> arm
@@ -68,7 +68,7 @@ GALLERY = {START: START, "labels only": "labels", "cycle": "cycle"}  # heading -
 
 
 def headline(found: StudyResults) -> pd.DataFrame:
-    """What either cycle adds to labels alone with nine tenths of its computing: a row for each captioner and arm.
+    """What either cycle adds to labels alone that are trained for longer: a row for each captioner and arm.
 
     "±" is half the width of the interval before it.
     """
@@ -251,7 +251,7 @@ def _difference(runs: EvaluatedRuns, metric: str, arm: str, minus: str) -> str:
 
 
 def _table(frame: pd.DataFrame) -> str:
-    return "None of its runs is done." if frame.empty else pages.frame_table(frame)
+    return "The runs that it compares are not done yet." if frame.empty else pages.frame_table(frame)
 
 
 def page(
@@ -305,7 +305,7 @@ def page(
         "(../figures/cycle_images.png)",
         "## What trains BLIP (Tables 5 and 9)",
         _table(tables["9"]),
-        "## As the authors' released code has it, one seed, exploratory",
+        "## Equation 5 as it stands, and the released code's deviations, one seed, exploratory",
         _table(tables["deviations"]),
         "## Other settings, one seed, exploratory",
         _table(tables["modes"]),
@@ -338,11 +338,14 @@ def trials_page(folder: Path, profile: Profile) -> list[str]:
         profile: of the runs.
     """
     scores, differences = tables_of_trials(folder, profile)
-    datasets, steps = development_sets(profile), {config.steps for config in trials(profile).values()}
+    records = [read_settings(folder / run.name / "run.json") for run in trials(profile)]
+    steps = {record["config"]["steps"] for record in records}
+    sizes = {name: size for record in records for name, (_, size) in record["described"].items()}
+    [rendered] = {size for record in records for _, size in record["rendered"].values()}
     return [
         "# What was tried",
-        f"One seed, {' or '.join(map(str, sorted(steps)))} steps, captions of {len(datasets['nocaps']):,} images of "
-        f"nocaps-dev and of {len(datasets['coco']):,} of coco's val split, generated images of {RENDERED_IN_TRIALS:,} "
+        f"One seed, {' or '.join(map(str, sorted(steps)))} steps, captions of {sizes['nocaps']:,} images of "
+        f"nocaps-dev and of {sizes['coco']:,} of coco's val split, generated images of {rendered:,} "
         "of nocaps-dev, none of them in the test. Made by `python -m dalleflamingo research cycle --trials` at commit "
         f"`{pages.current_commit()}`.",
         "The positive control: labels alone, of many images, show how much there is to learn beyond the start. Few "

@@ -36,7 +36,7 @@ from dalleflamingo.research.image_ranking import distances
 from dalleflamingo.research.options import parse, study_parser
 from dalleflamingo.research.released import build_released_cycle
 from dalleflamingo.research.unlabelled import build_unlabelled_cycle
-from dalleflamingo.runs import RunFolderError, differences, read_settings, write_whole
+from dalleflamingo.runs import RunFolderError, differences, fingerprint, read_settings, write_whole
 from dalleflamingo.similarity import ClipImage, Encoder
 from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_cycle
@@ -116,6 +116,7 @@ def unlabelled_images(profile: Profile) -> tuple[str, str | None]:
 
 
 def made_from(
+    run: Run,
     config: CycleConfig,
     start: CycleConfig | None,
     datasets: Mapping[str, Dataset],
@@ -125,6 +126,7 @@ def made_from(
     """What the result of a run depends on, in JSON values.
 
     Args:
+        run: which kind of cycle it has.
         config: settings of the run.
         start: those of the pretraining that it begins with, if it does.
         datasets: as of `train_and_evaluate`.
@@ -135,7 +137,28 @@ def made_from(
         {name: [dataset.name, len(dataset)] for name, dataset in part.items()} for part in (datasets, generated)
     )
     settings = {"config": asdict(config), "start": asdict(start) if start else None}
-    return {"profile": profile.name, **settings, "described": described, "rendered": rendered}
+    evaluation = {name: getattr(profile, name) for name in ("steps", "guidance_scale", "clip", "inception")}
+    models = (config.captioner, config.generator, profile.clip, profile.inception)
+    return {
+        "profile": profile.name,
+        "arm": run.key,
+        **settings,
+        "described": described,
+        "rendered": rendered,
+        "evaluation": evaluation,
+        "weights": {name: weights_of(name) for name in models},
+    }
+
+
+def weights_of(name: str) -> str | None:
+    """What changes with the weights of a model: a digest of those that are shipped, or the hub's revision.
+
+    Args:
+        name: of the registry.
+    """
+    if not registry.entry_of(name).shipped:
+        return registry.entry_of(name).revision
+    return fingerprint([digest for path, digest in registry.shipped_files(name) if path.suffix == ".safetensors"])
 
 
 def require_made_from(record: Mapping[str, object], folder: Path) -> None:
@@ -180,7 +203,7 @@ def train_and_evaluate(
         RunFolderError: as `require_made_from` and `cycle.train_cycle`.
     """
     result, start = folder / "result.json", None if build else pretraining(run.captioner, profile)
-    record = made_from(config, start, datasets, generated, profile)
+    record = made_from(run, config, start, datasets, generated, profile)
     require_made_from(record, folder)
     if result.exists():
         return read_result(result)
@@ -256,7 +279,7 @@ def evaluate_generator(
     Returns:
         image_id; clip_distance × 100 of each generated image to its real one; its features: a list each.
     """
-    examples, folder = list(dataset), Path(folder)
+    examples = list(dataset)
     paths = [folder / f"{example.image_id}.png" for example in examples]
     folder.mkdir(parents=True, exist_ok=True)
     missing = [(example, path) for example, path in zip(examples, paths, strict=True) if not path.exists()]

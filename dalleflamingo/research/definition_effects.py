@@ -424,7 +424,7 @@ def noise_effects(models: Models, dataset: Dataset, folder: Path, settings: Jour
 
 
 def training_effects(profile: Profile, dataset: Dataset, folder: Path, steps: int, seeds: int) -> list[Effect]:
-    """CIDEr after a short cycle finetuning, with one definition changed at a time; resumed.
+    """CIDEr after a short cycle finetuning from the cycle study's start, one definition changed at a time; resumed.
 
     Args:
         profile: names models and data.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dalleflamingo import profiles
-from dalleflamingo.commands.parsers import command_parser, positive
+from dalleflamingo.commands.parsers import command_parser, nonempty_path, positive
 
 RUNS = Path("build/runs")
 
@@ -23,11 +23,11 @@ def study_parser(name: str, about: str, docs: bool = True) -> argparse.ArgumentP
     """
     epilog = "An interrupted study goes on when the same command is given again."
     parser = command_parser(f"research {name}", about, epilog)
-    parser.add_argument(
-        "--runs", type=Path, default=RUNS, help="folder of the run folders of all studies; default: %(default)s"
-    )
+    about_runs = "folder of the run folders of all studies; default: %(default)s"
+    parser.add_argument("--runs", type=nonempty_path, default=RUNS, help=about_runs)
     if docs:
-        parser.add_argument("--docs", type=Path, default=Path("docs"), help="has results/ and figures/; default: docs")
+        about_docs = "has results/ and figures/; default: %(default)s"
+        parser.add_argument("--docs", type=nonempty_path, default=Path("docs"), help=about_docs)
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads; default: PyTorch's own choice")
     parser.add_argument(
         "--profile", metavar="NAME", help=f"models and size; default: ${profiles.VARIABLE}, or mini where it is unset"

@@ -224,7 +224,7 @@ def sample_latents(vae: AutoencoderKL) -> RemovableHandle:
 
 
 DEVIATIONS = ("released-map", "ends-kept", "previous-sample", "unnormalised")
-IN_TRAINING = ("train-mode", "sampled-latents")  # other differences of the same code, with no arm of the cycle study
+IN_TRAINING = ("train-mode", "sampled-latents")  # other differences of the same code, not in the study's queue
 
 
 def build_released_cycle(
