@@ -450,6 +450,6 @@ def training_effects(profile: Profile, dataset: Dataset, folder: Path, steps: in
             evaluated.value("cider", arm),
             evaluated.value("cider", arm, "cycle"),
         )
-        what = f"CIDEr × 100 by beam search after {steps} steps of the cycle, {seeds} seeds"
+        what = f"CIDEr × 100 by beam search after {steps} steps from the start of the cycle study, {seeds} seeds"
         effects.append(Effect(arm, what, 1, *values))
     return effects
