@@ -706,6 +706,19 @@ def test_every_gradient_that_is_there_is_written_with_its_norm():
     assert {"0.5", "2"} <= texts and "0" not in texts
 
 
+def test_what_the_cycle_adds_is_drawn_as_it_was_measured():
+    study = found(PAPER, {START: 40.4, "labels": 40.8, "labels-longer": 39.0, "cycle": 39.8})
+    table = cycle_report.controls(study)
+    added = table.set_index(["of", "minus"])["value"]
+    assert added["captions"].tolist() == pytest.approx([3.8, 2.1, 2.8], abs=0.01)  # start, labels, for longer
+    assert added["images"].tolist() == pytest.approx([0.6, 1.0, -0.8], abs=0.01)  # nearer is better
+    captions, images = cycle_figures.controls(table).axes
+    for axes, part in ((captions, table[table["of"] == "captions"]), (images, table[table["of"] == "images"])):
+        assert [line.get_ydata()[0] for line in axes.lines[:3]] == part["value"].tolist()
+        bars = [bar.get_segments()[0][:, 1].tolist() for bar in axes.collections]
+        assert bars == part[["low", "high"]].to_numpy().tolist()
+
+
 def test_captions_are_shown_before_and_after(tmp_path):
     [image] = tiny.pictures(1)
     image.save(tmp_path / "0.png")

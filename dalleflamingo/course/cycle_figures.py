@@ -21,6 +21,7 @@ TITLES = {
 }
 MODELS = ("captioner", "generator")
 COLOURS = dict(zip(LOSS_NAMES, (PALETTE["clip"], PALETTE["more"], PALETTE["dino"], PALETTE["wordpiece"]), strict=True))
+_CONTROLS = (PALETTE["random"], PALETTE["clip"], PALETTE["dino"])
 _SIZE, _WIDE = (860, 430), (1300, 430)
 
 
@@ -84,6 +85,36 @@ def curves(log: Sequence[Mapping[str, float]], smooth: int = 1) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     mean = f"Faint: each loss at the steps that have it; thick: the mean of the last {smooth}. "
     return _noted(figure, (mean if smooth > 1 else "") + "A batch is small and its noise large.")
+
+
+def controls(table: pd.DataFrame) -> Figure:
+    """What the cycle adds, captioner by captioner: to the start, to labels only, and to labels only for longer.
+
+    Args:
+        table: as `cycle_report.controls`, or docs/results/cycle-controls.csv, has it.
+    """
+    figure = layout.new_figure(*_WIDE)
+    measures = {"captions": "captions, CIDEr × 100", "images": "images out of domain, CLIP distance × 100"}
+    names = list(table["minus"].unique())
+    for column, (of, measure) in enumerate(measures.items()):
+        axes = figure.add_axes((0.065 + 0.48 * column, 0.26, 0.43, 0.58))
+        part = table[table["of"] == of]
+        captioners = list(part["captioner"].unique())
+        for i, (name, colour, marker) in enumerate(zip(names, _CONTROLS, "so^", strict=False)):
+            own = part[part["minus"] == name]
+            x = np.array([captioners.index(one) for one in own["captioner"]]) + 0.2 * (i - 1)
+            axes.vlines(x, own["low"], own["high"], color=colour)
+            axes.plot(x, own["value"], marker, color=colour, markersize=5, label=f"minus {name}")
+        axes.axhline(0, color=PALETTE["text"], linewidth=0.9)
+        axes.set_xticks(range(len(captioners)), captioners)
+        axes.set_title(f"{measure}  (better ↑)", fontsize=FONT_SIZE, loc="left")
+        axes.tick_params(labelsize=FONT_SIZE)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=FONT_SIZE, ncols=len(names), loc="upper left")
+    return _noted(
+        figure, "The cycle minus what it is compared with. Bars are paired 95 % intervals over seeds and images."
+    )
 
 
 def before_and_after(

@@ -62,6 +62,7 @@ from dalleflamingo.runs import read_settings, write_whole
 
 COMMAND = "python -m dalleflamingo research cycle-report"
 GALLERY = {START: START, "labels only": "labels", "cycle": "cycle"}  # heading -> arm
+CONTROLS = (START, "labels", "labels-longer")
 
 
 # ── tables: data frames of texts ─────────────────────────────────────────────────────────────────────────────────────
@@ -86,6 +87,27 @@ def headline(found: StudyResults) -> pd.DataFrame:
                 row |= _with_width("images nearer, CLIP distance × 100", nearer, METRICS["clip_distance"].digits)
             rows.append(row)
     return _frame(rows, "captioner").fillna("")
+
+
+def controls(found: StudyResults) -> pd.DataFrame:
+    """What the cycle adds to the start and to both controls, in numbers, as `cycle_figures.controls` draws it.
+
+    Returns:
+        a row for each captioner and each of `CONTROLS` that it shares seeds with. of: "captions", CIDEr × 100 of all
+        images, or "images", how much nearer to the real ones they are out of domain, CLIP distance × 100; captioner;
+        minus; value, low, high.
+    """
+    rows = []
+    for arm in CONTROLS:
+        for captioner, runs in found.captions["nocaps"].items():
+            if runs.shared_seeds([arm, "cycle"]):
+                rows.append(("captions", captioner, arm, runs.value("cider", "cycle", arm)))
+        for captioner, runs in found.images["nocaps"].items():
+            if runs.shared_seeds([arm, "cycle"]):
+                rows.append(("images", captioner, arm, runs.value("clip_distance", arm, "cycle", DOMAINS[-1])))
+    columns = ["of", "captioner", "minus", "value", "low", "high"]
+    flat = [(of, ENTRIES[name].label, label_of(arm), one.value, one.low, one.high) for of, name, arm, one in rows]
+    return pd.DataFrame(flat, columns=columns)
 
 
 def table_3(found: StudyResults) -> pd.DataFrame:
@@ -295,6 +317,8 @@ def page(
         _table(tables["headline"]),
         f"*{label_of('unlabelled')}* costs more than the plain cycle: the captioner also describes those images, "
         "greedily, and reads its own descriptions in one more teacher-forced pass.",
+        "![What the cycle adds to the start, to labels only, and to labels only for longer]"
+        "(../figures/cycle_controls.png)",
         "## Claims",
         "\n".join(lines),
         "## Captions (Table 3): CIDEr × 100",
@@ -385,7 +409,7 @@ def write(
     datasets: Mapping[str, Dataset],
     **resamples: int,
 ) -> list[Claim]:
-    """Write the page, its tables, its figure and the claims; returns these.
+    """Write the page, its tables, its figures and the claims; returns these.
 
     Args:
         runs: folder of all runs; without any, what an earlier report kept of them in `results` is evaluated again, and
@@ -410,6 +434,9 @@ def write(
     for name, frame in tables.items():
         write_whole(folder / f"cycle-table-{name}.csv", partial(frame.to_csv, index=False))
     sizes = {name: len(one) for name, one in datasets.items()} | {"rendered": len(generated["nocaps"])}
+    compared = controls(found)
+    write_whole(folder / "cycle-controls.csv", partial(compared.round(4).to_csv, index=False))
+    show.write_png(cycle_figures.controls(compared), docs / "figures" / "cycle_controls.png")
     scoreboard(folder / "claims.json", claims, profile=profile.name, dataset=profile.dataset, seed=0)
     pages.write_page(folder / "cycle.md", page(tables, claims, profile, sizes, count_runs(captions)))
     gallery(runs, generated["nocaps"], profile, docs / "figures" / "cycle_images.png")
