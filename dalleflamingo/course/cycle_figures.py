@@ -94,7 +94,10 @@ def controls(table: pd.DataFrame) -> Figure:
         table: as `cycle_report.controls`, or docs/results/cycle-controls.csv, has it.
     """
     figure = layout.new_figure(*_WIDE)
-    measures = {"captions": "captions, CIDEr × 100", "images": "images out of domain, CLIP distance × 100"}
+    measures = {
+        "captions": "captions, CIDEr × 100",
+        "images": "images: nearer out of domain, CLIP distance × 100",
+    }
     names = list(table["minus"].unique())
     for column, (of, measure) in enumerate(measures.items()):
         axes = figure.add_axes((0.065 + 0.48 * column, 0.26, 0.43, 0.58))
