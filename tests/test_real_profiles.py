@@ -81,7 +81,8 @@ def profile(request, models, folders, tmp_path, monkeypatch) -> profiles.Profile
     fewer = dataclasses.replace(whole, **FEWER, cycle={**whole.cycle, "steps": 2})
     if whole.name == "colab":  # half precision, as with a GPU
         monkeypatch.setattr(profiles.Profile, "torch_dtype", torch.float16)
-    for module, name in ((profiles, "current"), (dalleflamingo, "current_profile")):
+    # the front door first: it looks its name up in the module, and would keep what stands there only for now
+    for module, name in ((dalleflamingo, "current_profile"), (profiles, "current")):
         monkeypatch.setattr(module, name, lambda: fewer)
     for name, value in {**folders, profiles.VARIABLE: whole.name, "DALLEFLAMINGO_RUNS": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
