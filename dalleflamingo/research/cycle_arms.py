@@ -18,7 +18,7 @@ from dalleflamingo.research.released import DEVIATIONS
 SCHEDULER = "DPMSolverMultistep"  # of the images that are evaluated: as good as the profile's in half of its steps
 STEPS = 450  # at least so many; a notebook trains live for fewer
 # Times the steps, from labels only. By docs/results/cycle-cost.json a step of the cycle costs as much as 2.3 to 2.4 of
-# these (twice its "alternating", which divides by a step of both models), so this is about nine tenths of its computing.
+# these (twice its "alternating", which divides by a step of both models): this is about nine tenths of its computing.
 AS_LONG = 980 / 450
 START = "start"  # the two models as they are
 SEEDS_OF_FIRST, SEEDS = 5, 3  # training seeds, of the profile's first captioner and of the others
