@@ -202,13 +202,11 @@ def stable_diffusion(folder: Path, tokens: int = 16) -> Path:
 
 
 def _clip_tokenizer(tokens: int) -> CLIPTokenizer:
+    letters = list("abcdefghijklmnopqrstuvwxyz,.'-")
+    # letters as special tokens: those with a suffix would be numbered in a random order, another in every process
+    special = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    trainer = trainers.BpeTrainer(
-        vocab_size=160,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz,.'-"),
-        end_of_word_suffix="</w>",
-    )
+    trainer = trainers.BpeTrainer(vocab_size=160, special_tokens=special, end_of_word_suffix="</w>")
     bpe.train_from_iterator(_WORDS * 4, trainer)
     model = json.loads(bpe.to_str())["model"]
     return CLIPTokenizer(
