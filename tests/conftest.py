@@ -1,6 +1,7 @@
 """What all tests share: one thread a process, the folder of real data, and a count of the tests that lacked it."""
 
 import os
+import random
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +17,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # How fast a machine is says nothing about the code; in CI the same examples every time, so that red means a change.
 hypothesis.settings.register_profile("course", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("course")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test begins with the same global random state, whatever ran before it in its process."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
