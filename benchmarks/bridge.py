@@ -32,7 +32,7 @@ from dalleflamingo.miniature.scene_graph import Scene
 from dalleflamingo.profiles import PROFILES
 from dalleflamingo.research.pages import current_commit
 from dalleflamingo.research.released import released_map
-from dalleflamingo.runs import derive_seed
+from dalleflamingo.runs import derive_seed, write_whole
 from dalleflamingo.sources import registered
 from dalleflamingo.tokens import Alignment
 from dalleflamingo.vocabulary import MAP_KINDS, VocabularyMap
@@ -55,7 +55,8 @@ def main() -> None:
 
     def keep(part: str, measured: list[dict] | dict) -> None:
         found[part], found["commits"][part] = measured, commit
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        text = json.dumps(found, indent=1) + "\n"
+        write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
 
     if arguments.opt and not arguments.captions:
         parser.error("--opt is measured on COCO: give --captions, too")
@@ -68,7 +69,7 @@ def main() -> None:
             keep("opt", reports(opt, clip_tokenizer(), coco["val"], coco["test"], MAP_KINDS))
     keep("miniature", miniature_reports())
     keep("images", images(arguments.images))
-    (RESULTS / "bridge.md").write_text(page(found))
+    write_whole(RESULTS / "bridge.md", lambda path: path.write_text(page(found), encoding="utf-8"))
     print(f"{RESULTS}/bridge.md")
 
 

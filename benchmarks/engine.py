@@ -42,7 +42,7 @@ from dalleflamingo.miniature.scene_graph import Scene, f1
 from dalleflamingo.profiles import Profile
 from dalleflamingo.reconstruct import JourneySettings, image_text_image
 from dalleflamingo.research.pages import SHIPPED, current_commit, table
-from dalleflamingo.runs import derive_seed
+from dalleflamingo.runs import derive_seed, write_whole
 from dalleflamingo.sources import registered
 from dalleflamingo.sources.models import load_models
 
@@ -88,8 +88,8 @@ def main() -> None:
         row |= rho[row["scheduler"], row["steps"]]
     found["bfloat16"] = half_precision(profile, max(100, arguments.agreement), arguments.runs)
     found["memory"] = {images: in_a_process_of_its_own(images) for images in (100, 1000)}
-    (SHIPPED / "engine.json").write_text(json.dumps(found, indent=1) + "\n")
-    (SHIPPED / "engine.md").write_text(page(found), encoding="utf-8")
+    for name, text in {"engine.json": json.dumps(found, indent=1) + "\n", "engine.md": page(found)}.items():
+        write_whole(SHIPPED / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     print(page(found))
 
 
