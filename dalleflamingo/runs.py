@@ -216,7 +216,7 @@ def _parts(folder: Path) -> list[Path]:
 
 def _add_part(folder: Path, table: pa.Table) -> None:
     number = max((int(path.stem) for path in _parts(folder)), default=-1) + 1
-    write_whole(folder / f"{number:05d}.parquet", lambda path: pq.write_table(table, path))
+    write_whole(folder / f"{number:05d}.parquet", lambda path: pq.write_table(table, path, write_page_checksum=True))
 
 
 def _read_parts(folder: Path, schema: pa.Schema) -> pd.DataFrame:
@@ -227,12 +227,12 @@ def _read_parts(folder: Path, schema: pa.Schema) -> pd.DataFrame:
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table | None:
     try:
-        table = pq.ParquetFile(path).read()
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
         table.validate(full=True)
         return table.select(schema.names).cast(schema)
     except (pa.ArrowException, LookupError, ValueError, OSError) as error:
         # of the disk, the permissions, the memory or this pyarrow, not of the content
-        if getattr(error, "errno", None) or isinstance(error, (MemoryError, pa.ArrowNotImplementedError)):
+        if getattr(error, "errno", None) or isinstance(error, MemoryError) or not pa.Codec.is_available("snappy"):
             raise
         print(f"{printable(path)} is damaged ({error}); what it held is computed again")
         path.unlink()

@@ -13,7 +13,16 @@ ABSENT = "real data absent"
 # Before any test imports torch or transformers, which read these once; processes that a test starts inherit them. With
 # one thread each, as many tests run at a time as there are cores, and sums have the same last digit on every machine.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+# What a user has set for runs of their own is no part of what is tested: their data and run folders, a proxy before the
+# servers of these tests, the repository of a git hook.
+TAKEN = {VARIABLE, "DALLEFLAMINGO_DATA", "DALLEFLAMINGO_PROFILE", "DALLEFLAMINGO_OUTPUT"}
+for name in {name for name in os.environ if name.startswith("DALLEFLAMINGO_")} - TAKEN:
+    del os.environ[name]
+for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+    os.environ.pop(name, None)
+for name in ("NO_PROXY", "no_proxy"):
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
 # How fast a machine is says nothing about the code; in CI the same examples every time, so that red means a change.
 hypothesis.settings.register_profile("course", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("course")

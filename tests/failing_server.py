@@ -25,6 +25,7 @@ class Server(ThreadingHTTPServer):
         self.retry_after: str | None = None
         self.changed: dict[str, bytes] = {}  # what a path holds after the answer "cut and change"
         self.ranges, self.tags, self.pace, self.cut_at = True, True, 0.0, 0.5
+        self.stall = 1.5  # seconds without a byte
         self.at_once, self.most_at_once, self.lock = 0, 0, threading.Lock()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -70,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         if answer == "close":  # without a word
             return self.hang_up()
         if answer == "stall":
-            time.sleep(1.5)
+            time.sleep(self.server.stall)
             return self.hang_up()
         if answer == "redirect":
             self.send_response(302)

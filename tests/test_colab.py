@@ -51,13 +51,15 @@ def runtime(pins, tmp_path_factory) -> Path:
 
 def changes(runtime: Path, wanted: list[Requirement], *options: str) -> dict[str, str] | None:
     """{name: version} of all that pip would install or replace there; None where no package index answers."""
-    pip = [sys.executable, "-m", "pip", "--python", runtime, "--retries", "0", "--timeout", "15", "install"]
+    pip = [sys.executable, "-m", "pip", "--python", runtime, "--timeout", "15", "install"]
     pip += ["--dry-run", "--quiet", "--only-binary=:all:", "--report", "-", *options]
-    reached = subprocess.run([*pip, "--ignore-installed", "--no-deps", "six"], capture_output=True, text=True)
+    reached = subprocess.run(
+        [*pip, "--retries", "0", "--ignore-installed", "--no-deps", "six"], capture_output=True, text=True
+    )
     if "No matching distribution found for six" in reached.stderr:
         return None
     assert reached.returncode == 0, reached.stderr
-    done = subprocess.run([*pip, *map(str, wanted)], capture_output=True, text=True)
+    done = subprocess.run([*pip, "--retries", "5", *map(str, wanted)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)["install"]
     return {canonicalize_name(one["metadata"]["name"]): one["metadata"]["version"] for one in report}

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from huggingface_hub import constants
+from own_git import git
 from PIL import Image
 
 import dalleflamingo
@@ -63,11 +64,6 @@ def write(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(textwrap.dedent(text), encoding="utf-8")
 
 
-def git(*arguments: object, folder: Path) -> None:
-    who = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
-    subprocess.run(["git", "-C", folder, *who, *map(str, arguments)], check=True, capture_output=True)
-
-
 @pytest.fixture
 def runtime(tmp_path) -> Path:
     """The folder /content of a fresh runtime, and beside it the repository with one release."""
@@ -77,11 +73,11 @@ def runtime(tmp_path) -> Path:
     shutil.copytree(ROOT / "dalleflamingo", source / "dalleflamingo", ignore=shutil.ignore_patterns("__pycache__"))
     module = source / "dalleflamingo/course/colab.py"
     module.write_text(module.read_text(encoding="utf-8").replace("/content", str(content)), encoding="utf-8")
-    git("init", "--quiet", folder=source)
-    git("add", "--all", folder=source)
-    git("commit", "--quiet", "-m", "release", folder=source)
-    git("tag", colab.TAG, folder=source)
-    git("clone", "--quiet", "--bare", source, tmp_path / "public.git", folder=tmp_path)
+    git(source, "init", "--quiet")
+    git(source, "add", "--all")
+    git(source, "commit", "--quiet", "-m", "release")
+    git(source, "tag", colab.TAG)
+    git(tmp_path, "clone", "--quiet", "--bare", source, tmp_path / "public.git")
     return content
 
 
@@ -95,7 +91,12 @@ def run_cell(content: Path, address: str, drive: bool = False) -> subprocess.Com
     (content / "cell.py").write_text(source, encoding="utf-8")
     variables = {key: value for key, value in os.environ.items() if not key.startswith("DALLEFLAMINGO")}
     variables["DALLEFLAMINGO_DATA"] = os.environ.get("DALLEFLAMINGO_DATA") or str(ROOT / "data")
-    variables |= {"PYTHONPATH": str(content.parent / "fakes"), "COLAB_RELEASE_TAG": "x", "CUDA_VISIBLE_DEVICES": ""}
+    variables |= {
+        "PYTHONPATH": str(content.parent / "fakes"),
+        "COLAB_RELEASE_TAG": "x",
+        "LC_ALL": "C.UTF-8",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     return subprocess.run([sys.executable, "run.py"], cwd=content, env=variables, capture_output=True, text=True)
 
 
@@ -149,10 +150,10 @@ def test_without_an_address_the_course_comes_from_the_learners_own_archive(runti
     module = {"dalleflamingo/course/colab.py": "def begin(*given): print('begun', *given)"}
     source = runtime.parent / "stub"
     write(source, {"dalleflamingo/__init__.py": "", "dalleflamingo/course/__init__.py": "run_folder = str", **module})
-    git("init", "--quiet", folder=source)
-    git("add", "--all", folder=source)
-    git("commit", "--quiet", "-m", "copy", folder=source)
-    git("archive", "-o", runtime / "course.zip", "HEAD", folder=source)
+    git(source, "init", "--quiet")
+    git(source, "add", "--all")
+    git(source, "commit", "--quiet", "-m", "copy")
+    git(source, "archive", "-o", runtime / "course.zip", "HEAD")
     done = run_cell(runtime, "")
     assert "begun 04_image_text_image False" in done.stdout.splitlines(), done.stderr
 

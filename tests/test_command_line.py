@@ -428,8 +428,9 @@ def into(output, *arguments: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["reconstruct", "--help"], ["export", "--help"]], ids=" ".join)
 def test_a_closed_pipe_is_quiet(arguments):
-    with into(subprocess.PIPE, *arguments) as process:
-        process.stdout.close()
+    reader, writer = os.pipe()
+    os.close(reader)  # before the command writes a word
+    with open(writer, "w") as closed, into(closed, *arguments) as process:
         error = process.stderr.read()
     assert (process.returncode, error) == (141, "")
 

@@ -196,7 +196,14 @@ document.body.textContent = JSON.stringify({ shown, says: figures.map(says), car
 </script>"""
     file = tmp_path / "page.html"
     file.write_text(page_of(*figures(run).values()).replace("</body>", f"{move}</body>"), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
     command = [CHROMIUM, *options, file.as_uri()]
     document = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
     found = json.loads(html.unescape(re.search(r"<body>(.*)</body>", document, re.DOTALL)[1]))

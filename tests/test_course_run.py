@@ -42,7 +42,7 @@ def command(*arguments: object) -> dict:
 def course_run(tmp_path_factory):
     """(finished process, output folder) of a run in profile smoke over a good, a failing and a dying notebook."""
     folder = tmp_path_factory.mktemp("course")
-    child = 'subprocess.run([sys.executable, "-c", "import time; x = bytes(b\'1\') * 400_000_000; time.sleep(1.5)"])'
+    child = 'subprocess.run([sys.executable, "-c", "import time; x = bytes(b\'1\') * 400_000_000; time.sleep(5)"])'
     names = ("DALLEFLAMINGO_PROFILE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
     save = 'open(os.environ["DALLEFLAMINGO_OUTPUT"] + "/figures/one.png", "w").close()'
     (folder / "pictures").mkdir()
@@ -222,7 +222,7 @@ def stop_in_second_notebook(arguments: dict, number: signal.Signals) -> tuple[in
 
 
 def test_a_killed_run_ends_its_kernel_keeps_whole_files_and_can_be_run_again(tmp_path):
-    arguments = command("--profile", "smoke", "--out", tmp_path / "build", *quick_and_endless(tmp_path))
+    arguments = command("--profile", "smoke", "--workers", 2, "--out", tmp_path / "build", *quick_and_endless(tmp_path))
     stop_in_second_notebook(arguments, signal.SIGKILL)
     nbformat.read(tmp_path / "build" / "0.ipynb", as_version=4)
 
@@ -232,7 +232,7 @@ def test_a_killed_run_ends_its_kernel_keeps_whole_files_and_can_be_run_again(tmp
 
 
 def test_an_interrupted_run_ends_its_kernels_and_says_what_is_kept(tmp_path):
-    arguments = command("--profile", "smoke", "--out", tmp_path / "build", *quick_and_endless(tmp_path))
+    arguments = command("--profile", "smoke", "--workers", 2, "--out", tmp_path / "build", *quick_and_endless(tmp_path))
     status, rest = stop_in_second_notebook(arguments, signal.SIGINT)
     assert status == 130
     assert f"1 of 2 notebooks ran to their end and are kept in {tmp_path / 'build'}" in rest

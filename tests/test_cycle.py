@@ -87,7 +87,7 @@ def test_nothing_but_the_named_parameters_changes(folder, whole):
 
 def test_a_run_that_is_killed_ends_with_the_same_bits(folder, whole, processes):
     out, record = processes
-    assert sum(record["killed"]) >= 2
+    assert record["killed"] == [True] * 3
     again = weights(run(SMALL, folder, out / "killed"))
     assert all(torch.equal(value, again[name]) for name, value in weights(whole[0]).items())
     done, other = (load_file(run_folder / "state.safetensors") for run_folder in (out / "killed", whole[1]))

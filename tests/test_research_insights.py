@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from own_git import git
 from scipy.stats import spearmanr
 from worlds import NAME, ThreeColours, candidates, world
 
@@ -621,17 +621,13 @@ def test_a_page_from_the_miniature_says_so_and_ones_from_elsewhere_do_not(evalua
 
 
 def test_the_commit_of_a_result_is_dirty_where_code_or_data_changed_and_not_where_docs_did(tmp_path):
-    def git(*command):
-        who = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
-        subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True)
-
     for name in ("dalleflamingo", "data", "docs"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "file").write_text("as committed")
     assert pages.current_commit(tmp_path) == "not in a git checkout"
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "first")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
     clean = pages.current_commit(tmp_path)
     (tmp_path / "docs/file").write_text("measured")
     assert len(clean) == 12 and pages.current_commit(tmp_path) == clean

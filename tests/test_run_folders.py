@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fakes
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fakes import image_text_image
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_miniature_train import LineRecipe
 from test_runs import SCHEMA, recipe, row, train
 
-from dalleflamingo import datasets
+from dalleflamingo import datasets, runs
 from dalleflamingo.evaluation.cycle_reporting import read_log
 from dalleflamingo.miniature.training import train as training
 from dalleflamingo.runs import RunFolder, RunFolderError, append_row, hold
@@ -44,16 +45,16 @@ def test_of_two_processes_one_is_refused_and_the_other_loses_nothing(tmp_path):
     expected = fakes.run(tmp_path / "alone", tmp_path / "pictures")
     answers = [tmp_path / "0.txt", tmp_path / "1.txt"]
 
-    def work(answer):
-        try:
-            table = fakes.run(tmp_path / "run", tmp_path / "pictures", delay=0.02)
+    def work(answer, other):
+        try:  # the one that is at work waits until the other has its answer
+            table = fakes.run(tmp_path / "run", tmp_path / "pictures", on_draw=lambda: wait_for(other))
             answer.write_text(f"{len(table)} rows")
         except RunFolderError as error:
             answer.write_text(str(error))
 
-    first = fork(lambda: work(answers[0]))
+    first = fork(lambda: work(*answers))
     wait_for(tmp_path / "run/.lock")
-    second = fork(lambda: work(answers[1]))
+    second = fork(lambda: work(*reversed(answers)))
     for child in (first, second):
         os.waitpid(child, 0)
     refused, done = sorted((answer.read_text() for answer in answers), key=lambda answer: answer.endswith("rows"))
@@ -374,3 +375,20 @@ def test_a_damaged_part_is_made_again(tmp_path, capsys, damage):
         part.write_bytes({"cut": whole[:-9], "nul": whole[:90] + b"\0" * (len(whole) - 90), "empty": b""}[damage])
     assert fakes.run(tmp_path / "run", tmp_path / "pictures").equals(expected)
     assert f"{part} is damaged" in capsys.readouterr().out
+
+
+def test_no_changed_bit_gives_another_row(tmp_path):
+    """Of rows and of scores: what a damaged part still gives was in it; the rest is computed again."""
+    fakes.run(tmp_path / "run", tmp_path / "pictures")
+    parts = [tmp_path / "run/parts/00001.parquet", *(tmp_path / "run/scores").rglob("00001.parquet")]
+    assert len(parts) == 3
+    for part in parts:
+        whole, expected = part.read_bytes(), pq.read_table(part)
+        refused = 0
+        for position in range(0, len(whole), 5):
+            changed = whole[position] ^ 1 << position % 8
+            part.write_bytes(whole[:position] + bytes([changed]) + whole[position + 1 :])
+            found = runs._read(part, expected.schema)
+            refused += found is None
+            assert found is None or found.equals(expected.slice(0, len(found))), position
+        assert refused > len(whole) / 5 / 4

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from forked import fork
 
+from dalleflamingo import runs
 from dalleflamingo.captioner import Captioner
 from dalleflamingo.cycle import CycleConfig, build_cycle, train_cycle
 from dalleflamingo.cycle_losses import Cycle, Losses
@@ -65,7 +66,18 @@ def run(config: CycleConfig, folder: Path, run_folder: Path, accelerator: Accele
 
 def killed(folder: Path, run_folder: Path, step: int) -> bool:
     """A run that SIGKILL ends when it has logged a step; False where it ended before."""
-    child, log = fork(lambda: run(SMALL, folder, run_folder)), run_folder / "log.jsonl"
+    log, append_row = run_folder / "log.jsonl", runs.append_row
+
+    def append_and_wait(path: Path, row: dict) -> None:
+        append_row(path, row)
+        if row["step"] == step:
+            time.sleep(600)
+
+    def work() -> None:
+        runs.append_row = append_and_wait  # in the child alone
+        run(SMALL, folder, run_folder)
+
+    child = fork(work)
     while not (log.exists() and f'"step": {step}' in log.read_text()):
         if os.waitpid(child, os.WNOHANG)[0]:
             return False
