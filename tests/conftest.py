@@ -1,4 +1,8 @@
-"""What all tests share: one thread a process, the folder of real data, and a count of the tests that lacked it."""
+"""What all tests share.
+
+An environment without the user's own settings, one thread a process, the same random state, the folder of real data, and
+a count of the tests that lacked it.
+"""
 
 import os
 import random

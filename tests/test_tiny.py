@@ -11,7 +11,7 @@ MAKERS = [
     *(tiny_adapters.vit_gpt2, tiny_adapters.git, tiny_adapters.llava),
     *(tiny_adapters.sdxl, tiny_adapters.latent_consistency),
 ]
-KEPT = "*.safetensors", "tokenizer*", "vocab*", "merges*"  # not the configurations: diffusers lists its defaults anyhow
+KEPT = "*.safetensors", "tokenizer*", "vocab*", "merges*"  # not the configurations, which list defaults in any order
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
