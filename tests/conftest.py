@@ -1,7 +1,7 @@
 """What all tests share.
 
-An environment without the user's own settings, one thread a process, the same random state, the folder of real data, and
-a count of the tests that lacked it.
+An environment without the user's own settings, one thread a process, the same random state, the folder of real data,
+and a count of the tests that lacked it.
 """
 
 import os
